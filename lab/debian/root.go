@@ -1,0 +1,79 @@
+package debian
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+)
+
+// A Root is the cache: one tree with all tools and a tree per kernel.
+type Root struct{ dir string }
+
+// Open returns the cache without fetching; it fails where something is missing.
+func Open() (*Root, error) {
+	dir, err := Dir()
+	if err != nil {
+		return nil, err
+	}
+	r := &Root{dir: dir}
+	if m := r.missing(); len(m) > 0 {
+		return nil, fmt.Errorf("cache %s lacks %s: run `make fetch`", dir, strings.Join(m, "; "))
+	}
+	return r, nil
+}
+
+// Tools is the directory the tools are unpacked beneath; the product takes it as
+// $REDOUBT_TOOLS (package programs).
+func (r *Root) Tools() string { return filepath.Join(r.dir, "root") }
+
+// Path is the path of a file of the unpacked tools, named as on an installed system.
+func (r *Root) Path(file string) string { return filepath.Join(r.Tools(), file) }
+
+// Scratch is a directory for what is built from the packages (initramfs images, peers).
+func (r *Root) Scratch() (string, error) {
+	d := filepath.Join(r.dir, "built")
+	return d, os.MkdirAll(d, 0o755)
+}
+
+// Env is the environment that lets a program of the root find its libraries.
+func (r *Root) Env() []string {
+	return append(os.Environ(), "LD_LIBRARY_PATH="+strings.Join([]string{
+		r.Path("usr/lib/x86_64-linux-gnu"), r.Path("lib/x86_64-linux-gnu"),
+		r.Path("usr/lib/x86_64-linux-gnu/swtpm"),
+	}, ":"))
+}
+
+// Command runs a program of the root, named without its directory.
+func (r *Root) Command(ctx context.Context, name string, args ...string) *exec.Cmd {
+	path := r.Path("usr/bin/" + name)
+	for _, d := range []string{"bin/", "usr/sbin/", "sbin/"} {
+		if _, err := os.Stat(path); err == nil {
+			break
+		}
+		path = r.Path(d + name)
+	}
+	cmd := exec.CommandContext(ctx, path, args...)
+	cmd.Env = r.Env()
+	return cmd
+}
+
+// Vmlinuz is the boot image (bzImage) of the kernel named as in [Kernels].
+func (r *Root) Vmlinuz(kernel string) (string, error) {
+	return r.one(kernel, "boot/vmlinuz-*")
+}
+
+// Modules is the module directory (lib/modules/RELEASE) of the kernel named.
+func (r *Root) Modules(kernel string) (string, error) {
+	return r.one(kernel, "lib/modules/*")
+}
+
+func (r *Root) one(kernel, pattern string) (string, error) {
+	m, err := filepath.Glob(filepath.Join(r.dir, "kernel-"+kernel, pattern))
+	if err != nil || len(m) != 1 {
+		return "", fmt.Errorf("kernel %s: %d files match %s in the cache", kernel, len(m), pattern)
+	}
+	return m[0], nil
+}

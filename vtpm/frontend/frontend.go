@@ -1,0 +1,189 @@
+// Package frontend is the vTPM front end (system A): the emulator's end of the TPM data
+// channel. It sends the guest's commands, one at a time, and holds the guest still while a
+// vTPM that is not ready makes the first one wait.
+//
+// The waiting itself needs no code: the back end reads nothing before the gate opens, so
+// Execute sleeps in its receive and the vCPU in its exit. What this package adds is the bound:
+// when the wait reaches Options.PauseAfter, the whole guest is paused and its clock stopped
+// until the gate opens, so that no watchdog in it fires (facts: guests' watchdogs fire at
+// about 20 s). An emulator that cannot sleep inside the exit (QEMU) sets PauseAfter to zero
+// and is paused at once.
+package frontend
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"redoubt.dev/redoubt/vtpm/channel"
+)
+
+// A Guest can be held still.
+type Guest interface {
+	// Pause stops every vCPU and the guest's clock. A vCPU inside Execute counts as stopped.
+	Pause() error
+	// Resume lets them go on, as if no time had passed.
+	Resume() error
+}
+
+// Options of a front end.
+type Options struct {
+	Guest      Guest         // required
+	PauseAfter time.Duration // wait before the guest is paused; 0: at once
+	// OnOpen is called once, when the gate opens, before the first reply and before the
+	// guest is resumed, with the event log; it puts it into the guest's log area.
+	OnOpen func(log []byte) error
+	// OnWait is called when a command begins to wait for the gate, once.
+	OnWait func()
+}
+
+// ErrClosed says that the channel ended: the back end is gone or the front end was closed.
+var ErrClosed = errors.New("vTPM channel closed")
+
+// A FailedError is the back end's final word: this guest's vTPM will not answer.
+type FailedError struct{ Reason string }
+
+func (e *FailedError) Error() string { return "vTPM failed: " + e.Reason }
+
+// Frontend implements the emulated TPM's transport. Execute may be called by any goroutine.
+type Frontend struct {
+	conn *channel.Conn
+	opt  Options
+
+	exec sync.Mutex // held over one command and its reply
+
+	opened  chan struct{} // closed by receive on Open
+	replies chan []byte   // receive → Execute
+	done    chan struct{} // closed when receive ends; err is set before
+
+	err error
+}
+
+// New starts the front end on conn; it owns one goroutine, ended by Close.
+func New(conn *channel.Conn, opt Options) *Frontend {
+	f := &Frontend{
+		conn: conn, opt: opt,
+		opened: make(chan struct{}), replies: make(chan []byte, 1), done: make(chan struct{}),
+	}
+	go f.receive()
+	return f
+}
+
+// receive owns the channel's reading side.
+func (f *Frontend) receive() {
+	defer close(f.done)
+	open := false
+	for {
+		fr, err := f.conn.Receive()
+		if err != nil {
+			f.err = fmt.Errorf("%w: %v", ErrClosed, err)
+			return
+		}
+		switch {
+		case fr.Kind == channel.Open && !open:
+			open = true
+			if f.opt.OnOpen != nil {
+				if err := f.opt.OnOpen(fr.Data); err != nil {
+					f.err = fmt.Errorf("event log: %w", err)
+					return
+				}
+			}
+			close(f.opened)
+		case fr.Kind == channel.Reply && open:
+			select {
+			case f.replies <- append([]byte(nil), fr.Data...):
+			default:
+				f.err = fmt.Errorf("%w: reply without a command", channel.ErrFrame)
+				return
+			}
+		case fr.Kind == channel.Failed:
+			f.err = &FailedError{string(fr.Data)}
+			return
+		default:
+			f.err = fmt.Errorf("%w: unexpected %v", channel.ErrFrame, fr.Kind)
+			return
+		}
+	}
+}
+
+// Done is closed when the front end can serve no more; Err then says why.
+func (f *Frontend) Done() <-chan struct{} { return f.done }
+
+// Err is the reason Done was closed, nil before.
+func (f *Frontend) Err() error {
+	select {
+	case <-f.done:
+		return f.err
+	default:
+		return nil
+	}
+}
+
+// Execute sends one TPM command at a locality and waits for its response, however long the
+// gate stays closed. Its error is final: the guest must be stopped.
+func (f *Frontend) Execute(locality uint8, command []byte) ([]byte, error) {
+	f.exec.Lock()
+	defer f.exec.Unlock()
+	if err := f.Err(); err != nil {
+		return nil, err
+	}
+	if err := f.conn.Send(channel.Frame{Kind: channel.Command, Locality: locality, Data: command}); err != nil {
+		return nil, fmt.Errorf("%w: %v", ErrClosed, err)
+	}
+	select {
+	case <-f.opened:
+	default:
+		if err := f.waitOpen(); err != nil {
+			return nil, err
+		}
+	}
+	select {
+	case r := <-f.replies:
+		return r, nil
+	case <-f.done:
+		select {
+		case r := <-f.replies: // the reply came before the end
+			return r, nil
+		default:
+			return nil, f.err
+		}
+	}
+}
+
+// waitOpen waits for the gate and keeps the guest's clock from running away meanwhile.
+func (f *Frontend) waitOpen() error {
+	if f.opt.OnWait != nil {
+		f.opt.OnWait()
+	}
+	if f.opt.PauseAfter > 0 {
+		t := time.NewTimer(f.opt.PauseAfter)
+		defer t.Stop()
+		select {
+		case <-f.opened:
+			return nil
+		case <-f.done:
+			return f.err
+		case <-t.C:
+		}
+	}
+	if err := f.opt.Guest.Pause(); err != nil {
+		return fmt.Errorf("pause while the vTPM is not ready: %w", err)
+	}
+	select {
+	case <-f.opened:
+	case <-f.done:
+		return f.err // the guest stays paused: its vTPM failed and it is about to be stopped
+	}
+	if err := f.opt.Guest.Resume(); err != nil {
+		return fmt.Errorf("resume after the vTPM became ready: %w", err)
+	}
+	return nil
+}
+
+// Close ends the front end and waits for its goroutine.
+func (f *Frontend) Close() error {
+	err := f.conn.Close()
+	<-f.done
+	return err
+}
