@@ -1,0 +1,109 @@
+package spec
+
+import (
+	"bytes"
+	"errors"
+	"flag"
+	"os"
+	"strings"
+	"testing"
+	"time"
+)
+
+const full = `name: web-1
+emulator: qemu
+cpus: 2
+memory: 1GiB
+boot:
+  kernel: /boot/vmlinuz
+  initrd: /boot/initrd.img
+disks:
+  - path: /srv/web.img
+  - path: /srv/data.img
+    readonly: true
+tpm:
+  timeout: 90s
+`
+
+func TestParse(t *testing.T) {
+	g, err := Parse(strings.NewReader(full))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if g.Memory != 1<<30 || g.CPUs != 2 || len(g.Disks) != 2 || !g.Disks[1].ReadOnly ||
+		time.Duration(g.TPM.Timeout) != 90*time.Second || g.Boot.Cmdline != "console=ttyS0" {
+		t.Fatalf("%+v", g)
+	}
+}
+
+// TestErrorsNameFieldAndLine: every mistake is one line that names where it is.
+func TestErrorsNameFieldAndLine(t *testing.T) {
+	for _, c := range []struct{ doc, want string }{
+		{"", "line 1: name:"},
+		{"name: Web\nboot: {kernel: /k}\n", "line 1: name:"},
+		{"name: a\ncpus: 9\nboot: {kernel: /k}\n", "line 2: cpus: 9"},
+		{"name: a\nboot: {kernel: /k}\nmemory: 64MiB\n", "line 3: memory: 64MiB"},
+		{"name: a\nboot: {kernel: /k}\nmemory: lots\n", "no size"},
+		{"name: a\nboot:\n  kernel: /k\n  bios: x\n", "line 4: bios: no such field"},
+		{"name: a\nboot:\n  firmware: ovmf\n", "line 3: boot.firmware: needs a disk"},
+		{"name: a\nboot: {}\n", "line 2: boot.kernel: missing"},
+		{"name: a\nboot: {kernel: /k}\ndisks:\n- path: /a\n- readonly: true\n", "line 5: disks[1].path"},
+		{"name: a\nboot: {kernel: /k}\n---\nname: b\n", "more than one document"},
+		{"name: a\nboot: {kernel: /k, cmdline: \"a\\nb\"}\n", "control character"},
+		{"name: a\nboot: {kernel: /k}\ntpm: {timeout: 2 parsecs}\n", "no duration"},
+		{"name: a\nboot: [1]\n", "line 2"},
+		{"\t", "line 1"},
+	} {
+		_, err := Parse(strings.NewReader(c.doc))
+		if err == nil || !strings.Contains(err.Error(), c.want) || strings.Contains(err.Error(), "\n") {
+			t.Errorf("%q: %v, want %q", c.doc, err, c.want)
+		}
+		var e *Error
+		if !errors.As(err, &e) {
+			t.Errorf("%q: %T", c.doc, err)
+		}
+	}
+}
+
+func FuzzParse(f *testing.F) {
+	f.Add([]byte(full))
+	f.Add([]byte("name: a\nboot: {kernel: /k}\nmemory: 99999999999TiB"))
+	f.Add([]byte("a: &a [*a]"))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		g, err := Parse(bytes.NewReader(b))
+		if err == nil && (g.CPUs < 1 || g.CPUs > MaxCPUs || g.Memory < MinMemory || !ValidName(g.Name)) {
+			t.Fatalf("accepted %+v", g)
+		}
+	})
+}
+
+func FuzzParseSize(f *testing.F) {
+	f.Add("512MiB")
+	f.Add("9223372036854775807K")
+	f.Fuzz(func(t *testing.T, s string) {
+		if v, err := ParseSize(s); err == nil {
+			if again, err := ParseSize(v.String()); v < 0 || err != nil || again != v {
+				t.Fatalf("%q is %d, prints as %v", s, v, v)
+			}
+		}
+	})
+}
+
+var rewrite = flag.Bool("rewrite", false, "renew docs/guest.schema.json")
+
+// TestPublishedSchema: the schema in the docs is the one of the types.
+func TestPublishedSchema(t *testing.T) {
+	const path = "../docs/guest.schema.json"
+	want, err := Schema()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if *rewrite {
+		if err := os.WriteFile(path, want, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got, err := os.ReadFile(path); err != nil || !bytes.Equal(got, want) {
+		t.Fatalf("%s is not the schema of the types (%v): renew it with `go test ./spec -rewrite`", path, err)
+	}
+}

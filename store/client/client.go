@@ -1,0 +1,175 @@
+// Package client speaks to the store.
+package client
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"strings"
+	"sync"
+
+	"redoubt.dev/redoubt/store/tree"
+	"redoubt.dev/redoubt/store/wire"
+)
+
+// ErrClosed says that the connection to the store is gone.
+var ErrClosed = errors.New("store connection closed")
+
+// An Event says that the node at Path, on or beneath a watched path, may have changed.
+type Event struct{ Path, Token string }
+
+// Client is one connection. Its methods may be called by several goroutines; requests are
+// answered in order.
+type Client struct {
+	c      net.Conn
+	events chan Event
+	done   chan struct{}
+
+	mu   sync.Mutex // one request at a time
+	next uint32
+
+	reply chan wire.Message
+	err   error // set before done is closed
+}
+
+// New takes over a connection and owns one goroutine, which Close ends. Events wait in a
+// queue of 128; a caller that sets watches must read [Client.Events].
+func New(c net.Conn) *Client {
+	cl := &Client{c: c, events: make(chan Event, 128), done: make(chan struct{}), reply: make(chan wire.Message, 1)}
+	go cl.receive()
+	return cl
+}
+
+func (c *Client) receive() {
+	defer close(c.done)
+	defer close(c.events)
+	for {
+		m, err := wire.ReadMessage(c.c)
+		if err != nil {
+			c.err = fmt.Errorf("%w: %v", ErrClosed, err)
+			return
+		}
+		if m.Type == wire.WatchEvent {
+			a, err := wire.Split(m.Payload, 2, false)
+			if err != nil {
+				c.err = err
+				return
+			}
+			select {
+			case c.events <- Event{Path: a[0], Token: a[1]}:
+			default:
+				c.err = fmt.Errorf("%w: events are not read", ErrClosed)
+				c.c.Close()
+				return
+			}
+			continue
+		}
+		select {
+		case c.reply <- m:
+		default:
+			c.err = fmt.Errorf("%w: reply without a request", wire.ErrMessage)
+			c.c.Close()
+			return
+		}
+	}
+}
+
+// Events is where watches arrive; closed with the connection.
+func (c *Client) Events() <-chan Event { return c.events }
+
+// Close ends the connection.
+func (c *Client) Close() error {
+	err := c.c.Close()
+	<-c.done
+	return err
+}
+
+func (c *Client) do(t wire.Type, payload []byte) ([]byte, error) {
+	if len(payload) > wire.MaxPayload {
+		return nil, tree.E2BIG
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.next++
+	m := wire.Message{Type: t, Request: c.next, Payload: payload}
+	if _, err := c.c.Write(m.Append(nil)); err != nil {
+		return nil, fmt.Errorf("%w: %v", ErrClosed, err)
+	}
+	select {
+	case r := <-c.reply:
+		if r.Request != m.Request {
+			return nil, fmt.Errorf("%w: reply %d to request %d", wire.ErrMessage, r.Request, m.Request)
+		}
+		if r.Type == wire.Error {
+			return nil, tree.Errno(strings.TrimRight(string(r.Payload), "\x00"))
+		}
+		return r.Payload, nil
+	case <-c.done:
+		return nil, c.err
+	}
+}
+
+func describe(op, path string, err error) error {
+	if err != nil {
+		return fmt.Errorf("store: %s %s: %w", op, path, err)
+	}
+	return nil
+}
+
+// Read returns the value of a node.
+func (c *Client) Read(path string) (string, error) {
+	b, err := c.do(wire.Read, wire.Join(path))
+	return string(b), describe("read", path, err)
+}
+
+// Write sets the value of a node, creating it and its parents.
+func (c *Client) Write(path, value string) error {
+	_, err := c.do(wire.Write, append(wire.Join(path), value...))
+	return describe("write", path, err)
+}
+
+// Mkdir creates a node and its parents.
+func (c *Client) Mkdir(path string) error {
+	_, err := c.do(wire.Mkdir, wire.Join(path))
+	return describe("mkdir", path, err)
+}
+
+// Remove deletes a node and all below it.
+func (c *Client) Remove(path string) error {
+	_, err := c.do(wire.Remove, wire.Join(path))
+	return describe("remove", path, err)
+}
+
+// List returns the names of a node's children.
+func (c *Client) List(path string) ([]string, error) {
+	b, err := c.do(wire.Directory, wire.Join(path))
+	if err != nil {
+		return nil, describe("list", path, err)
+	}
+	if len(b) == 0 {
+		return nil, nil
+	}
+	return strings.Split(strings.TrimSuffix(string(b), "\x00"), "\x00"), nil
+}
+
+// SetPerms replaces a node's permissions; the first names its owner.
+func (c *Client) SetPerms(path string, perms ...tree.Perm) error {
+	args := []string{path}
+	for _, p := range perms {
+		args = append(args, p.String())
+	}
+	_, err := c.do(wire.SetPerms, wire.Join(args...))
+	return describe("set permissions of", path, err)
+}
+
+// Watch asks for an event at every change on or beneath path; one comes at once.
+func (c *Client) Watch(path, token string) error {
+	_, err := c.do(wire.Watch, wire.Join(path, token))
+	return describe("watch", path, err)
+}
+
+// Unwatch ends a watch; events already on their way still arrive.
+func (c *Client) Unwatch(path, token string) error {
+	_, err := c.do(wire.Unwatch, wire.Join(path, token))
+	return describe("unwatch", path, err)
+}

@@ -1,0 +1,3 @@
+module redoubt.dev/redoubt/tools
+
+go 1.26.0
