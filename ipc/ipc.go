@@ -25,7 +25,7 @@ const (
 	// MaxMessage is the largest message in bytes.
 	MaxMessage = 64 << 10
 	// MaxFiles is the largest number of descriptors beside one message.
-	MaxFiles = 16
+	MaxFiles = 48
 )
 
 // ErrTooLarge says that a message or its descriptors exceed the bounds of this package.
@@ -122,6 +122,10 @@ func (c *Conn) Receive() ([]byte, []*os.File, error) {
 func (c *Conn) ReceiveInto(buf []byte) (int, []*os.File, error) {
 	oob := make([]byte, unix.CmsgSpace(4*MaxFiles))
 	n, oobn, flags, _, err := c.c.ReadMsgUnix(buf, oob)
+	if errors.Is(err, unix.ECONNRESET) {
+		// The peer closed with messages of ours unread; what it sent before still waits.
+		n, oobn, flags, _, err = c.c.ReadMsgUnix(buf, oob)
+	}
 	if err != nil {
 		if errors.Is(err, unix.ECONNRESET) {
 			err = io.EOF

@@ -23,7 +23,12 @@ type Event struct{ Path, Token string }
 type Client struct {
 	c      net.Conn
 	events chan Event
-	done   chan struct{}
+	done   chan struct{} // closed when receive has ended
+
+	queueMu sync.Mutex
+	queue   []Event
+	queued  map[Event]bool
+	more    chan struct{} // has one element while the queue may hold something
 
 	mu   sync.Mutex // one request at a time
 	next uint32
@@ -32,17 +37,21 @@ type Client struct {
 	err   error // set before done is closed
 }
 
-// New takes over a connection and owns one goroutine, which Close ends. Events wait in a
-// queue of 128; a caller that sets watches must read [Client.Events].
+// New takes over a connection and owns two goroutines, which Close ends. An event that waits
+// already is not queued again: watches say that something changed, not how often, so a peer
+// that writes in a loop costs this client one event.
 func New(c net.Conn) *Client {
-	cl := &Client{c: c, events: make(chan Event, 128), done: make(chan struct{}), reply: make(chan wire.Message, 1)}
+	cl := &Client{
+		c: c, events: make(chan Event), done: make(chan struct{}), reply: make(chan wire.Message, 1),
+		queued: map[Event]bool{}, more: make(chan struct{}, 1),
+	}
 	go cl.receive()
+	go cl.deliver()
 	return cl
 }
 
 func (c *Client) receive() {
 	defer close(c.done)
-	defer close(c.events)
 	for {
 		m, err := wire.ReadMessage(c.c)
 		if err != nil {
@@ -55,13 +64,7 @@ func (c *Client) receive() {
 				c.err = err
 				return
 			}
-			select {
-			case c.events <- Event{Path: a[0], Token: a[1]}:
-			default:
-				c.err = fmt.Errorf("%w: events are not read", ErrClosed)
-				c.c.Close()
-				return
-			}
+			c.enqueue(Event{Path: a[0], Token: a[1]})
 			continue
 		}
 		select {
@@ -69,6 +72,49 @@ func (c *Client) receive() {
 		default:
 			c.err = fmt.Errorf("%w: reply without a request", wire.ErrMessage)
 			c.c.Close()
+			return
+		}
+	}
+}
+
+func (c *Client) enqueue(e Event) {
+	c.queueMu.Lock()
+	defer c.queueMu.Unlock()
+	if c.queued[e] {
+		return
+	}
+	c.queued[e] = true
+	c.queue = append(c.queue, e)
+	select {
+	case c.more <- struct{}{}:
+	default:
+	}
+}
+
+// deliver hands events on until the connection has ended.
+func (c *Client) deliver() {
+	defer close(c.events)
+	for {
+		c.queueMu.Lock()
+		var e Event
+		have := len(c.queue) > 0
+		if have {
+			e = c.queue[0]
+			c.queue = c.queue[1:]
+			delete(c.queued, e)
+		}
+		c.queueMu.Unlock()
+		if !have {
+			select {
+			case <-c.more:
+				continue
+			case <-c.done:
+				return
+			}
+		}
+		select {
+		case c.events <- e:
+		case <-c.done:
 			return
 		}
 	}

@@ -1,9 +1,10 @@
 // Package server keeps the store and serves its clients: XenStore's requests and watches over
 // connections whose identity was fixed when they were made.
 //
-// One goroutine owns the tree and all watches; each connection has a reader and a writer. A
-// client that does not read its events is cut off once [maxQueued] messages wait for it: it
-// hurts only itself. Transactions and the socket of XenStore's own clients come later.
+// One goroutine owns the tree and all watches; each connection has a reader and a writer. An
+// event that waits for a client already is not queued again, so a writer in a loop costs a
+// watcher one event. A client that does not read is cut off once its queue is full: it hurts
+// only itself. Transactions and the socket of XenStore's own clients come later.
 package server
 
 import (
@@ -20,8 +21,9 @@ import (
 )
 
 const (
-	maxQueued  = 256 // messages waiting for one client
-	maxWatches = 128 // of one unprivileged domain's connection
+	maxQueued        = 256     // messages waiting for one guest
+	maxQueuedService = 1 << 16 // for one service, which watches what many guests write
+	maxWatches       = 128     // of one guest's connection
 )
 
 // Server is a store. Run owns it.
@@ -35,7 +37,7 @@ type Server struct {
 type conn struct {
 	domain  tree.Domain
 	c       net.Conn
-	out     chan wire.Message // owner → writer; closed when the owner lets go
+	out     *queue // owner → writer; closed when the owner lets go
 	watches []watch
 }
 
@@ -79,7 +81,11 @@ func (s *Server) Run(ctx context.Context, accept <-chan Client) {
 				accept = nil
 				continue
 			}
-			c := &conn{domain: cl.Domain, c: cl.Conn, out: make(chan wire.Message, maxQueued)}
+			limit := maxQueued
+			if cl.Domain < FirstGuest {
+				limit = maxQueuedService
+			}
+			c := &conn{domain: cl.Domain, c: cl.Conn, out: newQueue(limit)}
 			s.conns[c] = true
 			wg.Go(func() { s.read(ctx, c) })
 			wg.Go(func() { write(c) })
@@ -104,7 +110,7 @@ type Client struct {
 func (s *Server) drop(c *conn) {
 	if s.conns[c] {
 		delete(s.conns, c)
-		close(c.out)
+		c.out.close()
 		c.c.Close()
 	}
 }
@@ -132,24 +138,21 @@ func (s *Server) read(ctx context.Context, c *conn) {
 
 func write(c *conn) {
 	var buf []byte
-	for m := range c.out {
+	for {
+		m, ok := c.out.take()
+		if !ok {
+			return
+		}
 		buf = m.Append(buf[:0])
 		if _, err := c.c.Write(buf); err != nil {
 			c.c.Close() // the reader tells the owner
-			break
+			return
 		}
-	}
-	for range c.out { // drained until the owner closes it
 	}
 }
 
 func (s *Server) send(c *conn, m wire.Message) {
-	if !s.conns[c] {
-		return
-	}
-	select {
-	case c.out <- m:
-	default:
+	if s.conns[c] && !c.out.put(m) {
 		s.log.Warn("store client does not read; cut off", "domain", c.domain)
 		s.drop(c)
 	}
@@ -274,7 +277,7 @@ func (c *conn) watch(t wire.Type, path, token string) error {
 	if t == wire.Unwatch {
 		return tree.ENOENT
 	}
-	if len(c.watches) >= maxWatches && c.domain != tree.Privileged {
+	if len(c.watches) >= maxWatches && c.domain >= FirstGuest {
 		return tree.ENOSPC
 	}
 	c.watches = append(c.watches, watch{path: abs, token: token, shown: path})

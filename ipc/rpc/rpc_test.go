@@ -1,0 +1,113 @@
+package rpc_test
+
+import (
+	"context"
+	"errors"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+
+	"redoubt.dev/redoubt/ipc"
+	"redoubt.dev/redoubt/ipc/rpc"
+)
+
+// peers connects two and runs both.
+func peers(t *testing.T, ha, hb rpc.Handler) (*rpc.Peer, *rpc.Peer) {
+	t.Helper()
+	ca, cb, err := ipc.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, b := rpc.New(ca, ha), rpc.New(cb, hb)
+	var wg sync.WaitGroup
+	for _, p := range []*rpc.Peer{a, b} {
+		wg.Go(func() {
+			if err := p.Run(context.Background()); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	t.Cleanup(func() { a.Close(); b.Close(); wg.Wait() })
+	return a, b
+}
+
+func echo(_ context.Context, r *rpc.Request) (any, error) {
+	var s string
+	if err := r.Decode(&s); err != nil {
+		return nil, err
+	}
+	switch r.Method {
+	case "echo":
+		return s, nil
+	case "refuse":
+		return nil, rpc.Errorf(rpc.Refused, "%s: not for you", s)
+	case "open":
+		f, err := os.Open(os.DevNull)
+		return rpc.WithFiles{Value: s, Files: []*os.File{f}}, err
+	case "big":
+		return strings.Repeat("x", ipc.MaxMessage), nil
+	}
+	return nil, errors.New("no such method")
+}
+
+func TestCalls(t *testing.T) {
+	a, b := peers(t, echo, echo)
+	ctx := context.Background()
+	var wg sync.WaitGroup
+	for range 200 {
+		for _, p := range []*rpc.Peer{a, b} {
+			wg.Go(func() {
+				var out string
+				if _, err := p.Call(ctx, "echo", "hello", &out); err != nil || out != "hello" {
+					t.Errorf("%q %v", out, err)
+				}
+			})
+		}
+	}
+	wg.Wait()
+	_, err := a.Call(ctx, "refuse", "x", nil)
+	if rpc.KindOf(err) != rpc.Refused || err.Error() != "x: not for you" {
+		t.Fatalf("the error lost its kind: %v", err)
+	}
+	files, err := a.Call(ctx, "open", "x", nil)
+	if err != nil || len(files) != 1 {
+		t.Fatalf("%d files, %v", len(files), err)
+	}
+	files[0].Close()
+	if _, err := a.Call(ctx, "big", "x", nil); err == nil || !strings.Contains(err.Error(), "too large") {
+		t.Fatalf("answer over the bound: %v", err)
+	}
+	if _, err := a.Call(ctx, "echo", 7, nil); rpc.KindOf(err) != rpc.Invalid {
+		t.Fatalf("wrong body: %v", err)
+	}
+}
+
+// TestPeerGone: calls open when the peer goes fail, and so do later ones.
+func TestPeerGone(t *testing.T) {
+	entered := make(chan struct{})
+	a, b := peers(t, nil, func(ctx context.Context, _ *rpc.Request) (any, error) {
+		close(entered)
+		<-ctx.Done()
+		return nil, ctx.Err()
+	})
+	go func() { <-entered; b.Close() }()
+	if _, err := a.Call(context.Background(), "wait", 0, nil); !errors.Is(err, rpc.ErrGone) {
+		t.Fatalf("open call: %v", err)
+	}
+	if _, err := a.Call(context.Background(), "wait", 0, nil); !errors.Is(err, rpc.ErrGone) {
+		t.Fatalf("later call: %v", err)
+	}
+}
+
+func TestCallGivenUp(t *testing.T) {
+	a, _ := peers(t, nil, func(ctx context.Context, _ *rpc.Request) (any, error) {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	})
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	if _, err := a.Call(ctx, "wait", 0, nil); !errors.Is(err, context.Canceled) {
+		t.Fatal(err)
+	}
+}

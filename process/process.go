@@ -1,0 +1,179 @@
+// Package process starts Redoubt's own programs and watches over them.
+//
+// A child gets one control connection as descriptor 3 ([Control]); everything else it may use
+// arrives over that connection. It gets no other descriptor, no standard input, and no
+// environment but what programs need. Its standard error goes to a log file. A child whose
+// parent dies sees its control connection end and ends itself in an orderly way.
+package process
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"redoubt.dev/redoubt/ipc"
+)
+
+// controlFD is the descriptor of a child's control connection.
+const controlFD = 3
+
+// A Process is a running child.
+type Process struct {
+	Name    string
+	Control *ipc.Conn // the parent's end; the caller owns it
+	cmd     *exec.Cmd
+	tail    *tail
+	done    chan struct{}
+	err     error
+}
+
+// Start runs the program name, which lies beside the running one, with its log appended to
+// logDir/label.log. The child is not tied to ctx; it ends with its control connection, or by
+// Kill.
+func Start(name, label, logDir string, args ...string) (*Process, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, fmt.Errorf("start %s: %w", name, err)
+	}
+	ctl, child, err := ipc.Pair()
+	if err != nil {
+		return nil, fmt.Errorf("start %s: %w", name, err)
+	}
+	defer child.Close()
+	log, err := os.OpenFile(filepath.Join(logDir, label+".log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o640)
+	if err != nil {
+		ctl.Close()
+		return nil, fmt.Errorf("start %s: log: %w", name, err)
+	}
+	p := &Process{Name: label, Control: ctl, tail: &tail{}, done: make(chan struct{})}
+	p.cmd = exec.Command(filepath.Join(filepath.Dir(self), name), args...)
+	p.cmd.Env = Env()
+	p.cmd.ExtraFiles = []*os.File{child}
+	p.cmd.Stderr = io.MultiWriter(log, p.tail)
+	p.cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true}
+	p.cmd.WaitDelay = 2 * time.Second
+	if err := p.cmd.Start(); err != nil {
+		ctl.Close()
+		log.Close()
+		return nil, fmt.Errorf("start %s: %w", name, err)
+	}
+	go func() {
+		err := p.cmd.Wait()
+		log.Close()
+		p.err = p.describe(err)
+		close(p.done)
+	}()
+	return p, nil
+}
+
+// Env is what a program of ours may know of the environment.
+func Env() []string {
+	env := []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C"}
+	for _, k := range []string{"REDOUBT_TOOLS", "REDOUBT_IN_LAB", "GOMAXPROCS", "GOCOVERDIR"} {
+		if v, ok := os.LookupEnv(k); ok {
+			env = append(env, k+"="+v)
+		}
+	}
+	return env
+}
+
+// PID of the child.
+func (p *Process) PID() int { return p.cmd.Process.Pid }
+
+// Done is closed when the child has ended.
+func (p *Process) Done() <-chan struct{} { return p.done }
+
+// Err says how the child ended, nil for exit status 0; valid once Done is closed.
+func (p *Process) Err() error { return p.err }
+
+// Kill ends the child at once.
+func (p *Process) Kill() { _ = p.cmd.Process.Kill() }
+
+// Stop closes the control connection, which asks the child to end, and waits; a child that
+// has not ended when ctx does is killed.
+func (p *Process) Stop(ctx context.Context) error {
+	p.Control.Close()
+	select {
+	case <-p.done:
+	case <-ctx.Done():
+		p.Kill()
+		<-p.done
+	}
+	return p.err
+}
+
+func (p *Process) describe(err error) error {
+	if err == nil {
+		return nil
+	}
+	var ee *exec.ExitError
+	if errors.As(err, &ee) {
+		if last := p.tail.lastLine(); last != "" {
+			return fmt.Errorf("%s: %v: %s", p.Name, ee, last)
+		}
+	}
+	return fmt.Errorf("%s: %w", p.Name, err)
+}
+
+// tail keeps the end of what a child wrote.
+type tail struct {
+	mu  sync.Mutex
+	buf []byte
+}
+
+const tailSize = 4096
+
+func (t *tail) Write(b []byte) (int, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.buf = append(t.buf, b...)
+	if len(t.buf) > tailSize {
+		t.buf = append([]byte(nil), t.buf[len(t.buf)-tailSize:]...)
+	}
+	return len(b), nil
+}
+
+func (t *tail) lastLine() string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	lines := strings.Split(string(bytes.TrimSpace(t.buf)), "\n")
+	return strings.TrimSpace(lines[len(lines)-1])
+}
+
+// Main is the main function of a child program: it takes the control connection and runs
+// until body returns. The context ends on SIGTERM and SIGINT. It does not return.
+func Main(name string, body func(ctx context.Context, log *slog.Logger, control *ipc.Conn) error) {
+	log := slog.New(slog.NewTextHandler(os.Stderr, nil)).With("service", name)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
+	err := func() error {
+		f := os.NewFile(controlFD, "control")
+		if _, err := unix.FcntlInt(f.Fd(), unix.F_GETFD, 0); err != nil {
+			return errors.New("this program is started by redoubt-builder, not by hand: use `redoubt up`")
+		}
+		unix.CloseOnExec(controlFD)
+		control, err := ipc.FromFile(f)
+		if err != nil {
+			return err
+		}
+		defer control.Close()
+		return body(ctx, log, control)
+	}()
+	stop()
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "%s: %v\n", name, err)
+		os.Exit(1)
+	}
+	os.Exit(0)
+}
