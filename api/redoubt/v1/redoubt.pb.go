@@ -297,8 +297,10 @@ type RunRequest struct {
 	UnsafeVtpmDelayMs uint32 `protobuf:"varint,4,opt,name=unsafe_vtpm_delay_ms,json=unsafeVtpmDelayMs,proto3" json:"unsafe_vtpm_delay_ms,omitempty"`
 	// unsafe_vtpm_first waits for the vTPM before the guest starts, for comparison only.
 	UnsafeVtpmFirst bool `protobuf:"varint,5,opt,name=unsafe_vtpm_first,json=unsafeVtpmFirst,proto3" json:"unsafe_vtpm_first,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// unsafe_poll_ms wakes the guest only at multiples of it, for comparison only.
+	UnsafePollMs  uint32 `protobuf:"varint,6,opt,name=unsafe_poll_ms,json=unsafePollMs,proto3" json:"unsafe_poll_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RunRequest) Reset() {
@@ -364,6 +366,13 @@ func (x *RunRequest) GetUnsafeVtpmFirst() bool {
 		return x.UnsafeVtpmFirst
 	}
 	return false
+}
+
+func (x *RunRequest) GetUnsafePollMs() uint32 {
+	if x != nil {
+		return x.UnsafePollMs
+	}
+	return 0
 }
 
 type RunResponse struct {
@@ -1272,14 +1281,15 @@ const file_redoubt_v1_redoubt_proto_rawDesc = "" +
 	"\x0etime_unix_nano\x18\x01 \x01(\x03R\ftimeUnixNano\x12\x14\n" +
 	"\x05guest\x18\x02 \x01(\tR\x05guest\x12\x12\n" +
 	"\x04kind\x18\x03 \x01(\tR\x04kind\x12\x12\n" +
-	"\x04text\x18\x04 \x01(\tR\x04text\"\xb7\x01\n" +
+	"\x04text\x18\x04 \x01(\tR\x04text\"\xdd\x01\n" +
 	"\n" +
 	"RunRequest\x12\x12\n" +
 	"\x04spec\x18\x01 \x01(\tR\x04spec\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12$\n" +
 	"\x0eunsafe_no_gate\x18\x03 \x01(\bR\funsafeNoGate\x12/\n" +
 	"\x14unsafe_vtpm_delay_ms\x18\x04 \x01(\rR\x11unsafeVtpmDelayMs\x12*\n" +
-	"\x11unsafe_vtpm_first\x18\x05 \x01(\bR\x0funsafeVtpmFirst\"6\n" +
+	"\x11unsafe_vtpm_first\x18\x05 \x01(\bR\x0funsafeVtpmFirst\x12$\n" +
+	"\x0eunsafe_poll_ms\x18\x06 \x01(\rR\funsafePollMs\"6\n" +
 	"\vRunResponse\x12'\n" +
 	"\x05guest\x18\x01 \x01(\v2\x11.redoubt.v1.GuestR\x05guest\"\r\n" +
 	"\vListRequest\"9\n" +

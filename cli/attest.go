@@ -1,0 +1,167 @@
+package cli
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/hex"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	v1 "redoubt.dev/redoubt/api/redoubt/v1"
+	"redoubt.dev/redoubt/attest"
+	"redoubt.dev/redoubt/services/vtpm"
+)
+
+func (a *app) attestCommand() *cobra.Command {
+	var nonce, policy, ca, out, save string
+	c := &cobra.Command{
+		Use:   "attest NAME",
+		Short: "Check what a running guest has booted",
+		Long: `Asks a running guest's vTPM for a quote and checks, in this order: EK certificate chain,
+credential activation, attestation key, signature, nonce, PCR digest, event log replay,
+policy. It prints which step failed and which PCR or event differs; the exit status is 1 then.
+
+Without --policy what was booted is shown but not judged.`,
+		Example: `  redoubt attest web-1
+  redoubt attest web-1 --save-policy good.yaml     # what boots today is good
+  redoubt attest web-1 --policy good.yaml
+  redoubt attest web-1 --out evidence/             # for tpm2_checkquote and tpm2_eventlog
+  redoubt attest replay --event-log binary_bios_measurements`,
+		Args: names(1, "a guest's name"),
+		RunE: func(c *cobra.Command, args []string) error {
+			return a.attest(c.Context(), args[0], nonce, policy, ca, out, save)
+		},
+	}
+	f := c.Flags()
+	f.StringVar(&nonce, "nonce", "", "16 to 64 bytes in hexadecimal (default: random)")
+	f.StringVar(&policy, "policy", "", "what is good (YAML)")
+	f.StringVar(&ca, "ca", "", "CA certificate of the guest's host in PEM (default: this host's)")
+	f.StringVar(&out, "out", "", "write the evidence to this directory")
+	f.StringVar(&save, "save-policy", "", "write a policy that what is running now fulfils")
+	c.AddCommand(a.replayCommand())
+	return c
+}
+
+func (a *app) attest(ctx context.Context, name, nonceHex, policyFile, caFile, out, save string) error {
+	nonce := make([]byte, 32)
+	if nonceHex == "" {
+		_, _ = rand.Read(nonce) // never fails (crypto/rand)
+	} else {
+		var err error
+		if nonce, err = hex.DecodeString(nonceHex); err != nil || len(nonce) < 16 || len(nonce) > 64 {
+			return usagef("--nonce: use 16 to 64 bytes in hexadecimal")
+		}
+	}
+	if caFile == "" {
+		caFile = filepath.Join(a.stateDir, "vtpm", vtpm.CAFile)
+	}
+	pem, err := os.ReadFile(caFile)
+	if err != nil {
+		return fmt.Errorf("attest: host's CA certificate: %w", err)
+	}
+	opt := attest.Options{Nonce: nonce, Roots: x509.NewCertPool()}
+	if !opt.Roots.AppendCertsFromPEM(pem) {
+		return usagef("--ca: %s: holds no certificate in PEM", caFile)
+	}
+	if policyFile != "" {
+		b, err := os.ReadFile(policyFile)
+		if err != nil {
+			return usagef("--policy: %v", err)
+		}
+		if opt.Policy, err = attest.ParsePolicy(b); err != nil {
+			return usagef("--policy: %s: %v", policyFile, err)
+		}
+	}
+	c := a.client()
+	a.progress("asking %s's vTPM for a quote", name)
+	res, err := c.Quote(ctx, &v1.QuoteRequest{Name: name, Nonce: nonce})
+	a.progressEnd()
+	if err != nil {
+		return err
+	}
+	evidence, err := attest.DecodeEvidence(strings.NewReader(string(res.Evidence)))
+	if err != nil {
+		return err
+	}
+	opt.Activate = func(blob, secret []byte) ([]byte, error) {
+		r, err := c.ActivateCredential(ctx, &v1.ActivateCredentialRequest{Name: name, CredentialBlob: blob, Secret: secret})
+		if err != nil {
+			return nil, fmt.Errorf("%s", a.explain(err))
+		}
+		return r.Secret, nil
+	}
+	report := attest.Verify(evidence, opt)
+	if out != "" {
+		if err := evidence.WriteDir(out); err != nil {
+			return err
+		}
+	}
+	if a.json {
+		err = a.printJSON(report)
+	} else {
+		err = report.WriteText(a.out)
+	}
+	if err != nil {
+		return err
+	}
+	if failed := report.Failed(); failed != nil {
+		return exitError(1)
+	}
+	if save != "" {
+		return a.savePolicy(evidence, save)
+	}
+	return nil
+}
+
+// savePolicy writes what the evidence shows, once that was verified, as the policy.
+func (a *app) savePolicy(e *attest.Evidence, path string) error {
+	p, err := attest.PolicyFrom(e)
+	if err != nil {
+		return err
+	}
+	b, err := p.Encode()
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(path, b, 0o644)
+}
+
+func (a *app) replayCommand() *cobra.Command {
+	var path string
+	c := &cobra.Command{
+		Use:     "replay --event-log FILE",
+		Short:   "Print the PCRs that a TCG event log adds up to",
+		Long:    "Reads any TCG event log (crypto-agile or SHA-1) and prints the PCR values that it adds up to.\nA damaged log is named with the offset; what was read before it is still printed.",
+		Example: "  redoubt attest replay --event-log /sys/kernel/security/tpm0/binary_bios_measurements",
+		Args:    names(0, "no arguments"),
+		RunE: func(*cobra.Command, []string) error {
+			if path == "" {
+				return usagef("attest replay: give --event-log FILE")
+			}
+			b, err := os.ReadFile(path)
+			if err != nil {
+				return usagef("--event-log: %v", err)
+			}
+			r, damage := attest.ReplayReport(b)
+			if r == nil {
+				return fmt.Errorf("%s: %w", path, damage)
+			}
+			if a.json {
+				err = r.WriteJSON(a.out)
+			} else {
+				err = r.WriteText(a.out)
+			}
+			if err == nil && damage != nil {
+				err = fmt.Errorf("%s: %w", path, damage)
+			}
+			return err
+		},
+	}
+	c.Flags().StringVar(&path, "event-log", "", "TCG event log")
+	return c
+}

@@ -1,0 +1,157 @@
+// Package cli is the operator's command line. Every command talks to the outer API only, save
+// those that have nothing to talk to yet: up, down, doctor, disk.
+//
+// Exit status: 0 done, 1 failed, 2 the command line or the spec is wrong. An error is one line
+// on standard error: what failed, on what, why, and where there is one the mend.
+package cli
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+
+	"connectrpc.com/connect"
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+	"golang.org/x/term"
+
+	"redoubt.dev/redoubt/api"
+	"redoubt.dev/redoubt/api/redoubt/v1/redoubtv1connect"
+	"redoubt.dev/redoubt/services/builder"
+	"redoubt.dev/redoubt/version"
+)
+
+// app is what the commands share.
+type app struct {
+	runDir   string
+	stateDir string
+	json     bool
+	out      io.Writer
+	err      io.Writer
+}
+
+// usageError is the caller's mistake: exit status 2.
+type usageError struct{ error }
+
+func usagef(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
+
+// exitError ends the program with a status and no further word.
+type exitError int
+
+func (e exitError) Error() string { return fmt.Sprintf("exit status %d", int(e)) }
+
+// Main runs the command line and returns the exit status.
+func Main(args []string) int {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
+	defer stop()
+	a := &app{out: os.Stdout, err: os.Stderr}
+	root := a.root()
+	root.SetArgs(args)
+	err := root.ExecuteContext(ctx)
+	var exit exitError
+	var usage usageError
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, &exit):
+		return int(exit)
+	case ctx.Err() != nil:
+		return 130
+	}
+	fmt.Fprintf(a.err, "redoubt: %s\n", oneLine(a.explain(err)))
+	if errors.As(err, &usage) || connect.CodeOf(err) == connect.CodeInvalidArgument {
+		return 2
+	}
+	return 1
+}
+
+func oneLine(s string) string { return strings.Join(strings.Fields(s), " ") }
+
+// explain says an API error as a person would.
+func (a *app) explain(err error) string {
+	var ce *connect.Error
+	if !errors.As(err, &ce) {
+		return err.Error()
+	}
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ECONNREFUSED) {
+		return fmt.Sprintf("Redoubt does not run on %s: start it with `redoubt up`", a.runDir)
+	}
+	if errors.Is(err, unix.EACCES) {
+		return fmt.Sprintf("%s: permission denied: run as root", filepath.Join(a.runDir, builder.APISocket))
+	}
+	return ce.Message()
+}
+
+func (a *app) root() *cobra.Command {
+	root := &cobra.Command{
+		Use:           "redoubt",
+		Short:         "Trusted virtual machines: own TPM, measured and attested from the first instruction",
+		Version:       version.Number,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+		Example: `  redoubt up
+  redoubt run guest.yaml
+  redoubt attest web-1
+  redoubt console web-1`,
+	}
+	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
+		return usagef("%v: see `%s --help`", err, c.CommandPath())
+	})
+	f := root.PersistentFlags()
+	f.StringVar(&a.runDir, "run-dir", env("REDOUBT_RUN_DIR", "/run/redoubt"), "run directory (or $REDOUBT_RUN_DIR)")
+	f.StringVar(&a.stateDir, "state-dir", env("REDOUBT_STATE_DIR", "/var/lib/redoubt"), "state directory (or $REDOUBT_STATE_DIR)")
+	f.BoolVar(&a.json, "json", false, "print JSON")
+	root.AddCommand(a.upCommand(), a.downCommand(), a.doctorCommand(), a.runCommand(), a.psCommand(),
+		a.showCommand(), a.consoleCommand(), a.logsCommand(), a.stopCommand(), a.rmCommand(),
+		a.attestCommand(), a.eventsCommand(), a.diskCommand())
+	return root
+}
+
+func env(key, fallback string) string {
+	if v := os.Getenv(key); v != "" {
+		return v
+	}
+	return fallback
+}
+
+// names checks the number of arguments; cobra's own messages do not say the mend.
+func names(n int, what string) cobra.PositionalArgs {
+	return func(c *cobra.Command, args []string) error {
+		if len(args) != n {
+			return usagef("%s: give %s: see `%s --help`", c.CommandPath(), what, c.CommandPath())
+		}
+		return nil
+	}
+}
+
+func (a *app) client() redoubtv1connect.GuestServiceClient {
+	return api.Dial(filepath.Join(a.runDir, builder.APISocket))
+}
+
+// printJSON prints one value.
+func (a *app) printJSON(v any) error {
+	e := json.NewEncoder(a.out)
+	e.SetIndent("", "  ")
+	return e.Encode(v)
+}
+
+// isTerminal reports whether progress can be shown.
+func (a *app) isTerminal() bool {
+	f, ok := a.err.(*os.File)
+	return ok && term.IsTerminal(int(f.Fd()))
+}
+
+// progress shows what a long command is doing, on a terminal only.
+func (a *app) progress(format string, args ...any) {
+	if a.isTerminal() && !a.json {
+		fmt.Fprintf(a.err, "\r\x1b[K"+format, args...)
+	}
+}
+
+func (a *app) progressEnd() { a.progress("") }

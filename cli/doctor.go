@@ -1,0 +1,151 @@
+package cli
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"redoubt.dev/redoubt/programs"
+	"redoubt.dev/redoubt/qemu"
+)
+
+// A finding is one thing this host can or cannot do.
+type finding struct {
+	What   string `json:"what"`
+	OK     bool   `json:"ok"`
+	Needed bool   `json:"needed"` // without it Redoubt runs no guest at all
+	Detail string `json:"detail"` // what was found, or why not
+	Mend   string `json:"mend,omitempty"`
+}
+
+func (a *app) doctorCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:     "doctor",
+		Short:   "Say what this host can do, and why not the rest",
+		Long:    "Looks at this host and says what Redoubt can do on it, and why not the rest. The exit status is\n1 where something is missing that no guest can do without.",
+		Example: "  redoubt doctor\n  redoubt doctor --json",
+		Args:    names(0, "no arguments"),
+		RunE: func(*cobra.Command, []string) error {
+			all := a.examine()
+			bad := false
+			for _, f := range all {
+				bad = bad || (f.Needed && !f.OK)
+			}
+			if a.json {
+				if err := a.printJSON(all); err != nil {
+					return err
+				}
+			} else {
+				for _, f := range all {
+					mark := "yes"
+					if !f.OK {
+						mark = "no "
+					}
+					fmt.Fprintf(a.out, "%s  %-28s %s\n", mark, f.What, f.Detail)
+					if !f.OK && f.Mend != "" {
+						fmt.Fprintf(a.out, "     %-28s mend: %s\n", "", f.Mend)
+					}
+				}
+			}
+			if bad {
+				return exitError(1)
+			}
+			return nil
+		},
+	}
+}
+
+func (a *app) examine() []finding {
+	root := os.Geteuid() == 0
+	all := []finding{{
+		What: "run as root", OK: root, Needed: true, Detail: fmt.Sprintf("effective user %d", os.Geteuid()), Mend: "use sudo",
+	}}
+	accel, why := qemu.ChooseAccel()
+	kvm := finding{What: "native monitor (KVM)", OK: accel == qemu.KVM, Detail: why}
+	if !kvm.OK {
+		kvm.Mend = "load kvm_intel or kvm_amd on a processor with VT-x or AMD-V (and nested virtualisation inside another machine); meanwhile guests run under QEMU"
+	}
+	all = append(all, kvm)
+	qemuAt := program("qemu-system-x86_64", "QEMU back end", false, "install qemu-system-x86")
+	if qemuAt.OK && accel != qemu.KVM {
+		qemuAt.Detail += ", software emulation: about ten times slower than KVM"
+	}
+	if !kvm.OK {
+		qemuAt.Needed = true
+	}
+	all = append(all, qemuAt,
+		program("swtpm", "vTPM engine", true, "install swtpm"),
+		file("SeaBIOS guests", qemu.FirmwareImage(qemu.SeaBIOS), "install seabios"),
+		file("OVMF guests", qemu.FirmwareImage(qemu.OVMF), "install ovmf"),
+	)
+	tpm := finding{What: "host TPM for the root key", Detail: "/dev/tpmrm0", Mend: "without one the root key is a 0600 file in the state directory"}
+	if _, err := os.Stat("/dev/tpmrm0"); err != nil {
+		tpm.Detail = err.Error()
+	} else {
+		tpm.OK, tpm.Mend = true, ""
+	}
+	all = append(all, tpm)
+	for _, d := range []struct{ what, dir string }{{"run directory", a.runDir}, {"state directory", a.stateDir}} {
+		all = append(all, directory(d.what, d.dir))
+	}
+	running := finding{What: "services running", Mend: "redoubt up"}
+	if pid, err := a.runningBuilder(); err != nil {
+		running.Detail = err.Error()
+	} else if pid != 0 {
+		running.OK, running.Detail, running.Mend = true, fmt.Sprintf("process %d", pid), ""
+	} else {
+		running.Detail = "not started on " + a.runDir
+	}
+	return append(all, running)
+}
+
+func program(name, what string, needed bool, mend string) finding {
+	f := finding{What: what, Needed: needed, Mend: mend}
+	path, err := programs.Find(name)
+	if err != nil {
+		f.Detail = err.Error()
+		return f
+	}
+	f.OK, f.Detail, f.Mend = true, path, ""
+	return f
+}
+
+func file(what, path, mend string) finding {
+	f := finding{What: what, Detail: path, Mend: mend}
+	if _, err := os.Stat(path); err != nil {
+		f.Detail = err.Error()
+		return f
+	}
+	f.OK, f.Mend = true, ""
+	return f
+}
+
+// directory: it need not exist, but its nearest parent must be writable and have room.
+func directory(what, dir string) finding {
+	f := finding{What: what, Needed: true, Mend: "use another directory, or make room"}
+	at := dir
+	for at != "/" {
+		if _, err := os.Stat(at); err == nil {
+			break
+		}
+		at = filepath.Dir(at)
+	}
+	if err := unix.Access(at, unix.W_OK); err != nil {
+		f.Detail = fmt.Sprintf("%s: %v", at, err)
+		return f
+	}
+	var st unix.Statfs_t
+	if err := unix.Statfs(at, &st); err != nil {
+		f.Detail = fmt.Sprintf("%s: %v", at, err)
+		return f
+	}
+	free := st.Bavail * uint64(st.Bsize) >> 20
+	f.Detail = fmt.Sprintf("%s, %d MiB free", dir, free)
+	if f.OK = free >= 16; f.OK {
+		f.Mend = ""
+	}
+	return f
+}

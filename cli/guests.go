@@ -1,0 +1,376 @@
+package cli
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+	"go.yaml.in/yaml/v3"
+
+	v1 "redoubt.dev/redoubt/api/redoubt/v1"
+	"redoubt.dev/redoubt/spec"
+)
+
+// defaultGrace is how long a guest may take to power off.
+const defaultGrace = 30 * time.Second
+
+func (a *app) runCommand() *cobra.Command {
+	var g spec.Guest
+	var emulator, memory, firmware string
+	var disks []string
+	var wait bool
+	var req v1.RunRequest
+	var delay, poll time.Duration
+	c := &cobra.Command{
+		Use:   "run [SPEC.yaml | NAME]",
+		Short: "Create a guest and start it, or start a stopped one",
+		Long: `Creates the guest that the spec describes (a YAML file, "-" for standard input, or flags)
+and starts it; or starts the stopped guest of that name. It returns when the guest's kernel
+runs; with --wait when its vTPM is ready too. A guest that runs with the same spec already is
+left as it is.
+
+The spec's schema is docs/guest.schema.json.`,
+		Example: `  redoubt run web-1.yaml
+  redoubt run --name web-1 --kernel /boot/vmlinuz --initrd /boot/initrd.img --cmdline "console=ttyS0 root=/dev/vda1" --disk web-1.img
+  redoubt run web-1 --wait`,
+		Args: cobra.MaximumNArgs(1),
+		RunE: func(c *cobra.Command, args []string) error {
+			g.Emulator, g.Boot.Firmware = spec.Emulator(emulator), spec.Firmware(firmware)
+			for _, d := range disks {
+				path, ro := strings.CutSuffix(d, ":ro")
+				g.Disks = append(g.Disks, spec.Disk{Path: path, ReadOnly: ro})
+			}
+			if memory != "" {
+				m, err := spec.ParseSize(memory)
+				if err != nil {
+					return usagef("--memory: %v", err)
+				}
+				g.Memory = m
+			}
+			req.UnsafeVtpmDelayMs, req.UnsafePollMs = uint32(delay.Milliseconds()), uint32(poll.Milliseconds())
+			if err := a.fillRequest(&req, args, &g); err != nil {
+				return err
+			}
+			return a.run(c.Context(), &req, wait)
+		},
+	}
+	f := c.Flags()
+	f.StringVar(&g.Name, "name", "", "name of the guest, instead of a spec")
+	f.StringVar(&emulator, "emulator", "", "auto, native or qemu")
+	f.IntVar(&g.CPUs, "cpus", 0, "1 to 8")
+	f.StringVar(&memory, "memory", "", "such as 512MiB")
+	f.StringVar(&g.Boot.Kernel, "kernel", "", "bzImage to boot")
+	f.StringVar(&g.Boot.Initrd, "initrd", "", "initial RAM file system")
+	f.StringVar(&g.Boot.Cmdline, "cmdline", "", "kernel command line")
+	f.StringVar(&firmware, "firmware", "", "seabios or ovmf: boot the first disk through firmware")
+	f.StringArrayVar(&disks, "disk", nil, "raw image, PATH or PATH:ro (repeatable)")
+	f.BoolVar(&g.TPM.Disabled, "no-tpm", false, "start without a TPM")
+	f.BoolVar(&wait, "wait", false, "return when the vTPM is ready")
+	f.BoolVar(&req.UnsafeNoGate, "unsafe-no-gate", false, "do not gate the guest's first TPM access; it may lose its trust (for comparison only)")
+	f.DurationVar(&delay, "unsafe-vtpm-delay", 0, "start the vTPM that much later (for tests only)")
+	f.BoolVar(&req.UnsafeVtpmFirst, "unsafe-vtpm-first", false, "start the guest only when its vTPM is ready (for comparison only)")
+	f.DurationVar(&poll, "unsafe-poll", 0, "wake the guest only at multiples of this (for comparison only)")
+	for _, n := range []string{"unsafe-vtpm-delay", "unsafe-vtpm-first", "unsafe-poll"} {
+		_ = f.MarkHidden(n)
+	}
+	return c
+}
+
+// fillRequest makes the request from a spec file, a name, or the flags' guest. Paths in it
+// are made absolute: they are the caller's, not the service's.
+func (a *app) fillRequest(req *v1.RunRequest, args []string, flags *spec.Guest) error {
+	switch {
+	case len(args) == 1 && flags.Name != "":
+		return usagef("run: give a spec or --name, not both")
+	case len(args) == 0 && flags.Name == "":
+		return usagef("run: give a spec file, a guest's name, or --name and --kernel: see `redoubt run --help`")
+	case len(args) == 0:
+		return encodeSpec(req, flags, "")
+	}
+	arg := args[0]
+	if spec.ValidName(arg) {
+		if _, err := os.Stat(arg); err != nil {
+			req.Name = arg
+			return nil
+		}
+	}
+	in := io.Reader(os.Stdin)
+	base := ""
+	if arg != "-" {
+		f, err := os.Open(arg)
+		if err != nil {
+			return usagef("run: %v", err)
+		}
+		defer f.Close()
+		in, base = f, filepath.Dir(arg)
+	}
+	g, err := spec.Parse(in)
+	if err != nil {
+		return usagef("%s: %v", arg, err)
+	}
+	return encodeSpec(req, g, base)
+}
+
+func encodeSpec(req *v1.RunRequest, g *spec.Guest, base string) error {
+	if err := g.Complete(); err != nil {
+		return usagef("run: %v", err)
+	}
+	paths := []*string{&g.Boot.Kernel, &g.Boot.Initrd}
+	for i := range g.Disks {
+		paths = append(paths, &g.Disks[i].Path)
+	}
+	for _, p := range paths {
+		if *p == "" {
+			continue
+		}
+		if !filepath.IsAbs(*p) {
+			*p = filepath.Join(base, *p)
+		}
+		abs, err := filepath.Abs(*p)
+		if err != nil {
+			return err
+		}
+		*p = abs
+	}
+	b, err := yaml.Marshal(g)
+	req.Spec = string(b)
+	return err
+}
+
+func (a *app) run(ctx context.Context, req *v1.RunRequest, wait bool) error {
+	c := a.client()
+	a.progress("starting the guest")
+	defer a.progressEnd()
+	res, err := c.Run(ctx, req)
+	if err != nil {
+		return err
+	}
+	g := res.Guest
+	if wait {
+		if g, err = a.waitReady(ctx, g.Name); err != nil {
+			return err
+		}
+	}
+	a.progressEnd()
+	if a.json {
+		return a.printGuest(g)
+	}
+	_, err = fmt.Fprintf(a.out, "guest %s is %s (%s, domain %d)\n", g.Name, stateName(g.State), g.Emulator, g.Domain)
+	return err
+}
+
+// waitReady follows a guest's events until it runs or is down.
+func (a *app) waitReady(ctx context.Context, name string) (*v1.Guest, error) {
+	c := a.client()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	events, err := c.Events(ctx, &v1.EventsRequest{Name: name, Follow: true})
+	if err != nil {
+		return nil, err
+	}
+	defer events.Close()
+	for {
+		res, err := c.Get(ctx, &v1.GetRequest{Name: name})
+		if err != nil {
+			return nil, err
+		}
+		switch res.Guest.State {
+		case v1.State_STATE_RUNNING:
+			return res.Guest, nil
+		case v1.State_STATE_FAILED, v1.State_STATE_STOPPED:
+			return nil, fmt.Errorf("guest %s is %s: %s", name, stateName(res.Guest.State), res.Guest.Reason)
+		}
+		if !events.Receive() {
+			return nil, events.Err()
+		}
+		a.progress("%s: %s", name, events.Msg().Event.Kind)
+	}
+}
+
+func stateName(s v1.State) string {
+	return strings.ToLower(strings.TrimPrefix(s.String(), "STATE_"))
+}
+
+// guestJSON is a guest as --json prints it.
+type guestJSON struct {
+	Name         string          `json:"name"`
+	UUID         string          `json:"uuid"`
+	State        string          `json:"state"`
+	Reason       string          `json:"reason,omitempty"`
+	Emulator     string          `json:"emulator,omitempty"`
+	Domain       uint32          `json:"domain,omitempty"`
+	Starts       uint32          `json:"starts"`
+	VTPMInstance uint32          `json:"vtpmInstance,omitempty"`
+	EKSHA256     string          `json:"ekSHA256,omitempty"`
+	Spec         json.RawMessage `json:"spec"`
+	Timeline     []eventJSON     `json:"timeline,omitempty"`
+}
+
+type eventJSON struct {
+	Time  time.Time `json:"time"`
+	Guest string    `json:"guest"`
+	Kind  string    `json:"kind"`
+	Text  string    `json:"text,omitempty"`
+}
+
+func toJSON(g *v1.Guest) guestJSON {
+	j := guestJSON{
+		Name: g.Name, UUID: g.Uuid, State: stateName(g.State), Reason: g.Reason, Emulator: g.Emulator,
+		Domain: g.Domain, Starts: g.Starts, VTPMInstance: g.VtpmInstance, EKSHA256: g.EkSha256,
+		Spec: json.RawMessage(g.SpecJson),
+	}
+	for _, e := range g.Timeline {
+		j.Timeline = append(j.Timeline, eventToJSON(e))
+	}
+	return j
+}
+
+func eventToJSON(e *v1.Event) eventJSON {
+	return eventJSON{time.Unix(0, e.TimeUnixNano), e.Guest, e.Kind, e.Text}
+}
+
+func (a *app) printGuest(g *v1.Guest) error { return a.printJSON(toJSON(g)) }
+
+func (a *app) psCommand() *cobra.Command {
+	var all bool
+	c := &cobra.Command{
+		Use:     "ps",
+		Short:   "List guests",
+		Example: "  redoubt ps\n  redoubt ps --all --json",
+		Args:    names(0, "no arguments"),
+		RunE: func(c *cobra.Command, _ []string) error {
+			res, err := a.client().List(c.Context(), &v1.ListRequest{})
+			if err != nil {
+				return err
+			}
+			list := []guestJSON{}
+			for _, g := range res.Guests {
+				down := g.State == v1.State_STATE_STOPPED || g.State == v1.State_STATE_FAILED
+				if all || !down {
+					list = append(list, toJSON(g))
+				}
+			}
+			if a.json {
+				return a.printJSON(list)
+			}
+			w := tabwriter.NewWriter(a.out, 0, 0, 3, ' ', 0)
+			fmt.Fprintln(w, "NAME\tSTATE\tEMULATOR\tDOMAIN\tREASON")
+			for _, g := range list {
+				fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%s\n", g.Name, g.State, g.Emulator, g.Domain, g.Reason)
+			}
+			return w.Flush()
+		},
+	}
+	c.Flags().BoolVarP(&all, "all", "a", false, "guests that are down too")
+	return c
+}
+
+func (a *app) showCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:     "show NAME",
+		Short:   "Show a guest and the timeline of its start",
+		Example: "  redoubt show web-1\n  redoubt show web-1 --json",
+		Args:    names(1, "a guest's name"),
+		RunE: func(c *cobra.Command, args []string) error {
+			res, err := a.client().Get(c.Context(), &v1.GetRequest{Name: args[0]})
+			if err != nil {
+				return err
+			}
+			if a.json {
+				return a.printGuest(res.Guest)
+			}
+			return a.show(res.Guest)
+		},
+	}
+}
+
+// moments says an event in a timeline's words.
+var moments = map[string]string{
+	"requested": "requested", "kernel-started": "kernel started", "vtpm-asked": "vTPM asked for",
+	"vtpm-started": "vTPM answered INIT", "vtpm-ready": "vTPM ready: gate open", "tpm-first-access": "first TPM access",
+	"gate-wait": "gate: the guest waits", "gate-waited": "gate: the guest went on", "paused": "gate: long wait",
+	"ima": "IMA measured boot_aggregate", "init": "init started", "manufactured": "vTPM keys made: attestable",
+	"reboot": "reboot", "ended": "ended",
+}
+
+func (a *app) show(g *v1.Guest) error {
+	w := tabwriter.NewWriter(a.out, 0, 0, 2, ' ', 0)
+	row := func(k, format string, v ...any) { fmt.Fprintf(w, "%s\t%s\n", k, fmt.Sprintf(format, v...)) }
+	row("name", "%s", g.Name)
+	row("state", "%s", stateName(g.State))
+	if g.Reason != "" {
+		row("reason", "%s", g.Reason)
+	}
+	row("uuid", "%s", g.Uuid)
+	if g.Emulator != "" {
+		row("emulator", "%s", g.Emulator)
+	}
+	if g.EkSha256 != "" {
+		row("vTPM", "instance %d, EK sha256:%s", g.VtpmInstance, g.EkSha256)
+	}
+	if len(g.Timeline) > 0 {
+		fmt.Fprintln(w, "start\t")
+		t0 := g.Timeline[0].TimeUnixNano
+		for _, e := range g.Timeline {
+			what := moments[e.Kind]
+			if what == "" {
+				what = e.Kind
+			}
+			if e.Text != "" {
+				what += " (" + e.Text + ")"
+			}
+			row("", "%9.3f s  %s", float64(e.TimeUnixNano-t0)/1e9, what)
+		}
+	}
+	return w.Flush()
+}
+
+func (a *app) stopCommand() *cobra.Command {
+	var grace time.Duration
+	c := &cobra.Command{
+		Use:     "stop NAME",
+		Short:   "Press a guest's power button, then insist",
+		Long:    "Presses the power button and, when the grace period is over, ends the guest without its help.\nIt returns when the guest is down; one that is down already is no error.",
+		Example: "  redoubt stop web-1\n  redoubt stop web-1 --grace 2m\n  redoubt stop web-1 --grace 0s",
+		Args:    names(1, "a guest's name"),
+		RunE: func(c *cobra.Command, args []string) error {
+			a.progress("stopping %s", args[0])
+			defer a.progressEnd()
+			res, err := a.client().Stop(c.Context(), &v1.StopRequest{Name: args[0], GraceMs: uint32(grace.Milliseconds())})
+			if err != nil {
+				return err
+			}
+			a.progressEnd()
+			if a.json {
+				return a.printGuest(res.Guest)
+			}
+			_, err = fmt.Fprintf(a.out, "guest %s is %s: %s\n", args[0], stateName(res.Guest.State), res.Guest.Reason)
+			return err
+		},
+	}
+	c.Flags().DurationVar(&grace, "grace", defaultGrace, "how long the guest may take; 0s: at once")
+	return c
+}
+
+func (a *app) rmCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:     "rm NAME",
+		Short:   "Forget a stopped guest and destroy its vTPM",
+		Long:    "Forgets a stopped guest and destroys its vTPM: what is sealed to it can never be opened again.\nIts disks stay.",
+		Example: "  redoubt rm web-1",
+		Args:    names(1, "a guest's name"),
+		RunE: func(c *cobra.Command, args []string) error {
+			if _, err := a.client().Remove(c.Context(), &v1.RemoveRequest{Name: args[0]}); err != nil {
+				return err
+			}
+			return a.say(map[string]any{"removed": args[0]}, "guest %s is removed\n", args[0])
+		},
+	}
+}

@@ -1,0 +1,263 @@
+package cli
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	v1 "redoubt.dev/redoubt/api/redoubt/v1"
+	"redoubt.dev/redoubt/process"
+	"redoubt.dev/redoubt/services/builder"
+)
+
+func (a *app) upCommand() *cobra.Command {
+	var hostTPM string
+	var foreground bool
+	c := &cobra.Command{
+		Use:   "up",
+		Short: "Start Redoubt's services",
+		Long: `Starts Redoubt's services and returns when the API is served. Services that run already
+are left as they are.
+
+The vTPM manager's root key is sealed to the host's TPM where --host-tpm names one (by
+default /dev/tpmrm0, if it exists), else kept in a file of mode 0600 in the state directory.`,
+		Example: `  redoubt up
+  redoubt up --host-tpm none
+  redoubt up --foreground    # for a service manager`,
+		Args: names(0, "no arguments"),
+		RunE: func(c *cobra.Command, _ []string) error {
+			switch hostTPM {
+			case "auto":
+				hostTPM = ""
+				if _, err := os.Stat("/dev/tpmrm0"); err == nil {
+					hostTPM = "/dev/tpmrm0"
+				}
+			case "none":
+				hostTPM = ""
+			}
+			return a.up(c.Context(), hostTPM, foreground)
+		},
+	}
+	c.Flags().StringVar(&hostTPM, "host-tpm", "auto", "device or socket of the host's TPM, auto, or none")
+	c.Flags().BoolVar(&foreground, "foreground", false, "stay; end the services at SIGTERM")
+	return c
+}
+
+// upTimeout bounds the services' start.
+const upTimeout = 30 * time.Second
+
+func (a *app) up(ctx context.Context, hostTPM string, foreground bool) error {
+	if os.Geteuid() != 0 {
+		return errors.New("up: not root: Redoubt makes guests and needs /dev/kvm: use sudo")
+	}
+	if pid, err := a.runningBuilder(); err != nil {
+		return err
+	} else if pid != 0 {
+		return a.say(map[string]any{"running": true, "pid": pid}, "Redoubt runs already (process %d)\n", pid)
+	}
+	if err := os.MkdirAll(filepath.Join(a.runDir, builder.LogDir), 0o711); err != nil {
+		return fmt.Errorf("up: %w", err)
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return fmt.Errorf("up: %w", err)
+	}
+	args := []string{"-run-dir", a.runDir, "-state-dir", a.stateDir, "-host-tpm", hostTPM}
+	program := filepath.Join(filepath.Dir(self), "redoubt-builder")
+	if foreground {
+		err := unix.Exec(program, append([]string{program}, args...), process.Env())
+		return fmt.Errorf("up: %s: %w", program, err)
+	}
+	logPath := filepath.Join(a.runDir, builder.LogDir, "redoubt-builder.log")
+	log, err := os.OpenFile(logPath, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o640)
+	if err != nil {
+		return fmt.Errorf("up: %w", err)
+	}
+	defer log.Close()
+	r, w, err := os.Pipe()
+	if err != nil {
+		return fmt.Errorf("up: %w", err)
+	}
+	defer r.Close()
+	cmd := exec.Command(program, append(args, "-ready-fd", "3")...)
+	cmd.Env = process.Env()
+	cmd.Stderr = log
+	cmd.ExtraFiles = []*os.File{w}
+	cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true}
+	err = cmd.Start()
+	w.Close()
+	if err != nil {
+		return fmt.Errorf("up: %w", err)
+	}
+	a.progress("starting Redoubt's services")
+	defer a.progressEnd()
+	if err := r.SetReadDeadline(time.Now().Add(upTimeout)); err != nil {
+		return err
+	}
+	stop := context.AfterFunc(ctx, func() { r.Close() })
+	defer stop()
+	line, err := bufio.NewReader(r).ReadString('\n')
+	if err != nil || line != "ready\n" {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		return fmt.Errorf("up: the services did not start: %s", lastLogLine(logPath))
+	}
+	a.progressEnd()
+	pid := cmd.Process.Pid
+	if err := cmd.Process.Release(); err != nil {
+		return err
+	}
+	return a.say(map[string]any{"running": true, "pid": pid}, "Redoubt is up (process %d)\n", pid)
+}
+
+// say prints one result, as JSON or as a line.
+func (a *app) say(v map[string]any, format string, args ...any) error {
+	if a.json {
+		return a.printJSON(v)
+	}
+	_, err := fmt.Fprintf(a.out, format, args...)
+	return err
+}
+
+func lastLogLine(path string) string {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return err.Error()
+	}
+	lines := strings.Split(strings.TrimSpace(string(b)), "\n")
+	if last := lines[len(lines)-1]; last != "" {
+		return last
+	}
+	return "no word in " + path
+}
+
+// runningBuilder is the process id of the Builder that holds the run directory's lock, 0 where
+// there is none.
+func (a *app) runningBuilder() (int, error) {
+	f, err := os.Open(filepath.Join(a.runDir, builder.LockFile))
+	if errors.Is(err, os.ErrNotExist) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	err = unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB)
+	if err == nil {
+		return 0, nil // nobody holds it; ours goes with f
+	}
+	if !errors.Is(err, unix.EWOULDBLOCK) {
+		return 0, fmt.Errorf("%s: %w", f.Name(), err)
+	}
+	b, err := io.ReadAll(io.LimitReader(f, 32))
+	if err != nil {
+		return 0, err
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil || pid <= 1 {
+		return 0, fmt.Errorf("%s: holds no process id", f.Name())
+	}
+	return pid, nil
+}
+
+func (a *app) downCommand() *cobra.Command {
+	var grace time.Duration
+	c := &cobra.Command{
+		Use:   "down",
+		Short: "Stop all guests and Redoubt's services",
+		Long: `Stops every guest (the power button, then, after the grace period, without its help) and
+ends the services. It returns when all is down.`,
+		Example: "  redoubt down\n  redoubt down --grace 0s",
+		Args:    names(0, "no arguments"),
+		RunE:    func(c *cobra.Command, _ []string) error { return a.down(c.Context(), grace) },
+	}
+	c.Flags().DurationVar(&grace, "grace", defaultGrace, "how long guests may take to power off")
+	return c
+}
+
+func (a *app) down(ctx context.Context, grace time.Duration) error {
+	pid, err := a.runningBuilder()
+	if err != nil {
+		return err
+	}
+	if pid == 0 {
+		return a.say(map[string]any{"running": false}, "Redoubt does not run\n")
+	}
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return fmt.Errorf("down: process %d: %w", pid, err)
+	}
+	pidfd := os.NewFile(uintptr(fd), "builder")
+	defer pidfd.Close()
+	a.stopAll(ctx, grace)
+	a.progress("ending Redoubt's services")
+	defer a.progressEnd()
+	if err := unix.PidfdSendSignal(fd, unix.SIGTERM, nil, 0); err != nil {
+		return fmt.Errorf("down: process %d: %w", pid, err)
+	}
+	for {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(upTimeout.Milliseconds()))
+		if errors.Is(err, unix.EINTR) {
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if n == 0 {
+			return fmt.Errorf("down: process %d has not ended in %v: see %s", pid, upTimeout, filepath.Join(a.runDir, builder.LogDir))
+		}
+		break
+	}
+	a.progressEnd()
+	return a.say(map[string]any{"running": false}, "Redoubt is down\n")
+}
+
+// stopAll asks every guest to power off, all at once. What fails here, the Builder's own end
+// does without asking.
+func (a *app) stopAll(ctx context.Context, grace time.Duration) {
+	c := a.client()
+	list, err := c.List(ctx, &v1.ListRequest{})
+	if err != nil {
+		fmt.Fprintf(a.err, "redoubt: down: guests: %s\n", oneLine(a.explain(err)))
+		return
+	}
+	var names []string
+	for _, g := range list.Guests {
+		if g.State == v1.State_STATE_RUNNING || g.State == v1.State_STATE_STARTING {
+			names = append(names, g.Name)
+		}
+	}
+	if len(names) == 0 {
+		return
+	}
+	a.progress("stopping %s", strings.Join(names, ", "))
+	done := make(chan error, len(names))
+	for _, n := range names {
+		go func() {
+			_, err := c.Stop(ctx, &v1.StopRequest{Name: n, GraceMs: uint32(grace.Milliseconds())})
+			done <- err
+		}()
+	}
+	for range names {
+		if err := <-done; err != nil {
+			fmt.Fprintf(a.err, "redoubt: down: %s\n", oneLine(a.explain(err)))
+		}
+	}
+}

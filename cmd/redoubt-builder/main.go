@@ -1,0 +1,42 @@
+// Command redoubt-builder is the Builder, the first process of Redoubt; `redoubt up` starts it.
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+
+	"golang.org/x/sys/unix"
+
+	"redoubt.dev/redoubt/services/builder"
+)
+
+func main() {
+	log := slog.New(slog.NewTextHandler(os.Stderr, nil)).With("service", "redoubt-builder")
+	cfg := builder.Config{Log: log}
+	flag.StringVar(&cfg.RunDir, "run-dir", "/run/redoubt", "sockets, logs, lock")
+	flag.StringVar(&cfg.StateDir, "state-dir", "/var/lib/redoubt", "guests and their vTPMs")
+	flag.StringVar(&cfg.HostTPM, "host-tpm", "", "the host's TPM: a device or a socket; empty for none")
+	ready := flag.Int("ready-fd", -1, "descriptor to write a line to once the API is served")
+	flag.Parse()
+	cfg.Ready = func() {
+		if *ready >= 0 {
+			f := os.NewFile(uintptr(*ready), "ready")
+			_, _ = f.WriteString("ready\n")
+			f.Close()
+		}
+		log.Info("ready")
+	}
+	if *ready >= 0 {
+		unix.CloseOnExec(*ready)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
+	defer stop()
+	if err := builder.Run(ctx, cfg); err != nil {
+		fmt.Fprintf(os.Stderr, "redoubt-builder: %v\n", err)
+		os.Exit(1)
+	}
+}

@@ -1,0 +1,267 @@
+// Package builder is the Builder: it starts every other process, makes guests, measures what
+// it hands to them, and carries descriptors from one process to another. Nobody else opens
+// /dev/kvm or makes guest memory.
+//
+// A guest's start: the emulator runs the kernel at once; beside it the store is told, the
+// vTPM back end attached, the vTPM created and the measurements made. What joins the two
+// sides again is the gate, in the vTPM back end.
+//
+// Failure: whatever goes wrong on the vTPM's side fails the guest closed. An emulator that
+// ends, however it ends, yields one outcome. When the Builder ends, every child sees its
+// control connection end and ends itself in an orderly way.
+package builder
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"redoubt.dev/redoubt/ipc/rpc"
+	"redoubt.dev/redoubt/process"
+	"redoubt.dev/redoubt/services/protocol"
+	storesvc "redoubt.dev/redoubt/services/store"
+	"redoubt.dev/redoubt/store/client"
+	"redoubt.dev/redoubt/store/server"
+	"redoubt.dev/redoubt/store/tree"
+)
+
+// Config of a Builder.
+type Config struct {
+	RunDir   string // sockets, logs and the lock; lost at a reboot
+	StateDir string // what must outlive the host's reboot
+	HostTPM  string // device or socket of the host's TPM; "" for none
+	Log      *slog.Logger
+	Ready    func() // called once the API is served
+}
+
+// Names in the run directory.
+const (
+	APISocket = "api.sock"
+	LockFile  = "lock" // held while a Builder runs; holds its process id
+	LogDir    = "log"
+)
+
+// Builder is the running service.
+type Builder struct {
+	cfg Config
+	log *slog.Logger
+
+	store     *client.Client
+	storePeer *rpc.Peer
+	vtpm      *rpc.Peer
+	toolstack *rpc.Peer
+
+	mu      sync.Mutex
+	guests  map[string]*guest
+	next    tree.Domain
+	closing bool // no new guests
+
+	toolstackDone chan struct{}  // closed when no call of the toolstack is under way any more
+	wg            sync.WaitGroup // everything Run must wait for
+}
+
+// stopGrace bounds how long children may take to end with their Builder.
+const stopGrace = 10 * time.Second
+
+// Run starts the services, serves until ctx ends or a service dies, and ends everything.
+func Run(ctx context.Context, cfg Config) error {
+	b := &Builder{cfg: cfg, log: cfg.Log, guests: map[string]*guest{}, next: server.FirstGuest, toolstackDone: make(chan struct{})}
+	logs := filepath.Join(cfg.RunDir, LogDir)
+	for _, d := range []string{cfg.RunDir, logs, cfg.StateDir} {
+		if err := os.MkdirAll(d, 0o711); err != nil {
+			return err
+		}
+	}
+	unlock, err := lock(filepath.Join(cfg.RunDir, LockFile))
+	if err != nil {
+		return err
+	}
+	defer unlock()
+
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var services []*process.Process
+	defer func() {
+		// The toolstack first, so that nothing new is asked for; then guests; then the rest.
+		end := func(p *process.Process) {
+			c, stop := context.WithTimeout(context.Background(), stopGrace)
+			defer stop()
+			if err := p.Stop(c); err != nil {
+				b.log.Warn("service ended badly", "service", p.Name, "err", err)
+			}
+		}
+		if b.toolstack != nil {
+			end(services[len(services)-1])
+			services = services[:len(services)-1]
+			<-b.toolstackDone
+		}
+		b.endGuests()
+		for i := len(services) - 1; i >= 0; i-- {
+			end(services[i])
+		}
+		b.wg.Wait()
+		if b.store != nil {
+			b.store.Close()
+		}
+	}()
+	spawn := func(name string, h rpc.Handler) (*rpc.Peer, error) {
+		p, err := process.Start(name, name, logs)
+		if err != nil {
+			return nil, err
+		}
+		services = append(services, p)
+		peer := rpc.New(p.Control, h)
+		b.wg.Go(func() {
+			if name == "redoubt-toolstack" {
+				defer close(b.toolstackDone)
+			}
+			if err := peer.Run(context.Background()); err != nil {
+				b.log.Error("service", "service", name, "err", err)
+			}
+		})
+		b.wg.Go(func() {
+			select {
+			case <-p.Done():
+				err := p.Err()
+				if err == nil {
+					err = fmt.Errorf("%s ended", name)
+				}
+				cancel(err)
+			case <-ctx.Done():
+			}
+		})
+		return peer, nil
+	}
+	if err := b.startServices(ctx, spawn); err != nil {
+		if cause := context.Cause(ctx); cause != nil {
+			err = cause
+		}
+		return err
+	}
+	cfg.Ready()
+	<-ctx.Done()
+	if cause := context.Cause(ctx); !errors.Is(cause, context.Canceled) {
+		return cause
+	}
+	return nil
+}
+
+func (b *Builder) startServices(ctx context.Context, spawn func(string, rpc.Handler) (*rpc.Peer, error)) error {
+	var err error
+	if b.storePeer, err = spawn("redoubt-store-state", nil); err != nil {
+		return err
+	}
+	own, err := b.connectStore(ctx, server.Builder)
+	if err != nil {
+		return err
+	}
+	c, err := net.FileConn(own)
+	own.Close()
+	if err != nil {
+		return err
+	}
+	b.store = client.New(c)
+	if err := b.layout(); err != nil {
+		return err
+	}
+	if b.vtpm, err = spawn("redoubt-vtpm", b.fromVTPM); err != nil {
+		return err
+	}
+	sock, err := b.connectStore(ctx, server.VTPM)
+	if err != nil {
+		return err
+	}
+	_, err = b.vtpm.Call(ctx, protocol.MethodConfigure, protocol.ConfigureVTPM{
+		StateDir: filepath.Join(b.cfg.StateDir, "vtpm"), HostTPM: b.cfg.HostTPM,
+		Files: protocol.Files{protocol.FileStore},
+	}, nil, sock)
+	sock.Close()
+	if err != nil {
+		return fmt.Errorf("vTPM manager: %w", err)
+	}
+	l, err := listen(filepath.Join(b.cfg.RunDir, APISocket))
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	if b.toolstack, err = spawn("redoubt-toolstack", b.fromToolstack); err != nil {
+		return err
+	}
+	_, err = b.toolstack.Call(ctx, protocol.MethodConfigure, protocol.ConfigureToolstack{
+		StateDir: filepath.Join(b.cfg.StateDir, "guests"), LogDir: filepath.Join(b.cfg.RunDir, LogDir),
+		Files: protocol.Files{protocol.FileListener},
+	}, nil, l)
+	if err != nil {
+		return fmt.Errorf("toolstack: %w", err)
+	}
+	return nil
+}
+
+// layout makes the directories that others write beneath.
+func (b *Builder) layout() error {
+	dir := server.DomainPath(server.Builder) + "/backend/vtpm"
+	if err := b.store.Mkdir(dir); err != nil {
+		return err
+	}
+	return b.store.SetPerms(dir, tree.Perm{Domain: server.Builder}, tree.Perm{Domain: server.VTPM, Access: tree.Read})
+}
+
+// connectStore makes a connection with an identity; the file is the client's end.
+func (b *Builder) connectStore(ctx context.Context, d tree.Domain) (*os.File, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("store: socketpair: %w", err)
+	}
+	theirs := os.NewFile(uintptr(fds[0]), "store")
+	defer theirs.Close()
+	ours := os.NewFile(uintptr(fds[1]), "store")
+	if _, err := b.storePeer.Call(ctx, storesvc.MethodConnect, storesvc.Connect{Domain: d}, nil, theirs); err != nil {
+		ours.Close()
+		return nil, err
+	}
+	return ours, nil
+}
+
+// listen makes the API's socket, which root and the group redoubt's members may use.
+func listen(path string) (*os.File, error) {
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		return nil, err
+	}
+	l.SetUnlinkOnClose(false)
+	defer l.Close()
+	if err := os.Chmod(path, 0o660); err != nil {
+		return nil, err
+	}
+	return l.File()
+}
+
+// lock makes this the only Builder of a run directory. The lock goes with the process.
+func lock(path string) (func(), error) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("%s: Redoubt runs already on this run directory", path)
+	}
+	if err := f.Truncate(0); err != nil {
+		return nil, err
+	}
+	if _, err := fmt.Fprintf(f, "%d\n", os.Getpid()); err != nil {
+		return nil, err
+	}
+	return func() { _ = f.Truncate(0); f.Close() }, nil
+}

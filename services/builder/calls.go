@@ -1,0 +1,409 @@
+package builder
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"redoubt.dev/redoubt/ipc/rpc"
+	"redoubt.dev/redoubt/qemu"
+	"redoubt.dev/redoubt/services/protocol"
+	"redoubt.dev/redoubt/spec"
+)
+
+// haveKVM reports whether KVM can run guests here: QEMU then uses it too.
+func haveKVM() bool {
+	accel, _ := qemu.ChooseAccel()
+	return accel == qemu.KVM
+}
+
+// choose settles which emulator runs a guest.
+func choose(g *spec.Guest) (spec.Emulator, error) {
+	accel, why := qemu.ChooseAccel()
+	switch g.Emulator {
+	case spec.QEMU:
+		return spec.QEMU, nil
+	case spec.Native:
+		if accel != qemu.KVM {
+			return "", rpc.Errorf(rpc.Unavailable, "emulator: native needs KVM, %s: use emulator auto or qemu (see `redoubt doctor`)", why)
+		}
+		return spec.Native, nil
+	}
+	if accel == qemu.KVM && g.Boot.Firmware == "" {
+		return spec.Native, nil
+	}
+	return spec.QEMU, nil
+}
+
+func closeFiles(m map[string][]*os.File) {
+	for _, fs := range m {
+		for _, f := range fs {
+			f.Close()
+		}
+	}
+}
+
+// fromToolstack serves the toolstack.
+func (b *Builder) fromToolstack(ctx context.Context, r *rpc.Request) (any, error) {
+	switch r.Method {
+	case protocol.MethodBuild:
+		var in protocol.Build
+		if err := r.Decode(&in); err != nil {
+			return nil, err
+		}
+		return b.build(ctx, in, r)
+	case protocol.MethodStop:
+		var in protocol.Stop
+		if err := r.Decode(&in); err != nil {
+			return nil, err
+		}
+		return struct{}{}, b.stop(ctx, in)
+	case protocol.MethodDestroy:
+		var in protocol.Destroy
+		if err := r.Decode(&in); err != nil {
+			return nil, err
+		}
+		if b.guest(in.UUID) != nil {
+			return nil, rpc.Errorf(rpc.Exists, "the guest runs: stop it first")
+		}
+		return forward(ctx, b, r.Method, in, &struct{}{})
+	case protocol.MethodQuote:
+		var in protocol.Quote
+		if err := r.Decode(&in); err != nil {
+			return nil, err
+		}
+		return b.quote(ctx, in)
+	case protocol.MethodActivate:
+		var in protocol.Activate
+		if err := r.Decode(&in); err != nil {
+			return nil, err
+		}
+		return forward(ctx, b, r.Method, in, &protocol.Activated{})
+	}
+	return nil, rpc.Errorf(rpc.Refused, "builder: no call %q", r.Method)
+}
+
+// quote adds to the vTPM's evidence what only the guest's memory holds: the log of its
+// firmware. It proves nothing by itself; the quote does.
+func (b *Builder) quote(ctx context.Context, in protocol.Quote) (any, error) {
+	g := b.guest(in.UUID)
+	if g == nil {
+		return nil, rpc.Errorf(rpc.Unavailable, "the guest is down")
+	}
+	var out protocol.Quoted
+	if _, err := b.vtpm.Call(ctx, protocol.MethodQuote, in, &out); err != nil {
+		return nil, err
+	}
+	if g.build.Spec.Boot.Firmware != "" {
+		g.mu.Lock()
+		run := g.run
+		g.mu.Unlock()
+		var log protocol.GuestLog
+		if _, err := run.peer.Call(ctx, protocol.MethodReadLog, struct{}{}, &log); err != nil {
+			b.log.Warn("firmware's event log", "guest", g.build.Spec.Name, "err", err)
+		}
+		out.Evidence.GuestLog = log.Log
+	}
+	return out, nil
+}
+
+func forward[T any](ctx context.Context, b *Builder, method string, in any, out *T) (any, error) {
+	_, err := b.vtpm.Call(ctx, method, in, out)
+	return out, err
+}
+
+// fromVTPM serves the vTPM service's notices.
+func (b *Builder) fromVTPM(_ context.Context, r *rpc.Request) (any, error) {
+	switch r.Method {
+	case protocol.NoticeEvent:
+		var e protocol.Event
+		if err := r.Decode(&e); err != nil {
+			return nil, err
+		}
+		return nil, b.toolstack.Notify(protocol.NoticeEvent, e)
+	case protocol.NoticeFailed:
+		var f protocol.Failed
+		if err := r.Decode(&f); err != nil {
+			return nil, err
+		}
+		if g := b.guest(f.UUID); g != nil {
+			g.mu.Lock()
+			run := g.run
+			g.mu.Unlock()
+			if run != nil {
+				run.fail("vTPM: " + f.Reason)
+			}
+		}
+		return nil, nil
+	}
+	return nil, rpc.Errorf(rpc.Refused, "builder: no call %q", r.Method)
+}
+
+// fromEmulator serves one emulator's notices. It faces the guest: nothing it says is more
+// than its own event or its own end.
+func (b *Builder) fromEmulator(g *guest, r *run) rpc.Handler {
+	return func(_ context.Context, req *rpc.Request) (any, error) {
+		switch req.Method {
+		case protocol.NoticeEvent:
+			var e protocol.Event
+			if err := req.Decode(&e); err != nil {
+				return nil, err
+			}
+			b.event(g, protocol.Event{Kind: clip(e.Kind, 64), Text: clip(e.Text, 512), Time: e.Time})
+			return nil, nil
+		case protocol.NoticeOutcome:
+			var e protocol.Exit
+			if err := req.Decode(&e); err != nil {
+				return nil, err
+			}
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			if r.exit == nil {
+				r.exit = &protocol.Exit{Outcome: e.Outcome, Reason: clip(e.Reason, 1024)}
+			}
+			return nil, nil
+		}
+		return nil, rpc.Errorf(rpc.Refused, "builder: no call %q from an emulator", req.Method)
+	}
+}
+
+func clip(s string, n int) string { return s[:min(len(s), n)] }
+
+func (b *Builder) guest(uuid string) *guest {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.guests[uuid]
+}
+
+// event tells the toolstack; the time is now where the event has none.
+func (b *Builder) event(g *guest, e protocol.Event) {
+	e.UUID = g.build.UUID
+	if e.Time.IsZero() {
+		e.Time = time.Now()
+	}
+	if err := b.toolstack.Notify(protocol.NoticeEvent, e); err != nil {
+		b.log.Warn("event lost: the toolstack is gone", "guest", g.build.Spec.Name, "kind", e.Kind)
+	}
+}
+
+// build makes a guest and starts it.
+func (b *Builder) build(ctx context.Context, in protocol.Build, r *rpc.Request) (any, error) {
+	files, err := in.Files.Take(r)
+	if err != nil {
+		return nil, err
+	}
+	g := &guest{build: in, down: make(chan struct{})}
+	claimed := false
+	defer func() {
+		closeFiles(files)
+		if !claimed {
+			g.close()
+		}
+	}()
+	if err := in.Spec.Complete(); err != nil {
+		return nil, rpc.Errorf(rpc.Invalid, "%v", err)
+	}
+	if g.emulator, err = choose(&in.Spec); err != nil {
+		return nil, err
+	}
+	g.build = in
+	if len(files[protocol.FileDisk]) != len(in.Spec.Disks) || len(files[protocol.FileConsole]) != 1 ||
+		len(files[protocol.FileKernel]) > 1 || len(files[protocol.FileInitrd]) > 1 ||
+		(len(files[protocol.FileKernel]) == 1) != (in.Spec.Boot.Kernel != "") ||
+		(len(files[protocol.FileVars]) == 1) != (in.Spec.Boot.Firmware == spec.OVMF) {
+		return nil, rpc.Errorf(rpc.Invalid, "build: the descriptors do not match the spec")
+	}
+	if err := b.claim(g); err != nil {
+		return nil, err
+	}
+	if err := g.take(files); err != nil {
+		b.unclaim(g)
+		return nil, err
+	}
+	run, err := b.start(ctx, g)
+	if err != nil {
+		_, _ = b.vtpm.Call(context.Background(), protocol.MethodRelease, protocol.Release{UUID: in.UUID}, nil)
+		b.unclaim(g)
+		return nil, err
+	}
+	claimed = true
+	g.mu.Lock()
+	g.run = run
+	g.mu.Unlock()
+	b.wg.Go(func() { b.supervise(g) })
+	return protocol.Built{Domain: run.domain, Emulator: g.emulator}, nil
+}
+
+func (b *Builder) claim(g *guest) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.closing {
+		return rpc.Errorf(rpc.Unavailable, "Redoubt is going down")
+	}
+	if b.guests[g.build.UUID] != nil {
+		return rpc.Errorf(rpc.Exists, "the guest runs already")
+	}
+	b.guests[g.build.UUID] = g
+	return nil
+}
+
+func (b *Builder) unclaim(g *guest) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	delete(b.guests, g.build.UUID)
+}
+
+// take keeps what the guest is made of: sealed copies of what is measured, the rest as it is.
+func (g *guest) take(files map[string][]*os.File) error {
+	var err error
+	if k := files[protocol.FileKernel]; len(k) == 1 {
+		if g.kernel, err = sealed("kernel", k[0]); err != nil {
+			return err
+		}
+	}
+	if i := files[protocol.FileInitrd]; len(i) == 1 {
+		if g.initrd, err = sealed("initrd", i[0]); err != nil {
+			return err
+		}
+	}
+	if fw := g.build.Spec.Boot.Firmware; fw != "" {
+		image, err := os.Open(qemu.FirmwareImage(qemu.Firmware(fw)))
+		if err != nil {
+			return fmt.Errorf("boot.firmware: %w", err)
+		}
+		defer image.Close()
+		if g.firmware, err = sealed("firmware", image); err != nil {
+			return err
+		}
+	}
+	if v := files[protocol.FileVars]; len(v) == 1 {
+		g.vars = v[0]
+		delete(files, protocol.FileVars)
+	}
+	g.console = files[protocol.FileConsole][0]
+	g.disks = files[protocol.FileDisk]
+	delete(files, protocol.FileConsole)
+	delete(files, protocol.FileDisk)
+	return nil
+}
+
+// supervise waits for a guest's emulator, starts the next one at a reboot, and reports the end.
+func (b *Builder) supervise(g *guest) {
+	for {
+		g.mu.Lock()
+		run := g.run
+		g.mu.Unlock()
+		exit := run.outcome(g)
+		run.peer.Close()
+		again := exit.Outcome == protocol.Reboot
+		_, err := b.vtpm.Call(context.Background(), protocol.MethodRelease, protocol.Release{UUID: g.build.UUID, Keep: again}, nil)
+		if err != nil && !g.build.Spec.TPM.Disabled {
+			b.log.Warn("vTPM release", "guest", g.build.Spec.Name, "err", err)
+		}
+		b.forget(run.domain)
+		if again {
+			b.event(g, protocol.Event{Kind: protocol.EventReboot, Text: exit.Reason})
+			err := b.restart(g)
+			if err == nil {
+				continue
+			}
+			exit = protocol.Exit{Outcome: protocol.Crashed, Reason: fmt.Sprintf("reboot: %v", err)}
+			if g.isAsked() {
+				exit = protocol.Exit{Outcome: protocol.Stopped, Reason: "stopped while it rebooted"}
+			}
+		}
+		g.close()
+		b.unclaim(g)
+		close(g.down)
+		if err := b.toolstack.Notify(protocol.NoticeEnded, protocol.Ended{UUID: g.build.UUID, Outcome: exit.Outcome, Reason: exit.Reason}); err != nil {
+			b.log.Warn("the toolstack does not learn of an end", "guest", g.build.Spec.Name, "outcome", exit.Outcome, "reason", exit.Reason)
+		}
+		return
+	}
+}
+
+// restart gives a rebooting guest a new emulator, unless it was told to end meanwhile.
+func (b *Builder) restart(g *guest) error {
+	if g.isAsked() {
+		return errors.New("the operator asked for the end")
+	}
+	next, err := b.start(context.Background(), g)
+	if err != nil {
+		return err
+	}
+	g.mu.Lock()
+	g.run = next
+	g.mu.Unlock()
+	if g.isAsked() { // asked while the new process was being made
+		_ = next.peer.Notify(protocol.MethodEnd, struct{}{})
+		next.killLater()
+	}
+	return nil
+}
+
+func (g *guest) isAsked() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.asked
+}
+
+// stop presses the power button and insists when the grace is over.
+func (b *Builder) stop(ctx context.Context, in protocol.Stop) error {
+	g := b.guest(in.UUID)
+	if g == nil {
+		return nil // it is down already
+	}
+	g.mu.Lock()
+	run := g.run
+	if run != nil {
+		g.asked = true
+	}
+	g.mu.Unlock()
+	if run == nil {
+		return rpc.Errorf(rpc.Unavailable, "the guest is being started: try again")
+	}
+	if in.Grace > 0 {
+		if _, err := run.peer.Call(ctx, protocol.MethodPowerButton, struct{}{}, nil); err != nil && !errors.Is(err, rpc.ErrGone) {
+			b.log.Warn("power button", "guest", g.build.Spec.Name, "err", err)
+		}
+		t := time.NewTimer(in.Grace)
+		defer t.Stop()
+		select {
+		case <-g.down:
+			return nil
+		case <-t.C:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	g.mu.Lock()
+	run = g.run // a reboot may have made a new one
+	g.mu.Unlock()
+	_ = run.peer.Notify(protocol.MethodEnd, struct{}{})
+	run.killLater()
+	select {
+	case <-g.down:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// endGuests ends every guest, for the Builder's own end. Nobody can ask for new ones then.
+func (b *Builder) endGuests() {
+	b.mu.Lock()
+	b.closing = true
+	var all []*guest
+	for _, g := range b.guests {
+		all = append(all, g)
+	}
+	b.mu.Unlock()
+	for _, g := range all {
+		b.wg.Go(func() { _ = b.stop(context.Background(), protocol.Stop{UUID: g.build.UUID}) })
+	}
+	for _, g := range all {
+		<-g.down
+	}
+}

@@ -1,0 +1,346 @@
+package builder
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"redoubt.dev/redoubt/ipc"
+	"redoubt.dev/redoubt/ipc/rpc"
+	"redoubt.dev/redoubt/process"
+	"redoubt.dev/redoubt/services/protocol"
+	"redoubt.dev/redoubt/spec"
+	"redoubt.dev/redoubt/store/server"
+	"redoubt.dev/redoubt/store/tree"
+)
+
+// A guest is one that was built and is not down. Its fields are fixed when it is made, save
+// those beneath mu.
+type guest struct {
+	build    protocol.Build
+	emulator spec.Emulator
+	kernel   *os.File // sealed copies of what the toolstack gave
+	initrd   *os.File
+	firmware *os.File // sealed copy of the firmware image, for a guest that boots through it
+	vars     *os.File // OVMF's variable store of this guest
+	disks    []*os.File
+	console  *os.File
+	log      []byte // event log of the measurements, once made; they are the same at each reboot
+
+	mu    sync.Mutex
+	run   *run
+	asked bool          // the operator asked for the end
+	down  chan struct{} // closed when the guest is down for good
+}
+
+// A run is one emulator process of a guest; a reboot makes a new one.
+type run struct {
+	domain tree.Domain
+	proc   *process.Process
+	peer   *rpc.Peer
+
+	mu     sync.Mutex
+	exit   *protocol.Exit // the emulator's own word
+	failed string         // why the Builder ended it, if it did
+}
+
+// pauseAfter is how long a guest may wait at its gate before it is paused and its clock
+// stopped: guests' watchdogs fire at about 20 s.
+const pauseAfter = 10 * time.Second
+
+func (g *guest) close() {
+	for _, f := range append([]*os.File{g.kernel, g.initrd, g.firmware, g.vars, g.console}, g.disks...) {
+		if f != nil {
+			f.Close()
+		}
+	}
+}
+
+// start runs one emulator process and everything that belongs to it. It returns when the
+// guest's kernel is about to run; the vTPM's side goes on in a goroutine of its own.
+func (b *Builder) start(ctx context.Context, g *guest) (*run, error) {
+	b.mu.Lock()
+	d := b.next
+	b.next++
+	b.mu.Unlock()
+	r := &run{domain: d}
+	msg := protocol.Start{
+		Name: g.build.Spec.Name, Emulator: g.emulator, Domain: d, CPUs: g.build.Spec.CPUs,
+		Memory: uint64(g.build.Spec.Memory), Cmdline: g.build.Spec.Boot.Cmdline,
+		Firmware: g.build.Spec.Boot.Firmware, PauseAfter: pauseAfter,
+	}
+	var give, own []*os.File
+	defer func() {
+		for _, f := range own {
+			f.Close()
+		}
+	}()
+	add := func(name string, f *os.File) {
+		if f != nil {
+			msg.Files = append(msg.Files, name)
+			give = append(give, f)
+		}
+	}
+	mem, err := memory(g.build.Spec.Name, int64(g.build.Spec.Memory))
+	if err != nil {
+		return nil, err
+	}
+	own = append(own, mem)
+	add(protocol.FileMemory, mem)
+	add(protocol.FileKernel, g.kernel)
+	add(protocol.FileInitrd, g.initrd)
+	add(protocol.FileConsole, g.console)
+	if g.build.Spec.Boot.Firmware == spec.OVMF {
+		add(protocol.FileCode, g.firmware)
+		add(protocol.FileVars, g.vars)
+	}
+	for i, f := range g.disks {
+		add(protocol.FileDisk, f)
+		msg.Disks = append(msg.Disks, protocol.DiskOptions{ReadOnly: g.build.Spec.Disks[i].ReadOnly})
+	}
+	if g.emulator == spec.Native || haveKVM() {
+		kvm, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
+		if err != nil {
+			return nil, err
+		}
+		own = append(own, kvm)
+		add(protocol.FileKVM, kvm)
+	}
+	if err := b.announce(d); err != nil {
+		return nil, err
+	}
+	st, err := b.connectStore(ctx, d)
+	if err != nil {
+		return nil, err
+	}
+	own = append(own, st)
+	add(protocol.FileStore, st)
+	tpm := !g.build.Spec.TPM.Disabled
+	if tpm {
+		front, back, err := ipc.Files()
+		if err != nil {
+			return nil, err
+		}
+		own = append(own, front, back)
+		add(protocol.FileTPM, front)
+		// The engine's work can begin before the emulator's: it does not wait for it.
+		_, err = b.vtpm.Call(ctx, protocol.MethodAttach, protocol.Attach{
+			UUID: g.build.UUID, Domain: d, Deadline: time.Duration(g.build.Spec.TPM.Timeout),
+			NoGate: g.build.Options.NoGate, Poll: g.build.Options.Poll,
+			Files: protocol.Files{protocol.FileTPM},
+		}, nil, back)
+		if err != nil {
+			return nil, err
+		}
+	}
+	if tpm && g.build.Options.VTPMFirst {
+		if err := b.provision(ctx, g, d); err != nil {
+			return nil, err
+		}
+	}
+	r.proc, err = process.Start("redoubt-emulator", "emulator-"+g.build.Spec.Name, b.cfg.RunDir+"/"+LogDir)
+	if err != nil {
+		return nil, err
+	}
+	r.peer = rpc.New(r.proc.Control, b.fromEmulator(g, r))
+	b.wg.Go(func() { _ = r.peer.Run(context.Background()) })
+	if _, err := r.peer.Call(ctx, protocol.MethodStart, msg, nil, give...); err != nil {
+		err = r.startError(err)
+		r.proc.Kill()
+		<-r.proc.Done()
+		return nil, err
+	}
+	if tpm && !g.build.Options.VTPMFirst {
+		b.wg.Go(func() {
+			if err := b.provision(context.Background(), g, d); err != nil {
+				r.fail(fmt.Sprintf("vTPM: %v", err))
+			}
+		})
+	}
+	return r, nil
+}
+
+// startError prefers the emulator's own last words to the broken connection they caused.
+func (r *run) startError(err error) error {
+	if !errors.Is(err, rpc.ErrGone) {
+		return err
+	}
+	<-r.proc.Done()
+	if perr := r.proc.Err(); perr != nil {
+		return perr
+	}
+	return err
+}
+
+// provision is the vTPM's side of a start, beside the running kernel (steps 3–5): create the
+// device, write its number, measure.
+func (b *Builder) provision(ctx context.Context, g *guest, d tree.Domain) error {
+	b.event(g, protocol.Event{Kind: protocol.EventVTPMAsked})
+	measured := make(chan error, 1)
+	go func() { measured <- g.measure() }()
+	var created protocol.Created
+	_, err := b.vtpm.Call(ctx, protocol.MethodCreate, protocol.Create{
+		UUID: g.build.UUID, Name: g.build.Spec.Name, Delay: g.build.Options.VTPMDelay,
+	}, &created)
+	if err == nil {
+		err = b.store.Write(server.BackPath(d)+"/instance", strconv.Itoa(created.Instance))
+	}
+	if merr := <-measured; merr != nil {
+		err = errors.Join(err, merr)
+	}
+	if err != nil {
+		return err
+	}
+	_, err = b.vtpm.Call(ctx, protocol.MethodMeasure, protocol.Measure{
+		UUID: g.build.UUID, Log: g.log, GuestLog: g.build.Spec.Boot.Firmware == "",
+	}, nil)
+	return err
+}
+
+// announce writes what the store must know of a new domain (step 2): the front end's
+// directory is the guest's, the back end's the vTPM manager's, the instance number the
+// Builder's alone.
+func (b *Builder) announce(d tree.Domain) error {
+	front, back := server.FrontPath(d), server.BackPath(d)
+	for _, n := range []struct {
+		path, value string
+		perms       []tree.Perm
+	}{
+		{server.DomainPath(d), "", []tree.Perm{{Domain: server.Builder}, {Domain: d, Access: tree.Read}, {Domain: server.VTPM, Access: tree.Read}}},
+		{front, "", []tree.Perm{{Domain: d}, {Domain: server.VTPM, Access: tree.Read}}},
+		{front + "/backend", back, nil},
+		{front + "/backend-id", strconv.Itoa(int(server.VTPM)), nil},
+		{front + "/state", "1", nil},
+		{back, "", []tree.Perm{{Domain: server.VTPM}, {Domain: d, Access: tree.Read}}},
+		{back + "/instance", "", []tree.Perm{{Domain: server.Builder}, {Domain: server.VTPM, Access: tree.Read}}},
+		{back + "/frontend", front, nil},
+		{back + "/frontend-id", strconv.Itoa(int(d)), nil},
+		{back + "/state", "1", nil},
+	} {
+		if n.value == "" {
+			if err := b.store.Mkdir(n.path); err != nil {
+				return err
+			}
+		} else if err := b.store.Write(n.path, n.value); err != nil {
+			return err
+		}
+		if n.perms != nil {
+			if err := b.store.SetPerms(n.path, n.perms...); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// forget removes a domain from the store.
+func (b *Builder) forget(d tree.Domain) {
+	for _, p := range []string{server.DomainPath(d), server.DomainPath(server.Builder) + "/backend/vtpm/" + strconv.Itoa(int(d))} {
+		if err := b.store.Remove(p); err != nil && !errors.Is(err, tree.ENOENT) {
+			b.log.Warn("store", "err", err)
+		}
+	}
+}
+
+// fail ends a run because the guest must not go on.
+func (r *run) fail(reason string) {
+	r.mu.Lock()
+	if r.failed == "" && r.exit == nil {
+		r.failed = reason
+	}
+	r.mu.Unlock()
+	_ = r.peer.Notify(protocol.MethodEnd, struct{}{})
+	r.killLater()
+}
+
+// killLater makes sure that an emulator that was told to end does.
+func (r *run) killLater() {
+	t := time.AfterFunc(stopGrace/2, r.proc.Kill)
+	go func() {
+		<-r.proc.Done()
+		t.Stop()
+	}()
+}
+
+// outcome is how a run ended, from the emulator's own word where it left one.
+func (r *run) outcome(g *guest) protocol.Exit {
+	<-r.proc.Done()
+	asked := g.isAsked()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	switch {
+	case r.failed != "":
+		return protocol.Exit{Outcome: protocol.Crashed, Reason: r.failed}
+	case r.exit != nil && r.exit.Outcome == protocol.Stopped && !asked:
+		return protocol.Exit{Outcome: protocol.Crashed, Reason: "the emulator was ended from outside"}
+	case r.exit != nil:
+		return *r.exit
+	case asked:
+		return protocol.Exit{Outcome: protocol.Stopped, Reason: "ended by the operator"}
+	}
+	reason := "the emulator ended without a word"
+	if err := r.proc.Err(); err != nil {
+		reason = err.Error()
+	}
+	return protocol.Exit{Outcome: protocol.Crashed, Reason: reason}
+}
+
+// memory makes a guest's memory.
+func memory(name string, size int64) (*os.File, error) {
+	fd, err := unix.MemfdCreate("redoubt-"+name, unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
+	if err != nil {
+		return nil, fmt.Errorf("guest memory: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), "memory")
+	if err := f.Truncate(size); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("guest memory of %d bytes: %w", size, err)
+	}
+	// Nobody who maps it can be surprised by a smaller file.
+	if _, err := unix.FcntlInt(f.Fd(), unix.F_ADD_SEALS, unix.F_SEAL_SHRINK|unix.F_SEAL_GROW|unix.F_SEAL_SEAL); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("guest memory: seal: %w", err)
+	}
+	return f, nil
+}
+
+// maxBootFile bounds a kernel or an initrd in bytes.
+const maxBootFile = 1 << 30
+
+// sealed copies f into a memfd that nobody can change any more: what is measured is what
+// the guest gets, whatever happens to the file.
+func sealed(name string, f *os.File) (*os.File, error) {
+	st, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if !st.Mode().IsRegular() || st.Size() == 0 || st.Size() > maxBootFile {
+		return nil, rpc.Errorf(rpc.Invalid, "boot.%s: not a regular file of 1 byte to 1 GiB", name)
+	}
+	fd, err := unix.MemfdCreate("redoubt-"+name, unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	m := os.NewFile(uintptr(fd), name)
+	// Read at offsets: where the toolstack's descriptor stands does not matter.
+	n, err := io.Copy(m, io.NewSectionReader(f, 0, st.Size()))
+	if err == nil && n != st.Size() {
+		err = io.ErrUnexpectedEOF
+	}
+	if err != nil {
+		m.Close()
+		return nil, fmt.Errorf("boot.%s: copied %d of %d bytes: %w", name, n, st.Size(), err)
+	}
+	if _, err := unix.FcntlInt(m.Fd(), unix.F_ADD_SEALS, unix.F_SEAL_WRITE|unix.F_SEAL_SHRINK|unix.F_SEAL_GROW|unix.F_SEAL_SEAL); err != nil {
+		m.Close()
+		return nil, fmt.Errorf("%s: seal: %w", name, err)
+	}
+	return m, nil
+}

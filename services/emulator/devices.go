@@ -1,0 +1,49 @@
+package emulator
+
+import (
+	"errors"
+	"fmt"
+
+	"redoubt.dev/redoubt/block"
+	"redoubt.dev/redoubt/pci"
+	"redoubt.dev/redoubt/services/protocol"
+	"redoubt.dev/redoubt/virtio"
+)
+
+// devices makes the native monitor's functions: a random number generator, then the disks in
+// their order. After an error nothing is left open.
+func (g *guest) devices() (all []*pci.Function, err error) {
+	var made []*virtio.Device
+	defer func() {
+		if err != nil {
+			for _, d := range made {
+				err = errors.Join(err, d.Close())
+			}
+		}
+	}()
+	add := func(b virtio.Backend) error {
+		d, f, err := virtio.New(b)
+		if err != nil {
+			return err
+		}
+		made, all = append(made, d), append(all, f)
+		return nil
+	}
+	if err := add(virtio.NewRNG()); err != nil {
+		return nil, err
+	}
+	for i, f := range g.files[protocol.FileDisk] {
+		img, err := block.New(f, g.in.Disks[i].ReadOnly)
+		if err != nil {
+			return nil, fmt.Errorf("disks[%d]: %w", i, err)
+		}
+		b, err := virtio.NewBlock(img, fmt.Sprintf("redoubt-%d", i))
+		if err != nil {
+			return nil, errors.Join(fmt.Errorf("disks[%d]: %w", i, err), img.Close())
+		}
+		if err := add(b); err != nil {
+			return nil, fmt.Errorf("disks[%d]: %w", i, err)
+		}
+	}
+	return all, nil
+}

@@ -1,0 +1,314 @@
+// Package emulator is the service that runs one guest, once: the native monitor or QEMU, the
+// vTPM front end, and nothing else. It faces the guest and is the least trusted of Redoubt's
+// processes: all it has are the descriptors the Builder handed over.
+//
+// A guest's reboot ends this process; the Builder starts a new one.
+package emulator
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"redoubt.dev/redoubt/ipc"
+	"redoubt.dev/redoubt/ipc/rpc"
+	"redoubt.dev/redoubt/services/protocol"
+	"redoubt.dev/redoubt/spec"
+	"redoubt.dev/redoubt/store/client"
+	"redoubt.dev/redoubt/store/server"
+	"redoubt.dev/redoubt/store/tree"
+	"redoubt.dev/redoubt/vtpm/channel"
+	"redoubt.dev/redoubt/vtpm/frontend"
+	"redoubt.dev/redoubt/vtpm/gate"
+)
+
+// A machine is a guest under one of the emulators.
+type machine interface {
+	frontend.Guest
+	// Run runs the guest until it ends or ctx does.
+	Run(ctx context.Context, tpm *frontend.Frontend, started func()) protocol.Exit
+	PowerButton() error
+	// ReadEventLog reads what the guest's firmware wrote there.
+	ReadEventLog() ([]byte, error)
+	// SetEventLog writes the event log into the guest's log area.
+	SetEventLog(log []byte) error
+	Close() error
+}
+
+// service is one emulator process.
+type service struct {
+	log    *slog.Logger
+	peer   *rpc.Peer
+	ctx    context.Context
+	cancel context.CancelFunc // ends the guest
+
+	mu      sync.Mutex
+	machine machine
+	ended   chan struct{} // closed when the guest has ended and that was told
+}
+
+// Serve runs one guest: it waits for the Builder's start call, and returns when the guest has
+// ended. A control connection that ends, ends the guest.
+func Serve(ctx context.Context, log *slog.Logger, control *ipc.Conn) error {
+	s := &service{log: log, ended: make(chan struct{})}
+	s.ctx, s.cancel = context.WithCancel(ctx)
+	defer s.cancel()
+	s.peer = rpc.New(control, s.handle)
+	done := make(chan error, 1)
+	// The connection outlives ctx by the guest's last word.
+	go func() { done <- s.peer.Run(context.Background()) }()
+	select {
+	case err := <-done: // the Builder is gone
+		s.cancel()
+		s.mu.Lock()
+		started := s.machine != nil
+		s.mu.Unlock()
+		if started {
+			<-s.ended
+		}
+		return err
+	case <-s.ended:
+	case <-s.ctx.Done():
+		s.mu.Lock()
+		started := s.machine != nil
+		s.mu.Unlock()
+		if started {
+			<-s.ended
+		}
+	}
+	s.peer.Close()
+	return <-done
+}
+
+func (s *service) handle(_ context.Context, r *rpc.Request) (any, error) {
+	switch r.Method {
+	case protocol.MethodStart:
+		var in protocol.Start
+		if err := r.Decode(&in); err != nil {
+			return nil, err
+		}
+		files, err := in.Files.Take(r)
+		if err != nil {
+			return nil, err
+		}
+		return struct{}{}, s.start(in, files)
+	case protocol.MethodPowerButton:
+		s.mu.Lock()
+		m := s.machine
+		s.mu.Unlock()
+		if m == nil {
+			return nil, rpc.Errorf(rpc.Unavailable, "the guest has not been started")
+		}
+		return struct{}{}, m.PowerButton()
+	case protocol.MethodReadLog:
+		s.mu.Lock()
+		m := s.machine
+		s.mu.Unlock()
+		if m == nil {
+			return nil, rpc.Errorf(rpc.Unavailable, "the guest has not been started")
+		}
+		log, err := m.ReadEventLog()
+		return protocol.GuestLog{Log: log}, err
+	case protocol.MethodEnd:
+		s.cancel()
+		return nil, nil
+	}
+	return nil, rpc.Errorf(rpc.Refused, "emulator: no call %q", r.Method)
+}
+
+func (s *service) event(kind, text string) {
+	err := s.peer.Notify(protocol.NoticeEvent, protocol.Event{Kind: kind, Text: text, Time: time.Now()})
+	if err != nil {
+		s.log.Warn("event", "kind", kind, "err", err)
+	}
+}
+
+// one takes the only descriptor of a name, nil where there is none.
+func one(files map[string][]*os.File, name string) *os.File {
+	if len(files[name]) == 0 {
+		return nil
+	}
+	return files[name][0]
+}
+
+// start makes the machine and runs it in a goroutine that Serve waits for.
+func (s *service) start(in protocol.Start, files map[string][]*os.File) (err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.machine != nil {
+		return rpc.Errorf(rpc.Exists, "the guest was started already")
+	}
+	if one(files, protocol.FileStore) == nil || one(files, protocol.FileMemory) == nil || one(files, protocol.FileConsole) == nil {
+		return rpc.Errorf(rpc.Invalid, "emulator: a descriptor is missing")
+	}
+	xs, err := newXenbus(one(files, protocol.FileStore), in.Domain, s.log)
+	if err != nil {
+		return err
+	}
+	g := &guest{service: s, in: in, files: files, xenbus: xs}
+	create := newQEMU
+	if in.Emulator == spec.Native {
+		create = newNative
+	}
+	m, err := create(g)
+	if err != nil {
+		xs.close()
+		return err
+	}
+	if f := one(files, protocol.FileTPM); f != nil {
+		conn, err := channel.FromFile(f)
+		if err != nil {
+			m.Close()
+			xs.close()
+			return err
+		}
+		g.frontend = frontend.New(conn, frontend.Options{
+			Guest: noted{m, s}, PauseAfter: g.pauseAfter(), OnOpen: g.onOpen(m),
+			OnWait: func() {
+				now := time.Now()
+				g.waitedFrom.Store(&now)
+				s.event(protocol.EventGateWait, "")
+			},
+		})
+		if err := xs.initialised(); err != nil {
+			g.frontend.Close()
+			m.Close()
+			xs.close()
+			return err
+		}
+	}
+	s.machine = m
+	go func() {
+		defer close(s.ended)
+		exit := m.Run(s.ctx, g.frontend, func() { s.event(protocol.EventKernelStarted, "") })
+		if g.frontend != nil {
+			g.frontend.Close()
+			exit = g.explain(exit)
+		}
+		xs.close()
+		if err := m.Close(); err != nil {
+			s.log.Warn("close", "err", err)
+		}
+		if err := s.peer.Notify(protocol.NoticeOutcome, exit); err != nil {
+			s.log.Warn("outcome not told", "outcome", exit.Outcome, "reason", exit.Reason, "err", err)
+		}
+	}()
+	return nil
+}
+
+// A guest is what its machine is made of.
+type guest struct {
+	service    *service
+	in         protocol.Start
+	files      map[string][]*os.File
+	xenbus     *xenbus
+	frontend   *frontend.Frontend // nil without a TPM
+	waitedFrom atomic.Pointer[time.Time]
+	early      []byte // an event log that came before the machine was made
+}
+
+// pauseAfter: QEMU's TPM device cannot hold a processor inside an access, so its guest is
+// paused as soon as a command comes early.
+func (g *guest) pauseAfter() time.Duration {
+	if g.in.Emulator == spec.Native {
+		return g.in.PauseAfter
+	}
+	return 0
+}
+
+// onOpen puts the event log where the guest will look for it and tells how long it waited.
+func (g *guest) onOpen(m machine) func([]byte) error {
+	return func(log []byte) error {
+		if len(log) > 0 {
+			if err := m.SetEventLog(log); err != nil {
+				return err
+			}
+		}
+		if from := g.waitedFrom.Load(); from != nil {
+			g.service.event(protocol.EventGateWaited, time.Since(*from).Round(time.Millisecond).String())
+		}
+		return nil
+	}
+}
+
+// explain prefers the vTPM's failure to what it made of the guest.
+func (g *guest) explain(exit protocol.Exit) protocol.Exit {
+	var failed *frontend.FailedError
+	if errors.As(g.frontend.Err(), &failed) && exit.Outcome != protocol.Stopped {
+		return protocol.Exit{Outcome: protocol.Crashed, Reason: failed.Error()}
+	}
+	return exit
+}
+
+// noted tells of the pauses that a long wait at the gate brings.
+type noted struct {
+	m machine
+	s *service
+}
+
+func (n noted) Pause() error {
+	if err := n.m.Pause(); err != nil {
+		return err
+	}
+	n.s.event(protocol.EventPaused, "guest and its clock stopped")
+	return nil
+}
+
+func (n noted) Resume() error { return n.m.Resume() }
+
+// xenbus is the front end's side of the handshake in the store.
+type xenbus struct {
+	store *client.Client
+	path  string // of the state node
+	once  sync.Once
+	wake  chan struct{}
+	stop  chan struct{}
+	done  chan struct{}
+	log   *slog.Logger
+}
+
+func newXenbus(f *os.File, d tree.Domain, log *slog.Logger) (*xenbus, error) {
+	defer f.Close()
+	c, err := net.FileConn(f)
+	if err != nil {
+		return nil, fmt.Errorf("store: %w", err)
+	}
+	x := &xenbus{
+		store: client.New(c), path: server.FrontPath(d) + "/state", log: log,
+		done: make(chan struct{}), wake: make(chan struct{}), stop: make(chan struct{}),
+	}
+	go x.run()
+	return x, nil
+}
+
+// run writes Connected when told; a vCPU that tells it does not wait for the store.
+func (x *xenbus) run() {
+	defer close(x.done)
+	select {
+	case <-x.wake:
+		if err := x.write(gate.Connected); err != nil {
+			x.log.Error("the gate cannot learn that the front end is connected", "err", err)
+		}
+	case <-x.stop:
+	}
+}
+
+func (x *xenbus) write(s gate.State) error { return x.store.Write(x.path, strconv.Itoa(int(s))) }
+
+func (x *xenbus) initialised() error { return x.write(gate.Initialised) }
+
+// connect makes the front end Connected: the guest's driver is there (steps 7 and 8).
+func (x *xenbus) connect() { x.once.Do(func() { close(x.wake) }) }
+
+func (x *xenbus) close() {
+	close(x.stop)
+	x.store.Close()
+	<-x.done
+}

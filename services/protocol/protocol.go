@@ -1,0 +1,284 @@
+// Package protocol is what Redoubt's services say to each other: the calls and notices of each
+// pair, as bodies of package rpc. A body with Files lists what each descriptor beside it is
+// for, in order.
+package protocol
+
+import (
+	"os"
+	"time"
+
+	"redoubt.dev/redoubt/attest"
+	"redoubt.dev/redoubt/ipc/rpc"
+	"redoubt.dev/redoubt/spec"
+	"redoubt.dev/redoubt/store/tree"
+)
+
+// Names of descriptors.
+const (
+	FileListener = "listener" // the API's listening socket
+	FileStore    = "store"    // a connection to the store, with the receiver's identity
+	FileKVM      = "kvm"      // /dev/kvm
+	FileMemory   = "memory"   // a memfd: the guest's memory
+	FileKernel   = "kernel"
+	FileInitrd   = "initrd"
+	FileDisk     = "disk" // one each, in the order of the spec
+	FileConsole  = "console"
+	FileTPM      = "tpm"  // the TPM data channel
+	FileCode     = "code" // the firmware image, for OVMF
+	FileVars     = "vars" // the guest's own variable store, for OVMF
+)
+
+// Files names the descriptors beside a message.
+type Files []string
+
+// Take returns the descriptors by name; those of the same name in order. It closes all and
+// fails where names and descriptors do not match.
+func (names Files) Take(r *rpc.Request) (map[string][]*os.File, error) {
+	if len(names) != len(r.Files) {
+		for _, f := range r.Files {
+			f.Close()
+		}
+		return nil, rpc.Errorf(rpc.Invalid, "%s: %d descriptors, %d names", r.Method, len(r.Files), len(names))
+	}
+	m := map[string][]*os.File{}
+	for i, n := range names {
+		m[n] = append(m[n], r.Files[i])
+	}
+	return m, nil
+}
+
+// Configure is the Builder's first call to a service.
+const MethodConfigure = "configure"
+
+// ConfigureVTPM configures the vTPM service. Files: FileStore.
+type ConfigureVTPM struct {
+	StateDir string `json:"stateDir"`
+	HostTPM  string `json:"hostTPM,omitempty"` // device or socket that seals the root key
+	Files    Files  `json:"files"`
+}
+
+// ConfigureToolstack configures the toolstack. Files: FileListener.
+type ConfigureToolstack struct {
+	StateDir string `json:"stateDir"`
+	LogDir   string `json:"logDir"`
+	Files    Files  `json:"files"`
+}
+
+// Toolstack → Builder.
+const (
+	MethodBuild    = "build"    // Build → Built
+	MethodStop     = "stop"     // Stop → nothing, when the guest is down
+	MethodDestroy  = "destroy"  // Destroy → nothing
+	MethodQuote    = "quote"    // Quote → Quoted
+	MethodActivate = "activate" // Activate → Activated
+)
+
+// Build asks for a guest. Files: FileConsole, FileKernel, FileInitrd, FileDisk….
+type Build struct {
+	UUID    string     `json:"uuid"`
+	Spec    spec.Guest `json:"spec"`
+	Options Options    `json:"options"`
+	Files   Files      `json:"files"`
+}
+
+// Options of one start, all for comparison and tests only.
+type Options struct {
+	NoGate    bool          `json:"noGate,omitempty"`
+	VTPMFirst bool          `json:"vtpmFirst,omitempty"`
+	VTPMDelay time.Duration `json:"vtpmDelay,omitempty"`
+	Poll      time.Duration `json:"poll,omitempty"`
+}
+
+// Built is the answer: the guest's kernel is about to run.
+type Built struct {
+	Domain   tree.Domain   `json:"domain"`
+	Emulator spec.Emulator `json:"emulator"`
+}
+
+// Stop asks for a guest's end.
+type Stop struct {
+	UUID  string        `json:"uuid"`
+	Grace time.Duration `json:"grace"` // after the power button; 0: at once
+}
+
+// Destroy asks that the vTPM of a guest that is down be destroyed for ever.
+type Destroy struct {
+	UUID string `json:"uuid"`
+}
+
+// Quote asks for evidence of a running guest.
+type Quote struct {
+	UUID  string `json:"uuid"`
+	Name  string `json:"name"`
+	Nonce []byte `json:"nonce"`
+}
+
+// Quoted carries it.
+type Quoted struct {
+	Evidence attest.Evidence `json:"evidence"`
+}
+
+// Activate asks the guest's vTPM to open a credential (TPM 2.0 Part 3 §12.5).
+type Activate struct {
+	UUID           string `json:"uuid"`
+	CredentialBlob []byte `json:"credentialBlob"`
+	Secret         []byte `json:"secret"`
+}
+
+// Activated carries what was in it.
+type Activated struct {
+	Secret []byte `json:"secret"`
+}
+
+// Notices to the toolstack; those of the vTPM service and the emulator pass through the
+// Builder.
+const (
+	NoticeEvent = "event" // Event
+	NoticeEnded = "ended" // Ended
+)
+
+// Kinds of events, the timeline of a start.
+const (
+	EventRequested     = "requested"        // the operator's request was accepted
+	EventKernelStarted = "kernel-started"   // the first instruction of the guest runs
+	EventVTPMAsked     = "vtpm-asked"       // the vTPM manager was told to create the device
+	EventVTPMStarted   = "vtpm-started"     // the engine answered INIT
+	EventVTPMReady     = "vtpm-ready"       // the gate opened
+	EventFirstAccess   = "tpm-first-access" // the guest's driver touched the TPM
+	EventGateWait      = "gate-wait"        // its first command began to wait
+	EventGateWaited    = "gate-waited"      // and ended waiting
+	EventPaused        = "paused"           // the wait was long: guest and clock stopped
+	EventIMA           = "ima"              // boot_aggregate was measured into PCR 10
+	EventInit          = "init"             // the kernel started the first program
+	EventReboot        = "reboot"           // the guest asked for a reboot: a new emulator process
+	EventVTPM          = "vtpm"             // what the manager has to say of it
+	EventManufactured  = "manufactured"     // keys and certificate are there: the guest can be attested
+	EventEnded         = "ended"
+)
+
+// Event is one moment of a guest's life.
+type Event struct {
+	UUID string    `json:"uuid"`
+	Kind string    `json:"kind"`
+	Text string    `json:"text,omitempty"`
+	Time time.Time `json:"time"`
+	// Instance and EKSHA256 come with EventManufactured and EventVTPMStarted.
+	Instance int    `json:"instance,omitempty"`
+	EKSHA256 string `json:"ekSHA256,omitempty"`
+}
+
+// Ended says that a guest is down.
+type Ended struct {
+	UUID    string  `json:"uuid"`
+	Outcome Outcome `json:"outcome"`
+	Reason  string  `json:"reason"`
+}
+
+// Outcome is how an emulator process ended.
+type Outcome string
+
+const (
+	PowerOff Outcome = "power-off"
+	Reboot   Outcome = "reboot"
+	Stopped  Outcome = "stopped" // ended by us, at the operator's request
+	Crashed  Outcome = "crashed" // everything else: triple fault, vTPM lost, emulator died
+)
+
+// Builder → emulator.
+const (
+	MethodStart       = "start"        // Start → nothing, when the vCPUs are about to run
+	MethodPowerButton = "power-button" // nothing
+	MethodEnd         = "end"          // nothing
+	MethodReadLog     = "read-log"     // nothing → GuestLog
+)
+
+// Emulator → Builder.
+const (
+	NoticeOutcome = "outcome" // Exit, the emulator's last word
+)
+
+// Start is all an emulator learns. Files: FileMemory, FileStore, FileConsole, and as the guest
+// has them FileKVM, FileKernel, FileInitrd, FileTPM, FileDisk….
+type Start struct {
+	Name       string        `json:"name"`
+	Emulator   spec.Emulator `json:"emulator"` // native or qemu
+	Domain     tree.Domain   `json:"domain"`
+	CPUs       int           `json:"cpus"`
+	Memory     uint64        `json:"memory"`
+	Cmdline    string        `json:"cmdline"`
+	Firmware   spec.Firmware `json:"firmware"`
+	Disks      []DiskOptions `json:"disks"`
+	PauseAfter time.Duration `json:"pauseAfter"` // wait at the gate before guest and clock stop
+	Files      Files         `json:"files"`
+}
+
+// DiskOptions of one disk.
+type DiskOptions struct {
+	ReadOnly bool `json:"readOnly"`
+}
+
+// GuestLog is the event log that a guest's firmware wrote.
+type GuestLog struct {
+	Log []byte `json:"log"`
+}
+
+// Exit is an emulator's outcome.
+type Exit struct {
+	Outcome Outcome `json:"outcome"`
+	Reason  string  `json:"reason"`
+}
+
+// Builder → vTPM service.
+const (
+	MethodAttach  = "attach"  // Attach → nothing: the back end serves the channel
+	MethodCreate  = "create"  // Create → Created: the device's process runs
+	MethodMeasure = "measure" // Measure → nothing, when the vTPM is ready
+	MethodRelease = "release" // Release → nothing: the guest is gone
+)
+
+// vTPM service → Builder: EventX notices, and
+const NoticeFailed = "failed" // Failed
+
+// Attach makes the back end serve a guest (step 2). Files: FileTPM.
+type Attach struct {
+	UUID     string        `json:"uuid"`
+	Domain   tree.Domain   `json:"domain"`
+	Deadline time.Duration `json:"deadline"`
+	NoGate   bool          `json:"noGate"`
+	Poll     time.Duration `json:"poll"`
+	Files    Files         `json:"files"`
+}
+
+// Create makes the manager create the guest's device (step 3).
+type Create struct {
+	UUID  string        `json:"uuid"`
+	Name  string        `json:"name"`
+	Delay time.Duration `json:"delay"` // for tests: the engine is started that much later
+}
+
+// Created reports it.
+type Created struct {
+	Instance int `json:"instance"`
+}
+
+// Measure hands over the event log of what the Builder gave the guest; the manager extends
+// every event of it before the vTPM is ready.
+type Measure struct {
+	UUID string `json:"uuid"`
+	Log  []byte `json:"log"`
+	// GuestLog is false where the guest's own firmware writes the log the guest sees.
+	GuestLog bool `json:"guestLog"`
+}
+
+// Release says that a guest's emulator is gone. With Keep the engine waits for the next one
+// (a reboot); else it is shut down in an orderly way.
+type Release struct {
+	UUID string `json:"uuid"`
+	Keep bool   `json:"keep"`
+}
+
+// Failed says that a guest's vTPM is lost and why.
+type Failed struct {
+	UUID   string `json:"uuid"`
+	Reason string `json:"reason"`
+}

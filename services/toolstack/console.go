@@ -1,0 +1,201 @@
+package toolstack
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"net"
+	"os"
+	"sync"
+	"time"
+
+	"redoubt.dev/redoubt/services/protocol"
+)
+
+// scrollback is how much of a console is kept in memory; the log file has more.
+const scrollback = 256 << 10
+
+// console is a guest's serial console: a scrollback, a log file, and any number of watchers.
+// It outlives the emulator processes it is connected to.
+type console struct {
+	mu      sync.Mutex
+	back    []byte
+	conn    net.Conn
+	done    chan struct{} // closed when the reader of conn has ended
+	fanout  *broadcast[[]byte]
+	partial []byte // the current line, for recognising the first program's start
+}
+
+func newConsole() *console { return &console{fanout: newBroadcast[[]byte]()} }
+
+// maxLog bounds a console's log file; a guest that prints for ever fills no disk.
+const maxLog = 16 << 20
+
+// attach connects a new emulator's console and owns one goroutine until detach.
+func (c *console) attach(conn net.Conn, log *os.File, moment func(kind string)) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.conn, c.done = conn, make(chan struct{})
+	c.back, c.partial = nil, nil
+	go c.read(conn, c.done, log, moment)
+}
+
+func (c *console) read(conn net.Conn, done chan struct{}, log *os.File, moment func(kind string)) {
+	defer close(done)
+	defer log.Close()
+	buf := make([]byte, 8<<10)
+	logged, started := 0, false
+	for {
+		n, err := conn.Read(buf)
+		if err != nil {
+			return
+		}
+		if logged < maxLog {
+			m, _ := log.Write(buf[:n])
+			logged += m
+		}
+		out := bytes.Clone(buf[:n])
+		c.mu.Lock()
+		if c.back = append(c.back, out...); len(c.back) > scrollback {
+			c.back = bytes.Clone(c.back[len(c.back)-scrollback:])
+		}
+		c.fanout.send(out) // beneath mu: a watcher sees either scrollback or stream, never both
+		if !started {
+			started = c.scan(out)
+		}
+		c.mu.Unlock()
+		if started && moment != nil {
+			moment(protocol.EventInit)
+			moment = nil
+		}
+	}
+}
+
+// scan looks for the line by which a Linux kernel says that it starts the first program
+// (init/main.c, run_init_process).
+func (c *console) scan(out []byte) bool {
+	c.partial = append(c.partial, out...)
+	for {
+		line, rest, ok := bytes.Cut(c.partial, []byte("\n"))
+		if !ok {
+			break
+		}
+		if bytes.Contains(line, []byte("Run ")) && bytes.Contains(line, []byte(" as init process")) {
+			c.partial = nil
+			return true
+		}
+		c.partial = rest
+	}
+	if len(c.partial) > 4096 {
+		c.partial = nil
+	}
+	return false
+}
+
+// detach disconnects from an emulator that is gone, after all it printed was read.
+func (c *console) detach() {
+	c.mu.Lock()
+	conn, done := c.conn, c.done
+	c.mu.Unlock()
+	if conn == nil {
+		return
+	}
+	// Normally its end is closed by now; the bound is for a descendant that still holds it.
+	_ = conn.SetReadDeadline(time.Now().Add(time.Second))
+	<-done
+	conn.Close()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.conn == conn {
+		c.conn = nil
+	}
+}
+
+// watch returns the scrollback and a subscription that continues it without gap.
+func (c *console) watch() ([]byte, *subscription[[]byte]) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return bytes.Clone(c.back), c.fanout.subscribe()
+}
+
+// write types into the guest.
+func (c *console) write(b []byte) error {
+	c.mu.Lock()
+	conn := c.conn
+	c.mu.Unlock()
+	if conn == nil {
+		return net.ErrClosed
+	}
+	if err := conn.SetWriteDeadline(time.Now().Add(time.Second)); err != nil {
+		return err
+	}
+	_, err := conn.Write(b)
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return nil // the guest does not read its console: what is typed is lost, as on a wire
+	}
+	return err
+}
+
+// errSlow says that a subscriber was too slow.
+var errSlow = errors.New("too slow: some output was lost")
+
+// broadcast gives every subscriber what is sent. A subscriber that does not keep up loses its
+// subscription; the sender never waits.
+type broadcast[T any] struct {
+	mu   sync.Mutex
+	subs map[*subscription[T]]bool
+}
+
+type subscription[T any] struct {
+	b  *broadcast[T]
+	ch chan T // closed when the subscription is lost
+}
+
+func newBroadcast[T any]() *broadcast[T] { return &broadcast[T]{subs: map[*subscription[T]]bool{}} }
+
+func (b *broadcast[T]) subscribe() *subscription[T] {
+	s := &subscription[T]{b: b, ch: make(chan T, 1024)}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.subs[s] = true
+	return s
+}
+
+func (b *broadcast[T]) send(v T) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for s := range b.subs {
+		select {
+		case s.ch <- v:
+		default:
+			delete(b.subs, s)
+			close(s.ch)
+		}
+	}
+}
+
+func (s *subscription[T]) close() {
+	s.b.mu.Lock()
+	defer s.b.mu.Unlock()
+	if s.b.subs[s] {
+		delete(s.b.subs, s)
+		close(s.ch)
+	}
+}
+
+// each calls f with everything sent until f fails, ctx ends, or the subscription is lost.
+func (s *subscription[T]) each(ctx context.Context, f func(T) error) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case v, ok := <-s.ch:
+			if !ok {
+				return errSlow
+			}
+			if err := f(v); err != nil {
+				return err
+			}
+		}
+	}
+}

@@ -1,0 +1,455 @@
+// Package toolstack is the service an operator talks to: the outer API over the guests of one
+// tenant. It keeps their specs and identities on disk, their consoles and events in memory,
+// opens the files a spec names, and asks the Builder for everything else.
+package toolstack
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/google/renameio/v2"
+	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
+
+	"redoubt.dev/redoubt/ipc/rpc"
+	"redoubt.dev/redoubt/qemu"
+	"redoubt.dev/redoubt/services/protocol"
+	"redoubt.dev/redoubt/spec"
+)
+
+// State of a guest.
+type State string
+
+const (
+	Starting State = "starting"
+	Running  State = "running"
+	Stopping State = "stopping"
+	Stopped  State = "stopped"
+	Failed   State = "failed"
+)
+
+// saved is what outlives the toolstack: one file a guest, NAME.json.
+type saved struct {
+	Version int        `json:"version"`
+	UUID    string     `json:"uuid"`
+	Spec    spec.Guest `json:"spec"`
+	// EKSHA256 and Instance are what the vTPM manager last said of the guest's vTPM.
+	EKSHA256 string `json:"ekSHA256,omitempty"`
+	Instance int    `json:"instance,omitempty"`
+}
+
+const savedVersion = 1
+
+// guest is one guest, running or not.
+type guest struct {
+	mu       sync.Mutex
+	saved    saved
+	state    State
+	reason   string
+	domain   uint32
+	emulator spec.Emulator
+	timeline []protocol.Event
+	starts   uint32
+	console  *console
+	changed  chan struct{} // closed and replaced at every change of state
+}
+
+// maxTimeline bounds the events kept of one start.
+const maxTimeline = 256
+
+func (g *guest) up() bool { return g.state == Starting || g.state == Running || g.state == Stopping }
+
+// Toolstack is the running service.
+type Toolstack struct {
+	log     *slog.Logger
+	dir     string
+	logDir  string
+	builder *rpc.Peer
+	events  *broadcast[protocol.Event]
+
+	mu     sync.Mutex
+	guests map[string]*guest // by name
+	byUUID map[string]*guest
+}
+
+// load reads the guests left by an earlier toolstack; all are down, for the Builder that ran
+// them is gone too. A damaged file is refused, never replaced.
+func (t *Toolstack) load() error {
+	if err := os.MkdirAll(t.dir, 0o700); err != nil {
+		return err
+	}
+	files, err := filepath.Glob(filepath.Join(t.dir, "*.json"))
+	if err != nil {
+		return err
+	}
+	for _, f := range files {
+		b, err := os.ReadFile(f)
+		if err != nil {
+			return err
+		}
+		var s saved
+		if err := json.Unmarshal(b, &s); err != nil {
+			return fmt.Errorf("%s: damaged: %v: restore it from a backup or remove it", f, err)
+		}
+		if s.Version != savedVersion || s.Spec.Name+".json" != filepath.Base(f) || uuid.Validate(s.UUID) != nil {
+			return fmt.Errorf("%s: not a guest of this version: restore it from a backup or remove it", f)
+		}
+		t.add(newGuest(s, "Redoubt was restarted"))
+	}
+	return nil
+}
+
+func (t *Toolstack) add(g *guest) {
+	t.guests[g.saved.Spec.Name] = g
+	t.byUUID[g.saved.UUID] = g
+}
+
+func (t *Toolstack) save(s saved) error {
+	b, err := json.MarshalIndent(s, "", "  ")
+	if err != nil {
+		return err
+	}
+	return renameio.WriteFile(filepath.Join(t.dir, s.Spec.Name+".json"), append(b, '\n'), 0o600)
+}
+
+func (t *Toolstack) find(name string) (*guest, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	g := t.guests[name]
+	if g == nil {
+		return nil, rpc.Errorf(rpc.NotFound, "guest %q: no such guest (see `redoubt ps --all`)", name)
+	}
+	return g, nil
+}
+
+func (t *Toolstack) list() []*guest {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	all := make([]*guest, 0, len(t.guests))
+	for _, g := range t.guests {
+		all = append(all, g)
+	}
+	slices.SortFunc(all, func(a, b *guest) int { return strings.Compare(a.saved.Spec.Name, b.saved.Spec.Name) })
+	return all
+}
+
+// set changes a guest's state and wakes whoever waits for that. mu is held.
+func (g *guest) set(s State, reason string) {
+	g.state, g.reason = s, reason
+	close(g.changed)
+	g.changed = make(chan struct{})
+}
+
+// await waits until cond holds of the guest.
+func (g *guest) await(ctx context.Context, cond func() bool) error {
+	for {
+		g.mu.Lock()
+		ok, ch := cond(), g.changed
+		g.mu.Unlock()
+		if ok {
+			return nil
+		}
+		select {
+		case <-ch:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// run creates a guest from its spec, or takes the one of that name up again, and starts it.
+// A guest that runs with the same spec already is left as it is.
+func (t *Toolstack) run(ctx context.Context, s *spec.Guest, name string, opt protocol.Options) (*guest, error) {
+	g, fresh, err := t.claim(s, name)
+	if errors.Is(err, errSame) {
+		return g, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := t.launch(ctx, g, opt); err != nil {
+		g.mu.Lock()
+		g.set(Failed, err.Error())
+		g.mu.Unlock()
+		if fresh {
+			t.forget(g)
+		}
+		return nil, err
+	}
+	return g, nil
+}
+
+// errSame says that the guest runs already, as asked for.
+var errSame = errors.New("runs already")
+
+// claim finds or makes the guest and marks it as starting.
+func (t *Toolstack) claim(s *spec.Guest, name string) (g *guest, fresh bool, err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if s != nil {
+		name = s.Name
+	}
+	g = t.guests[name]
+	if g == nil {
+		if s == nil {
+			return nil, false, rpc.Errorf(rpc.NotFound, "guest %q: no such guest: give its spec", name)
+		}
+		g = newGuest(saved{Version: savedVersion, UUID: uuid.NewString(), Spec: *s}, "")
+		fresh = true
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.up() {
+		if s == nil || reflect.DeepEqual(*s, g.saved.Spec) {
+			return g, false, errSame
+		}
+		return nil, false, rpc.Errorf(rpc.Exists, "guest %q is %s with another spec: stop it first, or use another name", name, g.state)
+	}
+	next := g.saved
+	if s != nil {
+		next.Spec = *s
+	}
+	if err := t.save(next); err != nil {
+		return nil, false, err
+	}
+	g.saved = next
+	if fresh {
+		t.add(g)
+	}
+	g.timeline = nil
+	g.starts = 0
+	g.set(Starting, "")
+	return g, fresh, nil
+}
+
+func newGuest(s saved, reason string) *guest {
+	return &guest{saved: s, state: Stopped, reason: reason, changed: make(chan struct{}), console: newConsole()}
+}
+
+// forget removes a guest's record; it was never started.
+func (t *Toolstack) forget(g *guest) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(t.guests, g.saved.Spec.Name)
+	delete(t.byUUID, g.saved.UUID)
+	if err := os.Remove(filepath.Join(t.dir, g.saved.Spec.Name+".json")); err != nil {
+		t.log.Warn("guest record", "err", err)
+	}
+	if err := os.Remove(t.varsPath(g.saved.Spec.Name)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		t.log.Warn("variable store", "err", err)
+	}
+}
+
+// launch opens what the spec names and has the Builder start the guest.
+func (t *Toolstack) launch(ctx context.Context, g *guest, opt protocol.Options) error {
+	s := g.saved.Spec
+	msg := protocol.Build{UUID: g.saved.UUID, Spec: s, Options: opt}
+	var files []*os.File
+	defer func() {
+		for _, f := range files {
+			f.Close()
+		}
+	}()
+	add := func(name, field, path string, flags int) error {
+		f, err := os.OpenFile(path, flags|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+		if err != nil {
+			var pe *os.PathError
+			if errors.As(err, &pe) {
+				err = pe.Err
+			}
+			return rpc.Errorf(rpc.Invalid, "%s: %s: %v", field, path, err)
+		}
+		files = append(files, f)
+		if st, err := f.Stat(); err != nil || !st.Mode().IsRegular() {
+			return rpc.Errorf(rpc.Invalid, "%s: %s: not a regular file", field, path)
+		}
+		msg.Files = append(msg.Files, name)
+		return nil
+	}
+	if s.Boot.Kernel != "" {
+		if err := add(protocol.FileKernel, "boot.kernel", s.Boot.Kernel, os.O_RDONLY); err != nil {
+			return err
+		}
+	}
+	if s.Boot.Initrd != "" {
+		if err := add(protocol.FileInitrd, "boot.initrd", s.Boot.Initrd, os.O_RDONLY); err != nil {
+			return err
+		}
+	}
+	if s.Boot.Firmware == spec.OVMF {
+		path := t.varsPath(s.Name)
+		if err := makeVars(path); err != nil {
+			return err
+		}
+		if err := add(protocol.FileVars, "boot.firmware", path, os.O_RDWR); err != nil {
+			return err
+		}
+	}
+	for i, d := range s.Disks {
+		mode := os.O_RDWR
+		if d.ReadOnly {
+			mode = os.O_RDONLY
+		}
+		if err := add(protocol.FileDisk, fmt.Sprintf("disks[%d].path", i), d.Path, mode); err != nil {
+			return err
+		}
+	}
+	ours, theirs, err := streamPair()
+	if err != nil {
+		return err
+	}
+	files = append(files, theirs)
+	msg.Files = append(msg.Files, protocol.FileConsole)
+	logFile, err := os.OpenFile(filepath.Join(t.logDir, "console-"+s.Name+".log"), os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	if err != nil {
+		ours.Close()
+		return err
+	}
+	g.console.attach(ours, logFile, func(kind string) {
+		t.event(protocol.Event{UUID: g.saved.UUID, Kind: kind, Time: time.Now()})
+	})
+	t.event(protocol.Event{UUID: g.saved.UUID, Kind: protocol.EventRequested, Time: time.Now()})
+	var built protocol.Built
+	if _, err := t.builder.Call(ctx, protocol.MethodBuild, msg, &built, files...); err != nil {
+		g.console.detach()
+		return err
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.domain, g.emulator = uint32(built.Domain), built.Emulator
+	if s.TPM.Disabled && g.state == Starting {
+		g.set(Running, "")
+	}
+	return nil
+}
+
+func (t *Toolstack) varsPath(name string) string { return filepath.Join(t.dir, name+".vars") }
+
+// makeVars makes a guest's UEFI variable store, unless it has one.
+func makeVars(path string) error {
+	if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	fresh, err := qemu.NewVars()
+	if err != nil {
+		return fmt.Errorf("boot.firmware: %w", err)
+	}
+	return renameio.WriteFile(path, fresh, 0o600)
+}
+
+func streamPair() (net.Conn, *os.File, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, fmt.Errorf("console: %w", err)
+	}
+	own := os.NewFile(uintptr(fds[0]), "console")
+	defer own.Close()
+	theirs := os.NewFile(uintptr(fds[1]), "console")
+	c, err := net.FileConn(own)
+	if err != nil {
+		theirs.Close()
+		return nil, nil, err
+	}
+	return c, theirs, nil
+}
+
+// event records one moment of a guest and tells those who follow.
+func (t *Toolstack) event(e protocol.Event) {
+	t.mu.Lock()
+	g := t.byUUID[e.UUID]
+	t.mu.Unlock()
+	if g == nil {
+		return
+	}
+	g.mu.Lock()
+	switch e.Kind {
+	case protocol.EventVTPMReady:
+		if g.state == Starting {
+			g.set(Running, "")
+		}
+	case protocol.EventKernelStarted:
+		g.starts++
+	case protocol.EventVTPMStarted, protocol.EventManufactured:
+		if e.Instance != g.saved.Instance || (e.EKSHA256 != "" && e.EKSHA256 != g.saved.EKSHA256) {
+			g.saved.Instance = e.Instance
+			if e.EKSHA256 != "" {
+				g.saved.EKSHA256 = e.EKSHA256
+			}
+			if err := t.save(g.saved); err != nil {
+				t.log.Warn("guest record", "guest", g.saved.Spec.Name, "err", err)
+			}
+		}
+	}
+	if len(g.timeline) < maxTimeline {
+		g.timeline = append(g.timeline, e)
+	}
+	g.mu.Unlock()
+	t.events.send(e)
+}
+
+// ended records that a guest is down.
+func (t *Toolstack) ended(e protocol.Ended) {
+	t.mu.Lock()
+	g := t.byUUID[e.UUID]
+	t.mu.Unlock()
+	if g == nil {
+		return
+	}
+	g.console.detach()
+	t.event(protocol.Event{UUID: e.UUID, Kind: protocol.EventEnded, Text: string(e.Outcome) + ": " + e.Reason, Time: time.Now()})
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	state := Stopped
+	if e.Outcome == protocol.Crashed {
+		state = Failed
+	}
+	g.set(state, e.Reason)
+}
+
+func (t *Toolstack) stop(ctx context.Context, name string, grace time.Duration) (*guest, error) {
+	g, err := t.find(name)
+	if err != nil {
+		return nil, err
+	}
+	g.mu.Lock()
+	if !g.up() {
+		g.mu.Unlock()
+		return g, nil
+	}
+	g.set(Stopping, "")
+	g.mu.Unlock()
+	if _, err := t.builder.Call(ctx, protocol.MethodStop, protocol.Stop{UUID: g.saved.UUID, Grace: grace}, nil); err != nil {
+		return nil, err
+	}
+	return g, g.await(ctx, func() bool { return !g.up() })
+}
+
+func (t *Toolstack) remove(ctx context.Context, name string) error {
+	g, err := t.find(name)
+	if err != nil {
+		return err
+	}
+	g.mu.Lock()
+	up := g.up()
+	g.mu.Unlock()
+	if up {
+		return rpc.Errorf(rpc.Exists, "guest %q is running: stop it first (`redoubt stop %s`)", name, name)
+	}
+	// The vTPM first: a record without a vTPM can be removed again, a vTPM without a record not.
+	if _, err := t.builder.Call(ctx, protocol.MethodDestroy, protocol.Destroy{UUID: g.saved.UUID}, nil); err != nil {
+		return err
+	}
+	t.forget(g)
+	return nil
+}
