@@ -31,8 +31,8 @@ func (a *app) runCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "run [SPEC.yaml | NAME]",
 		Short: "Create a guest and start it, or start a stopped one",
-		Long: `Creates the guest that the spec describes (a YAML file, "-" for standard input, or flags)
-and starts it; or starts the stopped guest of that name. It returns when the guest's kernel
+		Long: `Creates the guest that the spec describes (a YAML file, its name with a dot or a slash; "-"
+for standard input; or flags) and starts it; or starts the stopped guest of that name. It returns when the guest's kernel
 runs; with --wait when its vTPM is ready too. A guest that runs with the same spec already is
 left as it is.
 
@@ -95,11 +95,10 @@ func (a *app) fillRequest(req *v1.RunRequest, args []string, flags *spec.Guest) 
 		return encodeSpec(req, flags, "")
 	}
 	arg := args[0]
+	// A name holds neither a dot nor a slash: what looks like one is one, whatever files are here.
 	if spec.ValidName(arg) {
-		if _, err := os.Stat(arg); err != nil {
-			req.Name = arg
-			return nil
-		}
+		req.Name = arg
+		return nil
 	}
 	in := io.Reader(os.Stdin)
 	base := ""

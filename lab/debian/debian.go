@@ -167,7 +167,7 @@ func supported() error {
 	}
 	b, err := os.ReadFile("/etc/os-release")
 	if err != nil {
-		return fmt.Errorf("%w: %v", ErrUnsupported, err)
+		return fmt.Errorf("%w: %w", ErrUnsupported, err)
 	}
 	if !bytes.Contains(b, []byte("VERSION_CODENAME=bookworm")) {
 		return fmt.Errorf("%w: /etc/os-release names another system", ErrUnsupported)
@@ -303,7 +303,7 @@ func (a *apt) download(ctx context.Context, suite string, names []string, keep f
 	cmd := exec.CommandContext(ctx, "apt-get", append(append(slices.Clone(a.opts), "-q", "download"), want...)...)
 	cmd.Dir = tmp
 	if out, err := cmd.CombinedOutput(); err != nil {
-		os.RemoveAll(tmp)
+		_ = os.RemoveAll(tmp)
 		return nil, fmt.Errorf("apt-get download: %w: %s", err, lastLine(out))
 	}
 	debs, err := filepath.Glob(filepath.Join(tmp, "*.deb"))
@@ -317,7 +317,7 @@ func (a *apt) download(ctx context.Context, suite string, names []string, keep f
 func unpack(ctx context.Context, debs []string, dir, set string, log io.Writer) error {
 	defer func() {
 		if len(debs) > 0 {
-			os.RemoveAll(filepath.Dir(debs[0]))
+			_ = os.RemoveAll(filepath.Dir(debs[0]))
 		}
 	}()
 	fresh := filepath.Join(dir, set+".new")

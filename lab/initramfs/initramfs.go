@@ -7,6 +7,7 @@ import (
 	"compress/gzip"
 	"debug/elf"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -14,6 +15,7 @@ import (
 	"strings"
 
 	"github.com/u-root/u-root/pkg/cpio"
+	"github.com/ulikunitz/xz"
 )
 
 // A Builder collects files. The first error is kept and returned by the end.
@@ -82,8 +84,9 @@ func (b *Builder) HostFile(path, name string) {
 func (b *Builder) Modules(tree string, names ...string) {
 	files := map[string]string{}
 	err := filepath.WalkDir(tree, func(path string, d fs.DirEntry, err error) error {
-		if err == nil && strings.HasSuffix(path, ".ko") {
-			files[moduleName(strings.TrimSuffix(d.Name(), ".ko"))] = path
+		name := strings.TrimSuffix(d.Name(), ".xz")
+		if err == nil && strings.HasSuffix(name, ".ko") {
+			files[moduleName(strings.TrimSuffix(name, ".ko"))] = path
 		}
 		return err
 	})
@@ -102,7 +105,7 @@ func (b *Builder) Modules(tree string, names ...string) {
 			b.fail(fmt.Errorf("module %s (needed by %v) is not in %s", name, chain, tree))
 			return
 		}
-		data, err := os.ReadFile(path)
+		data, err := readModule(path)
 		if err != nil {
 			b.fail(err)
 			return
@@ -126,6 +129,23 @@ func (b *Builder) Modules(tree string, names ...string) {
 
 // moduleName: the kernel treats - and _ alike.
 func moduleName(s string) string { return strings.ReplaceAll(s, "-", "_") }
+
+// readModule returns the module itself: newer kernels' come compressed, and busybox's insmod
+// takes plain ones.
+func readModule(path string) ([]byte, error) {
+	data, err := os.ReadFile(path)
+	if err != nil || !strings.HasSuffix(path, ".xz") {
+		return data, err
+	}
+	r, err := xz.NewReader(bytes.NewReader(data))
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	if data, err = io.ReadAll(r); err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return data, nil
+}
 
 func moduleDeps(ko []byte) ([]string, error) {
 	f, err := elf.NewFile(bytes.NewReader(ko))

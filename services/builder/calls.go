@@ -129,12 +129,7 @@ func (b *Builder) fromVTPM(_ context.Context, r *rpc.Request) (any, error) {
 			return nil, err
 		}
 		if g := b.guest(f.UUID); g != nil {
-			g.mu.Lock()
-			run := g.run
-			g.mu.Unlock()
-			if run != nil {
-				run.fail("vTPM: " + f.Reason)
-			}
+			g.vtpmFailed(f.Reason)
 		}
 		return nil, nil
 	}
@@ -229,9 +224,7 @@ func (b *Builder) build(ctx context.Context, in protocol.Build, r *rpc.Request) 
 		return nil, err
 	}
 	claimed = true
-	g.mu.Lock()
-	g.run = run
-	g.mu.Unlock()
+	g.setRun(run)
 	b.wg.Go(func() { b.supervise(g) })
 	return protocol.Built{Domain: run.domain, Emulator: g.emulator}, nil
 }
@@ -333,9 +326,7 @@ func (b *Builder) restart(g *guest) error {
 	if err != nil {
 		return err
 	}
-	g.mu.Lock()
-	g.run = next
-	g.mu.Unlock()
+	g.setRun(next)
 	if g.isAsked() { // asked while the new process was being made
 		_ = next.peer.Notify(protocol.MethodEnd, struct{}{})
 		next.killLater()

@@ -37,6 +37,7 @@ type guest struct {
 	mu    sync.Mutex
 	run   *run
 	asked bool          // the operator asked for the end
+	lost  string        // why the vTPM failed before run was there
 	down  chan struct{} // closed when the guest is down for good
 }
 
@@ -151,18 +152,18 @@ func (b *Builder) start(ctx context.Context, g *guest) (*run, error) {
 	}
 	r.peer = rpc.New(r.proc.Control, b.fromEmulator(g, r))
 	b.wg.Go(func() { _ = r.peer.Run(context.Background()) })
-	if _, err := r.peer.Call(ctx, protocol.MethodStart, msg, nil, give...); err != nil {
-		err = r.startError(err)
-		r.proc.Kill()
-		<-r.proc.Done()
-		return nil, err
-	}
 	if tpm && !g.build.Options.VTPMFirst {
 		b.wg.Go(func() {
 			if err := b.provision(context.Background(), g, d); err != nil {
 				r.fail(fmt.Sprintf("vTPM: %v", err))
 			}
 		})
+	}
+	if _, err := r.peer.Call(ctx, protocol.MethodStart, msg, nil, give...); err != nil {
+		err = r.startError(err)
+		r.proc.Kill()
+		<-r.proc.Done()
+		return nil, err
 	}
 	return r, nil
 }
@@ -246,6 +247,43 @@ func (b *Builder) forget(d tree.Domain) {
 		if err := b.store.Remove(p); err != nil && !errors.Is(err, tree.ENOENT) {
 			b.log.Warn("store", "err", err)
 		}
+	}
+}
+
+// setRun makes r the guest's running emulator, which ends at once if the vTPM failed before.
+func (g *guest) setRun(r *run) {
+	g.mu.Lock()
+	g.run = r
+	lost := g.lost
+	g.lost = ""
+	g.mu.Unlock()
+	if lost != "" {
+		r.fail("vTPM: " + lost)
+	}
+}
+
+// vtpmFailed ends the guest: without its vTPM it must not go on.
+func (g *guest) vtpmFailed(reason string) {
+	g.mu.Lock()
+	r := g.run
+	if r == nil || r.ended() {
+		g.lost = reason
+		r = nil
+	}
+	g.mu.Unlock()
+	if r != nil {
+		r.fail("vTPM: " + reason)
+	}
+}
+
+// ended reports whether the emulator process is gone: then a failure is that of the next one,
+// which is being started.
+func (r *run) ended() bool {
+	select {
+	case <-r.proc.Done():
+		return true
+	default:
+		return false
 	}
 }
 

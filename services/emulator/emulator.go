@@ -52,6 +52,7 @@ type service struct {
 	mu      sync.Mutex
 	machine machine
 	ended   chan struct{} // closed when the guest has ended and that was told
+	exit    protocol.Exit // set before ended is closed
 }
 
 // Serve runs one guest: it waits for the Builder's start call, and returns when the guest has
@@ -138,8 +139,27 @@ func one(files map[string][]*os.File, name string) *os.File {
 	return files[name][0]
 }
 
-// start makes the machine and runs it in a goroutine that Serve waits for.
-func (s *service) start(in protocol.Start, files map[string][]*os.File) (err error) {
+// start makes the machine and runs it in a goroutine that Serve waits for. It returns when the
+// guest's first instruction is about to run.
+func (s *service) start(in protocol.Start, files map[string][]*os.File) error {
+	running := make(chan struct{})
+	if err := s.launch(in, files, running); err != nil {
+		return err
+	}
+	select {
+	case <-running:
+		return nil
+	case <-s.ended:
+		select {
+		case <-running:
+			return nil
+		default:
+			return rpc.Errorf(rpc.Unavailable, "%s", s.exit.Reason)
+		}
+	}
+}
+
+func (s *service) launch(in protocol.Start, files map[string][]*os.File, running chan<- struct{}) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.machine != nil {
@@ -187,7 +207,10 @@ func (s *service) start(in protocol.Start, files map[string][]*os.File) (err err
 	s.machine = m
 	go func() {
 		defer close(s.ended)
-		exit := m.Run(s.ctx, g.frontend, func() { s.event(protocol.EventKernelStarted, "") })
+		exit := m.Run(s.ctx, g.frontend, func() {
+			s.event(protocol.EventKernelStarted, "")
+			close(running)
+		})
 		if g.frontend != nil {
 			g.frontend.Close()
 			exit = g.explain(exit)
@@ -196,6 +219,7 @@ func (s *service) start(in protocol.Start, files map[string][]*os.File) (err err
 		if err := m.Close(); err != nil {
 			s.log.Warn("close", "err", err)
 		}
+		s.exit = exit
 		if err := s.peer.Notify(protocol.NoticeOutcome, exit); err != nil {
 			s.log.Warn("outcome not told", "outcome", exit.Outcome, "reason", exit.Reason, "err", err)
 		}

@@ -95,8 +95,8 @@ func (h *Hub) dispatch(e client.Event) {
 		}
 	case "instance":
 		v, err := h.store.Read(server.BackPath(b.opt.Domain) + "/instance")
-		if errors.Is(err, tree.ENOENT) {
-			return
+		if errors.Is(err, tree.ENOENT) || (err == nil && v == "") {
+			return // not written yet
 		}
 		number, perr := strconv.Atoi(v)
 		if err != nil || perr != nil {

@@ -1156,7 +1156,8 @@ func (x *QuoteResponse) GetEvidence() []byte {
 type ActivateCredentialRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// credential_blob and secret are TPM2B_ID_OBJECT and TPM2B_ENCRYPTED_SECRET.
+	// credential_blob and secret are the contents of TPM2B_ID_OBJECT and TPM2B_ENCRYPTED_SECRET,
+	// without their sizes.
 	CredentialBlob []byte `protobuf:"bytes,2,opt,name=credential_blob,json=credentialBlob,proto3" json:"credential_blob,omitempty"`
 	Secret         []byte `protobuf:"bytes,3,opt,name=secret,proto3" json:"secret,omitempty"`
 	unknownFields  protoimpl.UnknownFields

@@ -4,34 +4,86 @@ package main
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"os"
 	"os/signal"
+	"time"
 
 	"golang.org/x/sys/unix"
 
+	"redoubt.dev/redoubt/lab"
 	"redoubt.dev/redoubt/lab/debian"
+)
+
+const usage = `usage:
+  lab fetch                                       bring packages into the cache
+  lab run [-timeout D] [-memory MiB] -- CMD...    run a command in the lab
+  lab test [-timeout D] [-v] [-run R] [-bench R] PKG...
+                                                  run the tests that need KVM
+`
+
+// The exit status of lab itself, where it is not the command's.
+const (
+	exitFailed = 125
+	exitUsage  = 2
 )
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	defer stop()
-	os.Exit(run(ctx, os.Args[1:]))
+	status, err := run(ctx, os.Args[1:])
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "lab:", err)
+	}
+	os.Exit(status)
 }
 
-func run(ctx context.Context, args []string) int {
-	if len(args) == 1 && args[0] == "fetch" {
-		_, err := debian.Fetch(ctx, os.Stderr)
-		if errors.Is(err, debian.ErrUnsupported) {
-			fmt.Fprintf(os.Stderr, "lab: %v; needed:\n%s", err, debian.List())
-			return 2
-		}
-		if err != nil {
-			fmt.Fprintln(os.Stderr, "lab:", err)
-			return 1
-		}
-		return 0
+func run(ctx context.Context, args []string) (int, error) {
+	if len(args) == 0 {
+		fmt.Fprint(os.Stderr, usage)
+		return exitUsage, nil
 	}
-	fmt.Fprintln(os.Stderr, "usage: lab fetch")
-	return 2
+	flags := flag.NewFlagSet("lab "+args[0], flag.ContinueOnError)
+	timeout := flags.Duration("timeout", 10*time.Minute, "time limit")
+	memory := flags.Int("memory", 0, "L1's memory in MiB (0: 6144)")
+	verbose := flags.Bool("v", false, "print every test")
+	filter := flags.String("run", "", "tests to run (default: those that need KVM)")
+	bench := flags.String("bench", "", "benchmarks to run instead")
+	if err := flags.Parse(args[1:]); err != nil {
+		return exitUsage, nil
+	}
+	if args[0] == "fetch" {
+		return fetch(ctx)
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, *timeout, fmt.Errorf("time limit of %v", *timeout))
+	defer cancel()
+	var status int
+	var err error
+	switch args[0] {
+	case "run":
+		status, err = lab.Run(ctx, lab.Job{Args: flags.Args(), Output: os.Stdout, MemoryMiB: *memory})
+	case "test":
+		status, err = lab.Test(ctx, lab.TestRun{
+			Packages: flags.Args(), Run: *filter, Bench: *bench, Verbose: *verbose, Output: os.Stdout,
+		})
+	default:
+		fmt.Fprint(os.Stderr, usage)
+		return exitUsage, nil
+	}
+	if err != nil {
+		return exitFailed, err
+	}
+	return status, nil
+}
+
+func fetch(ctx context.Context) (int, error) {
+	_, err := debian.Fetch(ctx, os.Stderr)
+	if errors.Is(err, debian.ErrUnsupported) {
+		return exitUsage, fmt.Errorf("%w; needed:\n%s", err, debian.List())
+	}
+	if err != nil {
+		return 1, err
+	}
+	return 0, nil
 }

@@ -1,0 +1,69 @@
+# Redoubt. `make demo` runs the main job, `make test` passes the tests; both fetch what they
+# need into a cache directory ($REDOUBT_CACHE, else ~/.cache/redoubt) and install nothing.
+
+GO        ?= go
+BIN       := $(CURDIR)/bin
+BENCH     ?= .
+FUZZTIME  ?= 30s
+SOAK      ?= .
+export CGO_ENABLED = 0
+TOOL      := $(GO) tool -modfile=$(CURDIR)/tools/go.mod
+LAB       := $(GO) run ./lab/cmd/lab
+# Packages with tests that need KVM: run natively where KVM can run guests, else in the lab.
+KVM       := ./kvm ./monitor ./e2e
+
+.PHONY: all build fetch lint unit lab-tests test demo bench soak fuzz lab proto clean
+
+all: build
+
+build:
+	$(GO) build -o $(BIN)/ ./cmd/...
+
+fetch:
+	@$(LAB) fetch
+
+lint:
+	@unformatted=$$($(TOOL) gofumpt -l $$(git ls-files --cached --others --exclude-standard '*.go' | grep -v '\.pb\.go$$\|\.connect\.go$$')); \
+	if [ -n "$$unformatted" ]; then echo "gofumpt: not formatted:"; echo "$$unformatted"; exit 1; fi
+	$(GO) vet ./...
+	$(TOOL) golangci-lint run ./...
+
+# Everything that needs no KVM; what needs it says so and is run by lab-tests.
+unit: fetch build
+	REDOUBT_LAB_LATER=1 $(GO) test -timeout 20m ./...
+
+lab-tests: fetch build
+	$(LAB) test -timeout 25m $(KVM)
+
+test: fetch lint unit lab-tests
+
+demo: fetch build
+	@$(GO) run ./demo
+
+bench: fetch build
+	$(GO) test -run '^$$' -bench '$(BENCH)' -benchtime 5x -timeout 60m ./vtpm/... ./e2e
+	REDOUBT_BENCH='$(BENCH)' $(LAB) test -timeout 60m -run '^$$' -bench '$(BENCH)' ./e2e
+
+soak: fetch build
+	REDOUBT_SOAK=1 $(GO) test -run 'Soak' -timeout 6h -v ./e2e
+	REDOUBT_SOAK=1 $(LAB) test -timeout 6h -run 'Soak' ./e2e
+
+# A while of every fuzz target.
+fuzz:
+	@set -e; for f in $$(grep -rl --include='*_test.go' 'func Fuzz' .); do \
+	  for t in $$(grep -o 'func Fuzz[A-Za-z0-9_]*' $$f | cut -c6-); do \
+	    echo "== $$(dirname $$f) $$t"; CGO_ENABLED=0 $(GO) test -run '^$$' -fuzz "^$$t$$" -fuzztime $(FUZZTIME) $$(dirname $$f); \
+	  done; done
+
+# A command in the nested test machine: make lab CMD='lsmod'
+lab: fetch
+	@$(LAB) run -- sh -c '$(CMD)'
+
+# Regenerates the outer API from api/redoubt/v1/redoubt.proto.
+proto:
+	$(GO) build -modfile=tools/proto/go.mod -o $(BIN)/proto/ google.golang.org/protobuf/cmd/protoc-gen-go connectrpc.com/connect/cmd/protoc-gen-connect-go github.com/bufbuild/buf/cmd/buf
+	PATH=$(BIN)/proto:$$PATH buf lint
+	PATH=$(BIN)/proto:$$PATH buf generate
+
+clean:
+	rm -rf $(BIN)

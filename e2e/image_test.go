@@ -1,0 +1,188 @@
+package e2e
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"redoubt.dev/redoubt/lab/debian"
+	"redoubt.dev/redoubt/lab/initramfs"
+)
+
+// guestInit is the init of every guest here: e2e=WHAT on the command line says what it does,
+// after it has told what its kernel knows of the TPM.
+const guestInit = `#!/bin/sh
+export PATH=/bin
+/bin/busybox mount -t proc proc /proc
+/bin/busybox mount -t sysfs sys /sys
+/bin/busybox mount -t devtmpfs dev /dev
+/bin/busybox --install -s /bin
+mount -t securityfs sec /sys/kernel/security
+exec </dev/console >/dev/console 2>&1
+for m in $(cat /mod/order); do insmod /mod/$m; done
+what=$(sed 's/.*e2e=\([a-z-]*\).*/\1/' /proc/cmdline)
+dmesg | grep -iE 'tpm|ima:|lockup|stall|hung|timed out|timeout|watchdog: BUG' | grep -v 'ACPI: ' | sed 's/^/KERNEL /'
+echo "AGG $(head -1 /sys/kernel/security/ima/ascii_runtime_measurements | cut -d' ' -f4)"
+for p in 0 1 2 3 4 5 6 7 8 9; do echo "PCR $p $(cat /sys/class/tpm/tpm0/pcr-sha256/$p)"; done
+[ -e /sys/kernel/security/tpm0/binary_bios_measurements ] && echo "LOG $(base64 -w0 </sys/kernel/security/tpm0/binary_bios_measurements)"
+button() { for e in /dev/input/event*; do (head -c 1 <$e >/dev/null; echo PRESSED; sync; poweroff -f) & done; }
+case $what in
+  off) ;;
+  reboot) if [ "$(head -c 6 /dev/vda)" = booted ]; then echo SECOND; else printf booted >/dev/vda; sync; echo FIRST; reboot -f; fi ;;
+  panic) echo c >/proc/sysrq-trigger ;;
+  sealed) if [ "$(head -c 4 /dev/vda | tr -d '\\0')" ]; then /bin/guest unseal /dev/vda; else /bin/guest seal /dev/vda; fi ;;
+  clear) /bin/guest clear ;;
+  wait) button; echo READY; while :; do sleep 1000; done ;;
+  deaf) echo READY; while :; do sleep 1000; done ;;
+esac
+echo E2E-DONE
+sync; poweroff -f
+`
+
+var guestModules = []string{"virtio_pci", "virtio_blk", "virtio_rng", "button", "evdev"}
+
+var (
+	initrdMu sync.Mutex
+	initrds  = map[string]string{}
+)
+
+// initrd builds the image for a kernel, with the guest program where a test needs it.
+func initrd(t testing.TB, cache *debian.Root, kernel string, withGuest bool) string {
+	t.Helper()
+	initrdMu.Lock()
+	defer initrdMu.Unlock()
+	key := fmt.Sprint(kernel, withGuest)
+	if p := initrds[key]; p != "" {
+		return p
+	}
+	modules, err := cache.Modules(kernel)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := initramfs.New(cache.Path("bin/busybox"), guestInit)
+	b.Modules(modules, guestModules...)
+	if withGuest {
+		b.HostFile(guestProgram(t), "bin/guest")
+	}
+	dir, err := os.MkdirTemp("", "redoubt-e2e-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := filepath.Join(dir, "initrd")
+	if err := b.WriteFile(p); err != nil {
+		t.Fatal(err)
+	}
+	initrds[key] = p
+	return p
+}
+
+// guestProgram is the program that runs inside a guest; the lab takes the one the host built.
+func guestProgram(t testing.TB) string {
+	t.Helper()
+	path := filepath.Join(programsDir, "e2e-guest")
+	if os.Getenv("REDOUBT_IN_LAB") == "" {
+		c := exec.Command("go", "build", "-ldflags=-s -w", "-o", path, "./guest")
+		c.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := c.CombinedOutput(); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+	}
+	return path
+}
+
+// A start describes one guest of a test.
+type start struct {
+	name, emulator, kernel string
+	what                   string // e2e= on the command line
+	cmdline                string // more of it
+	withGuest              bool
+	args                   []string
+}
+
+func (h *host) start(s start) {
+	h.t.Helper()
+	r := h.tryStart(s)
+	if r.status != 0 {
+		h.t.Fatalf("redoubt run: %s%s", r.out, r.err)
+	}
+}
+
+func (h *host) tryStart(s start) result {
+	h.t.Helper()
+	if s.kernel == "" {
+		s.kernel = "6.1"
+	}
+	if s.name == "" {
+		s.name = "guest"
+	}
+	kernel, err := h.cache.Vmlinuz(s.kernel)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	return h.run(append([]string{
+		"run", "--name", s.name, "--emulator", s.emulator, "--kernel", kernel,
+		"--initrd", initrd(h.t, h.cache, s.kernel, s.withGuest), "--memory", "256MiB",
+		"--cmdline", strings.TrimSpace("console=ttyS0 e2e=" + s.what + " " + s.cmdline),
+	}, s.args...)...)
+}
+
+// facts are what the guest's init told.
+type facts struct {
+	kernel []string
+	agg    string
+	pcrs   map[int]string
+	log    string
+}
+
+func readFacts(console string) facts {
+	f := facts{pcrs: map[int]string{}}
+	for _, l := range strings.Split(console, "\n") {
+		word, rest, _ := strings.Cut(l, " ")
+		switch word {
+		case "KERNEL":
+			f.kernel = append(f.kernel, rest)
+		case "AGG":
+			f.agg = rest
+		case "LOG":
+			f.log = rest
+		case "PCR":
+			var n int
+			var v string
+			if k, _ := fmt.Sscanf(rest, "%d %s", &n, &v); k == 2 {
+				f.pcrs[n] = strings.ToLower(v)
+			}
+		}
+	}
+	return f
+}
+
+// keptTrust fails the test unless the guest's kernel found its TPM in time, measured a real
+// boot_aggregate, and complained of nothing.
+func (f facts) keptTrust(t testing.TB) {
+	t.Helper()
+	bad := func(l string) bool {
+		l = strings.ToLower(l)
+		for _, w := range []string{"bypass", "lockup", "stall", "hung", "timed out", "timeout", "watchdog: bug", "error"} {
+			if strings.Contains(l, w) {
+				return true
+			}
+		}
+		return false
+	}
+	for _, l := range f.kernel {
+		if bad(l) {
+			t.Errorf("the guest's kernel says: %s", l)
+		}
+	}
+	algorithm, digest, _ := strings.Cut(f.agg, ":")
+	if len(digest) < 40 || strings.Trim(digest, "0") == "" {
+		t.Errorf("boot_aggregate is %q of %q", digest, algorithm)
+	}
+}
+
+const bootTime = 100 * time.Second

@@ -1,0 +1,260 @@
+package e2e
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"redoubt.dev/redoubt/lab"
+)
+
+func (h *host) writeSpec(path, name, emulator, what, more string) {
+	h.t.Helper()
+	kernel, err := h.cache.Vmlinuz("6.1")
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	doc := fmt.Sprintf("name: %s\nemulator: %s\nmemory: 256MiB\nboot:\n  kernel: %s\n  initrd: %s\n  cmdline: console=ttyS0 e2e=%s\n%s",
+		name, emulator, kernel, initrd(h.t, h.cache, "6.1", false), what, more)
+	if err := os.WriteFile(path, []byte(doc), 0o600); err != nil {
+		h.t.Fatal(err)
+	}
+}
+
+func TestLifeQEMU(t *testing.T) { life(t, "qemu") }
+
+func TestLifeNative(t *testing.T) {
+	lab.NeedsKVM(t)
+	life(t, "native")
+}
+
+// life: every way a guest can end is told for what it was.
+func life(t *testing.T, emulator string) {
+	h := newHost(t)
+	at := func(t *testing.T) *host { return &host{t, h.dir, h.cache} }
+	t.Run("reboot", func(t *testing.T) {
+		h := at(t)
+		disk := h.path("reboot.img")
+		h.must("disk", "create", disk, "8MiB")
+		h.start(start{name: "reboot", emulator: emulator, what: "reboot", args: []string{"--disk", disk}})
+		g := h.awaitDown("reboot", 2*bootTime)
+		if c := h.console("reboot"); !strings.Contains(c, "FIRST") || !strings.Contains(c, "SECOND") {
+			t.Fatalf("no second boot; guest is %s: %s\n%s", g.State, g.Reason, lastLines(c, 30))
+		}
+		if g.State != "stopped" || g.Starts != 2 {
+			t.Fatalf("guest is %s after %d starts: %s", g.State, g.Starts, g.Reason)
+		}
+		readFacts(h.console("reboot")).keptTrust(t)
+	})
+	t.Run("panic", func(t *testing.T) {
+		h := at(t)
+		// panic=-1: the kernel resets at once, and its successor panics too; stop it then.
+		h.start(start{name: "panic", emulator: emulator, what: "panic", cmdline: "panic=-1"})
+		h.await("panic", "Kernel panic", bootTime)
+		h.must("stop", "panic", "--grace", "0s")
+		if g := h.show("panic"); g.State != "stopped" {
+			t.Fatalf("guest is %s: %s", g.State, g.Reason)
+		}
+	})
+	t.Run("power-button", func(t *testing.T) {
+		h := at(t)
+		h.start(start{name: "button", emulator: emulator, what: "wait"})
+		h.await("button", "READY", bootTime)
+		h.must("stop", "button", "--grace", "60s")
+		g := h.show("button")
+		if g.State != "stopped" || !strings.Contains(h.console("button"), "PRESSED") {
+			t.Fatalf("guest is %s: %s\n%s", g.State, g.Reason, lastLines(h.console("button"), 5))
+		}
+		h.must("stop", "button") // again: no error
+		h.must("rm", "button")
+		h.fails(1, "no such guest", "show", "button")
+	})
+	t.Run("insist-and-crashes", func(t *testing.T) {
+		h := at(t)
+		h.start(start{name: "deaf", emulator: emulator, what: "deaf"})
+		h.await("deaf", "READY", bootTime)
+		h.fails(1, "running", "rm", "deaf")
+		h.must("run", "deaf") // runs already: no error
+		h.must("stop", "deaf", "--grace", "1s")
+		if g := h.show("deaf"); g.State != "stopped" {
+			t.Fatalf("guest is %s: %s", g.State, g.Reason)
+		}
+		// The emulator killed from outside.
+		h.must("run", "deaf")
+		h.await("deaf", "READY", bootTime)
+		h.kill("emulator", "redoubt-emulator")
+		if g := h.awaitDown("deaf", 20*time.Second); g.State != "failed" || !strings.Contains(g.Reason, "killed") {
+			t.Fatalf("guest is %s: %s", g.State, g.Reason)
+		}
+		// The vTPM's engine killed: the guest is failed closed.
+		h.must("run", "deaf")
+		h.await("deaf", "READY", bootTime)
+		h.kill("engine", "swtpm")
+		if g := h.awaitDown("deaf", 20*time.Second); g.State != "failed" || !strings.Contains(g.Reason, "vTPM") {
+			t.Fatalf("guest is %s: %s", g.State, g.Reason)
+		}
+		// And it comes up again with the same identity.
+		ek := h.show("deaf").EKSHA256
+		h.must("run", "deaf", "--wait")
+		h.await("deaf", "READY", bootTime)
+		if again := h.show("deaf").EKSHA256; again != ek || ek == "" {
+			t.Fatalf("endorsement key %q became %q", ek, again)
+		}
+		readFacts(h.console("deaf")).keptTrust(t)
+		h.must("stop", "deaf", "--grace", "0s")
+	})
+}
+
+// kill ends the one process of this host's that runs a program, at once.
+func (h *host) kill(what, program string) {
+	h.t.Helper()
+	pids := h.processes(program)
+	if len(pids) != 1 {
+		h.t.Fatalf("%s: processes %v", what, pids)
+	}
+	if err := unix.Kill(pids[0], unix.SIGKILL); err != nil {
+		h.t.Fatal(err)
+	}
+}
+
+// processes lists the descendants of this host's Builder that run a program.
+func (h *host) processes(program string) []int {
+	h.t.Helper()
+	b, err := os.ReadFile(h.path("run", "lock"))
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	builder, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	parent := map[int]int{}
+	name := map[int]string{}
+	all, _ := filepath.Glob("/proc/[0-9]*")
+	for _, p := range all {
+		pid, _ := strconv.Atoi(filepath.Base(p))
+		stat, err := os.ReadFile(p + "/stat")
+		if err != nil {
+			continue // it ended meanwhile
+		}
+		_, rest, _ := strings.Cut(string(stat), ") ")
+		if f := strings.Fields(rest); len(f) > 1 && f[0] != "Z" {
+			parent[pid], _ = strconv.Atoi(f[1])
+		}
+		if cmd, err := os.ReadFile(p + "/cmdline"); err == nil {
+			arg0, _, _ := strings.Cut(string(cmd), "\x00")
+			name[pid] = filepath.Base(arg0)
+		}
+	}
+	var out []int
+	for pid, n := range name {
+		if n != program {
+			continue
+		}
+		for p := pid; p > 1; p = parent[p] {
+			if p == builder {
+				out = append(out, pid)
+				break
+			}
+		}
+	}
+	return out
+}
+
+// TestUpDown: both are idempotent, and nothing is left running.
+func TestUpDown(t *testing.T) {
+	h := newDownHost(t)
+	h.fails(1, "start it with `redoubt up`", "ps")
+	h.must("down")
+	h.must("up")
+	h.must("up")
+	h.start(start{emulator: "qemu", what: "deaf"})
+	builder, err := os.ReadFile(h.path("run", "lock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(builder)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	h.must("down", "--grace", "0s")
+	if n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0); n != 1 {
+		t.Errorf("the Builder, process %d, outlives `redoubt down` (%v)", pid, err)
+	}
+	h.must("up")
+	if out := h.must("ps", "--all"); !strings.Contains(out, "stopped") {
+		t.Errorf("the guest is forgotten: %s", out)
+	}
+	h.must("rm", "guest")
+	h.must("down")
+}
+
+// TestBuilderKilled: when the Builder is killed everything else ends, guests included, and
+// the next one starts cleanly.
+func TestBuilderKilled(t *testing.T) {
+	h := newDownHost(t)
+	h.must("up")
+	h.start(start{emulator: "qemu", what: "deaf"})
+	var left []int
+	for _, p := range []string{"redoubt-emulator", "redoubt-vtpm", "redoubt-store-state", "redoubt-toolstack", "qemu-system-x86_64", "swtpm"} {
+		pids := h.processes(p)
+		if len(pids) == 0 {
+			t.Fatalf("no process %s", p)
+		}
+		left = append(left, pids...)
+	}
+	var fds []unix.PollFd
+	for _, pid := range left {
+		fd, err := unix.PidfdOpen(pid, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(fd)
+		fds = append(fds, unix.PollFd{Fd: int32(fd), Events: unix.POLLIN})
+	}
+	h.kill("builder", "redoubt-builder")
+	for i := range fds {
+		if n, err := unix.Poll(fds[i:i+1], 20000); n != 1 {
+			t.Errorf("process %d outlives the Builder (%v)", left[i], err)
+		}
+	}
+	h.must("up")
+	h.must("down")
+}
+
+// TestErrors: every mistake is one line that names its place and the mend.
+func TestErrors(t *testing.T) {
+	h := newHost(t)
+	bad := h.path("bad.yaml")
+	if err := os.WriteFile(bad, []byte("name: a\ncpus: 99\nboot: {kernel: /k}\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	h.fails(2, "line 2: cpus: 99: use 1 to 8", "run", bad)
+	h.fails(2, "--help", "run")
+	h.fails(2, "unknown flag", "ps", "--nonsense")
+	h.fails(2, "boot.kernel: /nonexistent: no such file", "run", "--name", "a", "--kernel", "/nonexistent")
+	h.fails(1, `guest "nobody": no such guest`, "stop", "nobody")
+	h.fails(1, `guest "nobody": no such guest`, "run", "nobody")
+	h.fails(2, "give a guest's name", "show")
+	h.fails(2, "no size", "disk", "create", h.path("x.img"), "many")
+	if !lab.KVM() {
+		r := h.tryStart(start{name: "n", emulator: "native", what: "off"})
+		if r.status == 0 || !strings.Contains(r.err, "doctor") {
+			t.Errorf("native without KVM: %+v", r)
+		}
+	}
+	if out := h.must("ps", "--all", "--json"); strings.TrimSpace(out) != "[]" {
+		t.Errorf("failed starts left guests: %s", out)
+	}
+}

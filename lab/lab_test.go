@@ -1,0 +1,105 @@
+package lab
+
+import (
+	"bytes"
+	"context"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+)
+
+// One boot carries output, status, directory and environment, and keeps them out of the
+// command's reach of quoting.
+func TestLabRun(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+	defer cancel()
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "file"), []byte("of the host\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	var out bytes.Buffer
+	status, err := Run(ctx, Job{
+		Args: []string{"/bin/sh", "-c", `cat file; echo "$WORD $REDOUBT_IN_LAB"; echo scribble >file; echo err >&2
+			test -c /dev/kvm && test -d /sys/module/kvm_amd && echo kvm; exit 7`},
+		Dir: dir, Env: []string{"PATH=/usr/bin:/bin", "WORD=it's $HOME"}, Output: &out,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := "of the host\nit's $HOME 1\nerr\nkvm\n"; status != 7 || out.String() != want {
+		t.Errorf("status %d, output %q, want 7 and %q", status, out.String(), want)
+	}
+	if b, err := os.ReadFile(filepath.Join(dir, "file")); err != nil || string(b) != "of the host\n" {
+		t.Errorf("the host's file became %q, %v", b, err)
+	}
+}
+
+// The time limit ends the machine and says so.
+func TestLabTimeLimit(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+	defer cancel()
+	var out bytes.Buffer
+	_, err := Run(ctx, Job{Args: []string{"/bin/true"}, Output: &out})
+	if err == nil || !strings.Contains(err.Error(), "deadline") {
+		t.Errorf("error %v", err)
+	}
+}
+
+func TestQuote(t *testing.T) {
+	for _, s := range []string{"", "plain", "it's", "$(x) `y` \\ \" \n", "''"} {
+		out, err := exec.CommandContext(t.Context(), "/bin/sh", "-c", "printf %s "+quote(s)).Output()
+		if err != nil || string(out) != s {
+			t.Errorf("%q comes back as %q, %v", s, out, err)
+		}
+	}
+}
+
+func TestCallers(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "x_test.go")
+	src := `package x
+func TestA(t *testing.T) { lab.NeedsKVM(t); if true {} }
+func TestB(t *testing.T) {}
+func BenchmarkC(b *testing.B) { if x { lab.NeedsKVM(b) } }
+func helper(t *testing.T) { lab.NeedsKVM(t) }
+`
+	if err := os.WriteFile(file, []byte(src), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	got, err := callers(file)
+	if want := []string{"TestA", "BenchmarkC"}; err != nil || !reflect.DeepEqual(got, want) {
+		t.Errorf("callers %v, %v; want %v", got, err, want)
+	}
+}
+
+// verdict records what NeedsKVM decided.
+type verdict string
+
+func (*verdict) Helper()        {}
+func (v *verdict) Skip(...any)  { *v = "skip" }
+func (v *verdict) Fatal(...any) { *v = "fatal" }
+
+// Without KVM a test fails, unless a later run in the lab was promised; in the lab there is no
+// later.
+func TestNeedsKVM(t *testing.T) {
+	if KVM() {
+		t.Log("KVM is usable here: NeedsKVM lets every test run")
+	}
+	for _, c := range []struct {
+		in, later string
+		want      verdict
+	}{
+		{"", "", "fatal"}, {"", "1", "skip"}, {"1", "1", "fatal"}, {"1", "", "fatal"},
+	} {
+		t.Setenv(InLab, c.in)
+		t.Setenv(Later, c.later)
+		var v verdict
+		NeedsKVM(&v)
+		if want := c.want; !KVM() && v != want || KVM() && v != "" {
+			t.Errorf("in the lab %q, later %q: %q, want %q", c.in, c.later, v, want)
+		}
+	}
+}

@@ -1,0 +1,386 @@
+package qemu
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"runtime"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"redoubt.dev/redoubt/programs"
+)
+
+// A Disk is one raw disk image, open read-write unless ReadOnly.
+type Disk struct {
+	File     *os.File
+	ReadOnly bool
+}
+
+// Files are what a machine is made of. A machine takes them over: it hands them to QEMU and
+// closes its own copies, whether Start succeeds or not. See [FDs] for which are required.
+type Files struct {
+	RAM     *os.File // nil: a memfd is made
+	Kernel  *os.File
+	Initrd  *os.File
+	Code    *os.File // nil: the host's OVMF
+	Vars    *os.File
+	Console *os.File
+	Channel *os.File
+	Disks   []Disk
+}
+
+// Hooks are called from the machine's goroutines and must not block; nil hooks are skipped.
+type Hooks struct {
+	FirstTPM func()      // the guest's first TPM command has arrived
+	Event    func(Event) // every QMP event
+}
+
+// stopGrace is how long QEMU has to end after SIGTERM before it is killed.
+const stopGrace = 5 * time.Second
+
+// commandTime bounds each QMP command of a machine's own: QEMU answers from its main loop.
+const commandTime = 10 * time.Second
+
+// A Machine is one guest under one QEMU process. All methods may be called by any goroutine.
+//
+// Make it with New, give it as the Guest to the TPM's front end, then Start it with that front
+// end as the Transport. It owns the process and four goroutines; all end with the process, and
+// the process ends at the latest with Start's context.
+type Machine struct {
+	config Config
+	hooks  Hooks
+
+	cancel context.CancelCauseFunc // set by Start
+	tpm    *TPM                    // set by Start; nil without a TPM
+
+	ready chan struct{} // closed when QEMU obeys; qmp is set before
+	qmp   *Client
+
+	done    chan struct{} // closed when all is over; outcome and err are set before
+	outcome Outcome
+	err     error
+
+	stderr  tail
+	onStart func(pid int) // of tests: the process
+
+	mu       sync.Mutex
+	reasons  []string // of SHUTDOWN events
+	panicked bool
+	killed   error    // why we killed QEMU
+	ram      *os.File // guest memory, from Start to the end
+	log      []byte   // to be put into the guest's log area
+}
+
+// New makes a machine that does not run yet.
+func New(config Config, hooks Hooks) *Machine {
+	return &Machine{config: config, hooks: hooks, ready: make(chan struct{}), done: make(chan struct{})}
+}
+
+// Start starts QEMU and returns once it obeys; the guest runs from then on, or shortly before.
+// transport carries out the guest's TPM commands; nil only with NoTPM. When ctx ends, QEMU ends.
+// Start is called once; after an error the machine is done.
+func (m *Machine) Start(ctx context.Context, files Files, transport Transport) error {
+	ctx, m.cancel = context.WithCancelCause(ctx)
+	s, err := m.prepare(&files, transport)
+	defer s.closeFiles()
+	if err == nil {
+		err = m.launch(ctx, s, transport)
+	}
+	if err != nil {
+		m.cancel(err)
+		m.outcome, m.err = Crash, fmt.Errorf("qemu %s: %w", m.config.Name, err)
+		close(m.done)
+		return m.err
+	}
+	return nil
+}
+
+// A start is what exists only during Start.
+type start struct {
+	args       []string
+	children   []*os.File // descriptors 3… of QEMU
+	own        []*os.File // our ends
+	qmp, tpm   *os.File   // of own
+	memoryFile *os.File   // of children
+}
+
+func (s *start) closeFiles() {
+	for _, f := range append(s.children, s.own...) {
+		_ = f.Close()
+	}
+}
+
+// give hands f to QEMU and returns its number there; nil is 0.
+func (s *start) give(f *os.File) int {
+	if f == nil {
+		return 0
+	}
+	s.children = append(s.children, f)
+	return 2 + len(s.children)
+}
+
+// socket hands one end of a stream socketpair to QEMU.
+func (s *start) socket(name string) (own *os.File, number int, err error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, 0, fmt.Errorf("socketpair for %s: %w", name, err)
+	}
+	own = os.NewFile(uintptr(fds[0]), name)
+	s.own = append(s.own, own)
+	return own, s.give(os.NewFile(uintptr(fds[1]), name)), nil
+}
+
+func (m *Machine) prepare(files *Files, transport Transport) (*start, error) {
+	s := &start{}
+	var fd FDs
+	fd.Kernel, fd.Initrd = s.give(files.Kernel), s.give(files.Initrd)
+	fd.Console, fd.Channel = s.give(files.Console), s.give(files.Channel)
+	fd.Vars = s.give(files.Vars)
+	for _, d := range files.Disks {
+		fd.Disks = append(fd.Disks, DiskFD{s.give(d.File), d.ReadOnly})
+	}
+	if files.Code == nil && m.config.Firmware == OVMF {
+		f, err := os.Open(programs.Path(ovmfCode))
+		if err != nil {
+			return s, fmt.Errorf("OVMF (Debian package ovmf): %w", err)
+		}
+		files.Code = f
+	}
+	fd.Code = s.give(files.Code)
+	if files.RAM == nil {
+		f, err := newRAM(m.config)
+		if err != nil {
+			return s, err
+		}
+		files.RAM = f
+	}
+	fd.RAM, s.memoryFile = s.give(files.RAM), files.RAM
+	if err := checkRAM(files.RAM, m.config.Memory); err != nil {
+		return s, err
+	}
+	var err error
+	if s.qmp, fd.QMP, err = s.socket("qmp"); err != nil {
+		return s, err
+	}
+	if m.config.tpm() != NoTPM {
+		if transport == nil {
+			return s, errors.New("a TPM device without a transport")
+		}
+		if s.tpm, fd.TPM, err = s.socket("tpm-control"); err != nil {
+			return s, err
+		}
+	}
+	s.args, err = Args(m.config, fd, dataDirs()...)
+	return s, err
+}
+
+func newRAM(c Config) (*os.File, error) {
+	fd, err := unix.MemfdCreate("guest-memory", unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("memfd of guest memory: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), "guest-memory")
+	if err := f.Truncate(int64(c.Memory)); err != nil {
+		return nil, errors.Join(fmt.Errorf("memfd of %d bytes: %w", c.Memory, err), f.Close())
+	}
+	return f, nil
+}
+
+func checkRAM(f *os.File, want uint64) error {
+	st, err := f.Stat()
+	if err != nil {
+		return fmt.Errorf("guest memory: %w", err)
+	}
+	if uint64(st.Size()) != want {
+		return fmt.Errorf("guest memory: descriptor has %d bytes, the machine %d", st.Size(), want)
+	}
+	return nil
+}
+
+// launch starts the process and connects to it.
+func (m *Machine) launch(ctx context.Context, s *start, transport Transport) error {
+	cmd, err := programs.Command(ctx, "qemu-system-x86_64", s.args...)
+	if err != nil {
+		return err
+	}
+	cmd.ExtraFiles = s.children
+	cmd.Stderr = &m.stderr
+	cmd.Cancel = func() error { return cmd.Process.Signal(unix.SIGTERM) }
+	cmd.WaitDelay = stopGrace
+	// QEMU without its TPM and its console is of no use to anybody: it dies with us.
+	cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
+	ram, err := unix.FcntlInt(s.memoryFile.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("guest memory: %w", err)
+	}
+	m.setRAM(os.NewFile(uintptr(ram), "guest-memory"))
+
+	started, exited := make(chan error, 1), make(chan error, 1)
+	go run(cmd, started, exited)
+	if err := <-started; err != nil {
+		m.setRAM(nil)
+		return err
+	}
+	if m.onStart != nil {
+		m.onStart(cmd.Process.Pid)
+	}
+	// Our copies of QEMU's descriptors must be gone, or the end of QEMU would not be seen.
+	for _, f := range s.children {
+		_ = f.Close()
+	}
+	if s.tpm != nil {
+		m.tpm, err = newTPM(s.tpm, transport, m.beforeReply, m.hooks.FirstTPM)
+	}
+	if err == nil {
+		err = m.connect(ctx, s.qmp)
+	}
+	if err != nil {
+		m.cancel(err)
+		exit := <-exited
+		// Only now is all of stderr there. Where QEMU gave a reason, that is the reason; else
+		// how it ended, else how the connection did.
+		if said := m.stderr.err(); said != nil {
+			err = said
+		} else if errors.Is(err, ErrQMPClosed) && exit != nil {
+			err = exit
+		}
+		if m.tpm != nil {
+			_ = m.tpm.Close()
+		}
+		m.setRAM(nil)
+		return err
+	}
+	go m.supervise(ctx, exited)
+	return nil
+}
+
+func (m *Machine) connect(ctx context.Context, f *os.File) error {
+	c, err := streamConn(f)
+	if err != nil {
+		return err
+	}
+	if m.qmp, err = NewClient(ctx, c, m.event); err != nil {
+		return err
+	}
+	close(m.ready)
+	return nil
+}
+
+// setRAM replaces the descriptor of guest memory and closes the one before.
+func (m *Machine) setRAM(f *os.File) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.ram != nil {
+		_ = m.ram.Close()
+	}
+	m.ram = f
+}
+
+// run owns the process. The parent-death signal is tied to the thread that made the child, so
+// this goroutine keeps its thread until the child is gone.
+func run(cmd *exec.Cmd, started, exited chan<- error) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	err := cmd.Start()
+	started <- err
+	if err == nil {
+		exited <- cmd.Wait()
+	}
+}
+
+// supervise ends the machine: when the process ends, or when its TPM has failed.
+func (m *Machine) supervise(ctx context.Context, exited <-chan error) {
+	var exit error
+	select {
+	case exit = <-exited:
+	case <-m.tpmFailed():
+		err := m.tpm.Err()
+		if err != nil {
+			m.mu.Lock()
+			m.killed = fmt.Errorf("the guest's TPM failed: %w", err)
+			m.mu.Unlock()
+			m.cancel(err)
+		}
+		exit = <-exited
+	}
+	asked := ctx.Err() != nil
+	m.cancel(nil)
+	<-m.qmp.Done() // its events come before its end
+	_ = m.qmp.Close()
+	if m.tpm != nil {
+		_ = m.tpm.Close()
+	}
+	m.finish(asked, exit)
+	m.setRAM(nil)
+	close(m.done)
+}
+
+// tpmFailed is closed when the TPM serves no more; nil (never) without a TPM.
+func (m *Machine) tpmFailed() <-chan struct{} {
+	if m.tpm == nil {
+		return nil
+	}
+	return m.tpm.Done()
+}
+
+// finish decides the outcome from what QEMU said last and how it ended.
+func (m *Machine) finish(asked bool, exit error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	reason := ""
+	if len(m.reasons) > 0 {
+		reason = m.reasons[0] // the first cause; what follows are its effects
+	}
+	m.outcome = outcomeOf(reason)
+	switch {
+	case m.killed != nil:
+		m.outcome, m.err = Crash, m.killed
+	case m.panicked:
+		m.outcome = Crash
+	case reason == "" && asked:
+		m.outcome = Stopped
+	case reason == "":
+		m.outcome = Crash
+		m.err = fmt.Errorf("qemu %s ended: %w", m.config.Name, orNil(exit))
+		if said := m.stderr.err(); said != nil {
+			m.err = fmt.Errorf("%w: %w", m.err, said)
+		}
+	}
+}
+
+func orNil(err error) error {
+	if err == nil {
+		return errors.New("without a reason")
+	}
+	return err
+}
+
+// event runs on the QMP reader's goroutine.
+func (m *Machine) event(e Event) {
+	switch e.Name {
+	case "SHUTDOWN":
+		var d struct {
+			Reason string `json:"reason"`
+		}
+		if json.Unmarshal(e.Data, &d) == nil {
+			m.mu.Lock()
+			if len(m.reasons) < 4 {
+				m.reasons = append(m.reasons, d.Reason)
+			}
+			m.mu.Unlock()
+		}
+	case "GUEST_PANICKED":
+		m.mu.Lock()
+		m.panicked = true
+		m.mu.Unlock()
+	}
+	if m.hooks.Event != nil {
+		m.hooks.Event(e)
+	}
+}
