@@ -174,7 +174,7 @@ func (a *app) waitReady(ctx context.Context, name string) (*v1.Guest, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer events.Close()
+	defer func() { _ = events.Close() }()
 	for {
 		res, err := c.Get(ctx, &v1.GetRequest{Name: name})
 		if err != nil {

@@ -96,7 +96,7 @@ func (a *app) logsCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			defer s.Close()
+			defer func() { _ = s.Close() }()
 			for s.Receive() {
 				b := s.Msg().Output
 				if a.json {
@@ -118,10 +118,11 @@ func (a *app) logsCommand() *cobra.Command {
 
 // streamEnd: leaving a stream with Ctrl-C is no failure.
 func streamEnd(ctx context.Context, err error) error {
-	if ctx.Err() != nil || connect.CodeOf(err) == connect.CodeCanceled {
-		return nil
+	left := ctx.Err() != nil || connect.CodeOf(err) == connect.CodeCanceled
+	if !left {
+		return err
 	}
-	return err
+	return nil
 }
 
 func (a *app) eventsCommand() *cobra.Command {
@@ -140,7 +141,7 @@ func (a *app) eventsCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			defer s.Close()
+			defer func() { _ = s.Close() }()
 			for s.Receive() {
 				e := eventToJSON(s.Msg().Event)
 				if a.json {

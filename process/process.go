@@ -121,7 +121,7 @@ func (p *Process) describe(err error) error {
 	var ee *exec.ExitError
 	if errors.As(err, &ee) {
 		if last := p.tail.lastLine(); last != "" {
-			return fmt.Errorf("%s: %v: %s", p.Name, ee, last)
+			return fmt.Errorf("%s: %w: %s", p.Name, ee, last)
 		}
 	}
 	return fmt.Errorf("%s: %w", p.Name, err)

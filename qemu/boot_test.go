@@ -154,7 +154,7 @@ func (c *console) waitFor(limit time.Duration, what string, ok func(string) bool
 }
 
 // bootLimit is far beyond what a boot takes on a busy machine.
-const bootLimit = 60 * time.Second
+const bootLimit = 120 * time.Second
 
 // direct starts a guest with a TPM from kernel and initrd.
 func direct(t *testing.T, do string, transport Transport, change func(*Config, *Files)) (*Machine, *console) {

@@ -94,10 +94,20 @@ func (b *Builder) Modules(tree string, names ...string) {
 		b.fail(err)
 		return
 	}
+	// What a kernel has built in needs no loading (virtio_pci is a module of 6.1, part of 6.12).
+	builtin := map[string]bool{}
+	if list, err := os.ReadFile(filepath.Join(tree, "modules.builtin")); err == nil {
+		for _, l := range strings.Fields(string(list)) {
+			builtin[moduleName(strings.TrimSuffix(filepath.Base(l), ".ko"))] = true
+		}
+	}
 	var order []string
 	var add func(name string, chain []string)
 	add = func(name string, chain []string) {
 		if slices.Contains(order, name+".ko") || b.err != nil {
+			return
+		}
+		if builtin[name] {
 			return
 		}
 		path, ok := files[name]

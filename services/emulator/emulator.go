@@ -185,9 +185,8 @@ func (s *service) launch(in protocol.Start, files map[string][]*os.File, running
 	if f := one(files, protocol.FileTPM); f != nil {
 		conn, err := channel.FromFile(f)
 		if err != nil {
-			m.Close()
 			xs.close()
-			return err
+			return errors.Join(err, m.Close())
 		}
 		g.frontend = frontend.New(conn, frontend.Options{
 			Guest: noted{m, s}, PauseAfter: g.pauseAfter(), OnOpen: g.onOpen(m),
@@ -199,9 +198,8 @@ func (s *service) launch(in protocol.Start, files map[string][]*os.File, running
 		})
 		if err := xs.initialised(); err != nil {
 			g.frontend.Close()
-			m.Close()
 			xs.close()
-			return err
+			return errors.Join(err, m.Close())
 		}
 	}
 	s.machine = m

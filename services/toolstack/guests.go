@@ -100,7 +100,7 @@ func (t *Toolstack) load() error {
 		}
 		var s saved
 		if err := json.Unmarshal(b, &s); err != nil {
-			return fmt.Errorf("%s: damaged: %v: restore it from a backup or remove it", f, err)
+			return fmt.Errorf("%s: damaged: %w: restore it from a backup or remove it", f, err)
 		}
 		if s.Version != savedVersion || s.Spec.Name+".json" != filepath.Base(f) || uuid.Validate(s.UUID) != nil {
 			return fmt.Errorf("%s: not a guest of this version: restore it from a backup or remove it", f)

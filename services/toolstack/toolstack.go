@@ -110,7 +110,7 @@ func (t *Toolstack) serve(ctx context.Context, l net.Listener) error {
 			c, done := context.WithTimeout(context.Background(), 2*time.Second)
 			defer done()
 			if s.Shutdown(c) != nil {
-				s.Close()
+				_ = s.Close() // what does not end is cut off
 			}
 		})
 	})

@@ -294,7 +294,7 @@ func (g *guest) watchManufacture(d *manager.Device) {
 		g.s.log.Error("manufacture", "guest", g.uuid, "err", err)
 		return
 	}
-	g.s.event(protocol.Event{UUID: g.uuid, Kind: protocol.EventManufactured, Instance: int(d.Instance()), EKSHA256: digest})
+	g.s.event(protocol.Event{UUID: g.uuid, Kind: protocol.EventManufactured, Instance: d.Instance(), EKSHA256: digest})
 }
 
 // ekDigest is the SHA-256 of a certificate's public key.

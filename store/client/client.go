@@ -55,7 +55,7 @@ func (c *Client) receive() {
 	for {
 		m, err := wire.ReadMessage(c.c)
 		if err != nil {
-			c.err = fmt.Errorf("%w: %v", ErrClosed, err)
+			c.err = fmt.Errorf("%w: %w", ErrClosed, err)
 			return
 		}
 		if m.Type == wire.WatchEvent {
@@ -139,7 +139,7 @@ func (c *Client) do(t wire.Type, payload []byte) ([]byte, error) {
 	c.next++
 	m := wire.Message{Type: t, Request: c.next, Payload: payload}
 	if _, err := c.c.Write(m.Append(nil)); err != nil {
-		return nil, fmt.Errorf("%w: %v", ErrClosed, err)
+		return nil, fmt.Errorf("%w: %w", ErrClosed, err)
 	}
 	select {
 	case r := <-c.reply:

@@ -289,7 +289,7 @@ func (c *conn) watch(t wire.Type, path, token string) error {
 func (s *Server) fire(path string, removed bool) {
 	for c := range s.conns {
 		for _, w := range c.watches {
-			at := ""
+			var at string
 			switch {
 			case w.path == path || w.path == "/" || strings.HasPrefix(path, w.path+"/"):
 				at = path

@@ -4,6 +4,7 @@
 package tree
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -190,7 +191,7 @@ func (t *Tree) Read(d Domain, path string) ([]byte, error) {
 // nearest ancestor.
 func (t *Tree) Readable(d Domain, path string) bool {
 	_, err := t.existing(d, path, Read)
-	return err == nil || err == ENOENT
+	return err == nil || errors.Is(err, ENOENT)
 }
 
 // List returns the names of a node's children, sorted.

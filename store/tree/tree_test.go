@@ -1,6 +1,7 @@
 package tree
 
 import (
+	"errors"
 	"strings"
 	"testing"
 )
@@ -41,18 +42,14 @@ func TestOnlyOwnersWrite(t *testing.T) {
 		{guest, "/local/domain/16/device/a\x01", EINVAL},
 		{Privileged, "/x", nil},
 	} {
-		var got error
-		if err := tr.Write(c.d, c.path, []byte("v")); err != nil {
-			got = err
-		}
-		if got != c.want {
+		if got := tr.Write(c.d, c.path, []byte("v")); !errors.Is(got, c.want) {
 			t.Errorf("domain %d writes %q: %v, want %v", c.d, c.path, got, c.want)
 		}
 	}
-	if _, err := tr.Read(other, "/local/domain/16/device/vtpm/0/state"); err != EACCES {
+	if _, err := tr.Read(other, "/local/domain/16/device/vtpm/0/state"); !errors.Is(err, EACCES) {
 		t.Errorf("other guest reads: %v", err)
 	}
-	if _, err := tr.Read(other, "/local/domain/16/device/vtpm/0/nothing"); err != EACCES {
+	if _, err := tr.Read(other, "/local/domain/16/device/vtpm/0/nothing"); !errors.Is(err, EACCES) {
 		t.Errorf("other guest learns what is missing: %v", err)
 	}
 }
@@ -62,7 +59,7 @@ func TestOnlyOwnersWrite(t *testing.T) {
 func TestReservedName(t *testing.T) {
 	tr := newTree(t)
 	for _, d := range []Domain{guest, other, Privileged} {
-		if err := tr.Write(d, "/vTPMready7", nil); err != EACCES {
+		if err := tr.Write(d, "/vTPMready7", nil); !errors.Is(err, EACCES) {
 			t.Errorf("domain %d creates the ready node: %v", d, err)
 		}
 	}
@@ -70,14 +67,14 @@ func TestReservedName(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, d := range []Domain{guest, Privileged} {
-		if err := tr.Remove(d, "/vTPMready7"); err != EACCES {
+		if err := tr.Remove(d, "/vTPMready7"); !errors.Is(err, EACCES) {
 			t.Errorf("domain %d removes the ready node: %v", d, err)
 		}
-		if err := tr.SetPerms(d, "/vTPMready7", []Perm{{d, Both}}); err != EACCES {
+		if err := tr.SetPerms(d, "/vTPMready7", []Perm{{d, Both}}); !errors.Is(err, EACCES) {
 			t.Errorf("domain %d takes the ready node over: %v", d, err)
 		}
 	}
-	if err := tr.Write(owner, "/other", nil); err != EACCES {
+	if err := tr.Write(owner, "/other", nil); !errors.Is(err, EACCES) {
 		t.Errorf("the manager writes elsewhere in the root: %v", err)
 	}
 	if err := tr.Remove(owner, "/vTPMready7"); err != nil {
@@ -90,7 +87,7 @@ func TestRemove(t *testing.T) {
 	if err := tr.Remove(Privileged, "/nothing"); err != nil {
 		t.Errorf("missing node with parent: %v", err)
 	}
-	if err := tr.Remove(Privileged, "/nothing/x"); err != ENOENT {
+	if err := tr.Remove(Privileged, "/nothing/x"); !errors.Is(err, ENOENT) {
 		t.Errorf("missing node without parent: %v", err)
 	}
 	if err := tr.Remove(Privileged, "/local"); err != nil {
@@ -108,12 +105,12 @@ func TestQuota(t *testing.T) {
 		if i > MaxNodes {
 			t.Fatal("no quota")
 		}
-		err = tr.Mkdir(guest, "/local/domain/16/device/n"+string(Perm{Domain(i), None}.String()[1:]))
+		err = tr.Mkdir(guest, "/local/domain/16/device/n"+Perm{Domain(i), None}.String()[1:])
 	}
-	if err != ENOSPC {
+	if !errors.Is(err, ENOSPC) {
 		t.Fatalf("over quota: %v", err)
 	}
-	if err := tr.Write(guest, "/local/domain/16/device/n0", make([]byte, MaxNodeSize+1)); err != E2BIG {
+	if err := tr.Write(guest, "/local/domain/16/device/n0", make([]byte, MaxNodeSize+1)); !errors.Is(err, E2BIG) {
 		t.Fatalf("big value: %v", err)
 	}
 }

@@ -77,7 +77,7 @@ func (f *Frontend) receive() {
 	for {
 		fr, err := f.conn.Receive()
 		if err != nil {
-			f.err = fmt.Errorf("%w: %v", ErrClosed, err)
+			f.err = fmt.Errorf("%w: %w", ErrClosed, err)
 			return
 		}
 		switch {
@@ -129,7 +129,7 @@ func (f *Frontend) Execute(locality uint8, command []byte) ([]byte, error) {
 		return nil, err
 	}
 	if err := f.conn.Send(channel.Frame{Kind: channel.Command, Locality: locality, Data: command}); err != nil {
-		return nil, fmt.Errorf("%w: %v", ErrClosed, err)
+		return nil, fmt.Errorf("%w: %w", ErrClosed, err)
 	}
 	select {
 	case <-f.opened:

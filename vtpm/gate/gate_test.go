@@ -103,8 +103,13 @@ var (
 	needed = []Event{{Kind: FrontConnected}, {Kind: Instance, Number: n}, {Kind: ReadyNode, Number: n}, {Kind: EngineUp, Number: n}}
 	ends   = []Event{{Kind: Failed, Reason: "x"}, {Kind: Deadline}, {Kind: FrontGone}}
 	noise  = []Event{
-		{Kind: ReadyNode, Number: n + 1}, {Kind: EngineUp, Number: n + 1}, {Kind: ReadyGone, Number: n + 1},
-		{Kind: FrontConnected}, {Kind: Instance, Number: n}, {Kind: ReadyNode, Number: n}, {Kind: EngineUp, Number: n},
+		{Kind: ReadyNode, Number: n + 1},
+		{Kind: EngineUp, Number: n + 1},
+		{Kind: ReadyGone, Number: n + 1},
+		{Kind: FrontConnected},
+		{Kind: Instance, Number: n},
+		{Kind: ReadyNode, Number: n},
+		{Kind: EngineUp, Number: n},
 	}
 )
 

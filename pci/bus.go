@@ -1,0 +1,186 @@
+package pci
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"sync"
+)
+
+// MaxFunctions is how many functions a bus holds: function 0 of each device.
+const MaxFunctions = 32
+
+// ECAMSize is the size in bytes of one bus's configuration window (PCI Firmware 3.2 §4.1.2).
+const ECAMSize = 1 << 20
+
+// functionStride is the ECAM distance between function 0 of one device and of the next.
+const functionStride = 8 * ConfigSize
+
+// A Bus is root bus 0.
+type Bus struct {
+	host   Host
+	ecam   []byte // ECAMSize bytes; the guest may be reading them
+	lo, hi uint64 // the window that BARs are decoded in
+
+	mu        sync.RWMutex
+	functions []*Function
+	next      uint64 // where the next BAR goes
+}
+
+// NewBus makes a bus with a host bridge as device 0. ecam is ECAMSize bytes that the guest
+// reads as configuration space; [lo, hi) is the memory window for BARs, below 4 GiB.
+func NewBus(host Host, ecam []byte, lo, hi uint64) (*Bus, error) {
+	if len(ecam) != ECAMSize || lo >= hi || hi > 1<<32 {
+		return nil, fmt.Errorf("pci bus: ECAM of %d bytes, window %#x-%#x", len(ecam), lo, hi)
+	}
+	b := &Bus{host: host, ecam: ecam, lo: lo, hi: hi, next: lo}
+	// An absent function reads as all ones: its vendor is enough for every prober.
+	for off := 0; off < ECAMSize; off += functionStride {
+		binary.LittleEndian.PutUint32(ecam[off:], 0xffff_ffff)
+		for fn := 1; fn < 8; fn++ {
+			binary.LittleEndian.PutUint32(ecam[off+fn*ConfigSize:], 0xffff_ffff)
+		}
+	}
+	// The generic host bridge that Linux has no quirks for (QEMU's "gpex").
+	bridge, err := NewFunction(Spec{Name: "host-bridge", Vendor: 0x1b36, Device: 0x0008, Class: 0x060000})
+	if err != nil {
+		return nil, err
+	}
+	return b, b.Add(bridge)
+}
+
+// Add puts f on the bus as the next device and assigns its BAR. Before the guest runs only.
+func (b *Bus) Add(f *Function) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	slot := len(b.functions)
+	if slot >= MaxFunctions {
+		return fmt.Errorf("pci bus: %s is device %d, the bus holds %d", f.spec.Name, slot, MaxFunctions)
+	}
+	if f.barSize > 0 {
+		base := (b.next + f.barSize - 1) &^ (f.barSize - 1)
+		if base+f.barSize > b.hi {
+			return fmt.Errorf("pci bus: no room for the BAR of %s (%d bytes)", f.spec.Name, f.barSize)
+		}
+		b.next = base + f.barSize
+		binary.LittleEndian.PutUint32(f.config[regBAR0:], uint32(base))
+	}
+	b.functions = append(b.functions, f)
+	off := slot * functionStride
+	return f.attach(b.host, b.ecam[off:off+ConfigSize])
+}
+
+// Close closes every device. The guest must not run any more.
+func (b *Bus) Close() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	var errs []error
+	for _, f := range b.functions {
+		errs = append(errs, f.close())
+	}
+	b.functions = nil
+	return errors.Join(errs...)
+}
+
+// ReadConfig reads configuration space at an ECAM offset; what lies outside reads as ones.
+func (b *Bus) ReadConfig(off uint64, p []byte) {
+	for i := range p {
+		p[i] = 0xff
+	}
+	if off < ECAMSize && uint64(len(p)) <= ECAMSize-off {
+		copy(p, b.ecam[off:])
+	}
+}
+
+// WriteConfig is the guest's write to configuration space at an ECAM offset. Writes that are
+// not 1, 2 or 4 bytes and aligned, or hit no function, are dropped.
+func (b *Bus) WriteConfig(off uint64, p []byte) {
+	n := uint64(len(p))
+	if (n != 1 && n != 2 && n != 4) || off%n != 0 || off >= ECAMSize {
+		return
+	}
+	slot, reg := off/functionStride, off%functionStride
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if slot >= uint64(len(b.functions)) || reg >= ConfigSize {
+		return
+	}
+	f := b.functions[slot]
+	if f.write(int(reg), p) {
+		b.place(f)
+	}
+}
+
+// place follows the guest's wish for a BAR: doorbells move with it. b.mu is held.
+func (b *Bus) place(f *Function) {
+	base, enabled := f.placement()
+	enabled = enabled && base >= b.lo && base <= b.hi-f.barSize
+	if enabled == f.decoded && (!enabled || base == f.base) {
+		return
+	}
+	if f.decoded {
+		b.ring(f, f.base, false)
+	}
+	f.base, f.decoded = base, enabled
+	if enabled {
+		b.ring(f, base, true)
+	}
+}
+
+// ring connects or disconnects f's doorbells. One that the kernel refuses (two BARs placed on
+// top of each other) still works through WriteBAR, only slower.
+func (b *Bus) ring(f *Function, base uint64, on bool) {
+	if b.host.Doorbells == nil {
+		return
+	}
+	for _, d := range f.spec.Doorbells {
+		if on {
+			_ = b.host.Doorbells.AddDoorbell(base+d.Offset, d)
+		} else {
+			_ = b.host.Doorbells.RemoveDoorbell(base+d.Offset, d)
+		}
+	}
+}
+
+// at finds the function that decodes all of [gpa, gpa+n).
+func (b *Bus) at(gpa, n uint64) (*Function, uint64) {
+	b.mu.RLock()
+	defer b.mu.RUnlock()
+	for _, f := range b.functions {
+		if f.decoded && gpa >= f.base && gpa-f.base < f.barSize && n <= f.barSize-(gpa-f.base) {
+			return f, gpa - f.base
+		}
+	}
+	return nil, 0
+}
+
+// Read serves a guest's read of the window; it reports false, with p all ones, where no BAR
+// decodes the address.
+func (b *Bus) Read(gpa uint64, p []byte) bool {
+	f, off := b.at(gpa, uint64(len(p)))
+	if f == nil || len(p) > 8 {
+		for i := range p {
+			p[i] = 0xff
+		}
+		return false
+	}
+	f.readBAR(off, p)
+	return true
+}
+
+// Write is a guest's write to the window; it reports false where no BAR decodes the address.
+func (b *Bus) Write(gpa uint64, p []byte) bool {
+	f, off := b.at(gpa, uint64(len(p)))
+	if f == nil || len(p) > 8 {
+		return false
+	}
+	f.writeBAR(off, p)
+	return true
+}
+
+// Functions are the functions on the bus, the host bridge first.
+func (b *Bus) Functions() []*Function {
+	b.mu.RLock()
+	defer b.mu.RUnlock()
+	return append([]*Function(nil), b.functions...)
+}
