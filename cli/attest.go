@@ -18,7 +18,7 @@ import (
 )
 
 func (a *app) attestCommand() *cobra.Command {
-	var nonce, policy, ca, out, save string
+	var o attestOptions
 	c := &cobra.Command{
 		Use:   "attest NAME",
 		Short: "Check what a running guest has booted",
@@ -34,29 +34,34 @@ Without --policy what was booted is shown but not judged.`,
   redoubt attest replay --event-log binary_bios_measurements`,
 		Args: names(1, "a guest's name"),
 		RunE: func(c *cobra.Command, args []string) error {
-			return a.attest(c.Context(), args[0], nonce, policy, ca, out, save)
+			return a.attest(c.Context(), args[0], o)
 		},
 	}
 	f := c.Flags()
-	f.StringVar(&nonce, "nonce", "", "16 to 64 bytes in hexadecimal (default: random)")
-	f.StringVar(&policy, "policy", "", "what is good (YAML)")
-	f.StringVar(&ca, "ca", "", "CA certificate of the guest's host in PEM (default: this host's)")
-	f.StringVar(&out, "out", "", "write the evidence to this directory")
-	f.StringVar(&save, "save-policy", "", "write a policy that what is running now fulfils")
+	f.StringVar(&o.nonce, "nonce", "", "16 to 64 bytes in hexadecimal (default: random)")
+	f.StringVar(&o.policy, "policy", "", "what is good (YAML)")
+	f.StringVar(&o.ca, "ca", "", "CA certificate of the guest's host in PEM (default: this host's)")
+	f.StringVar(&o.out, "out", "", "write the evidence to this directory")
+	f.StringVar(&o.save, "save-policy", "", "write a policy that what is running now fulfils")
+	f.StringVar(&o.guestLog, "guest-log", "", "event log that the guest's firmware wrote, where the host cannot read it (OVMF)")
 	c.AddCommand(a.replayCommand())
 	return c
 }
 
-func (a *app) attest(ctx context.Context, name, nonceHex, policyFile, caFile, out, save string) error {
+// attestOptions are the flags of attest.
+type attestOptions struct{ nonce, policy, ca, out, save, guestLog string }
+
+func (a *app) attest(ctx context.Context, name string, o attestOptions) error {
 	nonce := make([]byte, 32)
-	if nonceHex == "" {
+	if o.nonce == "" {
 		_, _ = rand.Read(nonce) // never fails (crypto/rand)
 	} else {
 		var err error
-		if nonce, err = hex.DecodeString(nonceHex); err != nil || len(nonce) < 16 || len(nonce) > 64 {
+		if nonce, err = hex.DecodeString(o.nonce); err != nil || len(nonce) < 16 || len(nonce) > 64 {
 			return usagef("--nonce: use 16 to 64 bytes in hexadecimal")
 		}
 	}
+	caFile := o.ca
 	if caFile == "" {
 		caFile = filepath.Join(a.stateDir, "vtpm", vtpm.CAFile)
 	}
@@ -68,13 +73,13 @@ func (a *app) attest(ctx context.Context, name, nonceHex, policyFile, caFile, ou
 	if !opt.Roots.AppendCertsFromPEM(pem) {
 		return usagef("--ca: %s: holds no certificate in PEM", caFile)
 	}
-	if policyFile != "" {
-		b, err := os.ReadFile(policyFile)
+	if o.policy != "" {
+		b, err := os.ReadFile(o.policy)
 		if err != nil {
 			return usagef("--policy: %v", err)
 		}
 		if opt.Policy, err = attest.ParsePolicy(b); err != nil {
-			return usagef("--policy: %s: %v", policyFile, err)
+			return usagef("--policy: %s: %v", o.policy, err)
 		}
 	}
 	c := a.client()
@@ -88,6 +93,11 @@ func (a *app) attest(ctx context.Context, name, nonceHex, policyFile, caFile, ou
 	if err != nil {
 		return err
 	}
+	if o.guestLog != "" {
+		if evidence.GuestLog, err = os.ReadFile(o.guestLog); err != nil {
+			return usagef("--guest-log: %v", err)
+		}
+	}
 	opt.Activate = func(blob, secret []byte) ([]byte, error) {
 		r, err := c.ActivateCredential(ctx, &v1.ActivateCredentialRequest{Name: name, CredentialBlob: blob, Secret: secret})
 		if err != nil {
@@ -96,8 +106,8 @@ func (a *app) attest(ctx context.Context, name, nonceHex, policyFile, caFile, ou
 		return r.Secret, nil
 	}
 	report := attest.Verify(evidence, opt)
-	if out != "" {
-		if err := evidence.WriteDir(out); err != nil {
+	if o.out != "" {
+		if err := evidence.WriteDir(o.out); err != nil {
 			return err
 		}
 	}
@@ -112,8 +122,8 @@ func (a *app) attest(ctx context.Context, name, nonceHex, policyFile, caFile, ou
 	if failed := report.Failed(); failed != nil {
 		return exitError(1)
 	}
-	if save != "" {
-		return a.savePolicy(evidence, save)
+	if o.save != "" {
+		return a.savePolicy(evidence, o.save)
 	}
 	return nil
 }

@@ -47,7 +47,7 @@ func (d *demo) follow(ctx context.Context, name string) *boot {
 	b := &boot{done: make(chan struct{})}
 	d.wg.Go(func() {
 		defer close(b.done)
-		b.console, b.err = d.host.console(ctx, name, ready)
+		b.console, b.err = d.console(ctx, name, ready)
 	})
 	if d.boots == nil {
 		d.boots = map[string]*boot{}

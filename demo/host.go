@@ -144,9 +144,12 @@ func (h *host) processes() ([]process, error) {
 	if err != nil {
 		return nil, err
 	}
+	if len(b) == 0 {
+		return nil, nil // nobody holds the lock
+	}
 	builder, err := strconv.Atoi(strings.TrimSpace(string(b)))
 	if err != nil {
-		return nil, nil // nobody holds the lock: it is empty then
+		return nil, err
 	}
 	all, err := filepath.Glob("/proc/[0-9]*")
 	if err != nil {

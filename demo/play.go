@@ -18,9 +18,8 @@ type demo struct {
 	to io.Writer
 	wg sync.WaitGroup // the guests being followed
 
-	initrd string
-	late   time.Duration // how late a vTPM has to be
-	boots  map[string]*boot
+	late  time.Duration // how late a vTPM has to be
+	boots map[string]*boot
 }
 
 // A step shows one thing. It fails with the reason; what needs it is then not tried.
@@ -31,7 +30,7 @@ type step struct {
 	do    func(*demo, context.Context) error
 }
 
-// play runs the steps and returns how many went as they should.
+// play runs the steps and returns how many went as they should. The end of ctx ends it.
 func (d *demo) play(ctx context.Context, all []step) (ok int) {
 	good := map[string]bool{}
 	for i, s := range all {
@@ -57,6 +56,7 @@ func (d *demo) play(ctx context.Context, all []step) (ok int) {
 			d.say("  FAILED: %v", err)
 		case ctx.Err() != nil:
 			d.say("  FAILED: %v", context.Cause(ctx))
+			return ok
 		default:
 			d.say("  FAILED: %v (%.1f s)", err, took)
 			d.logs()

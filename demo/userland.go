@@ -49,10 +49,8 @@ func buildInitrd(root *debian.Root, file string) error {
 	if err := addProgram(b, root, "usr/bin/tpm2", "usr/bin/tpm2_pcrread", seen); err != nil {
 		return err
 	}
-	for _, lib := range []string{"libtss2-tcti-device.so.0"} {
-		if err := addLibrary(b, root, lib, seen); err != nil {
-			return err
-		}
+	if err := addLibrary(b, root, "libtss2-tcti-device.so.0", seen); err != nil {
+		return err
 	}
 	return b.WriteFile(file)
 }
@@ -65,11 +63,15 @@ func addProgram(b *initramfs.Builder, root *debian.Root, from, to string, seen m
 
 // addNeeded adds the libraries that an object names, and theirs.
 func addNeeded(b *initramfs.Builder, root *debian.Root, object string, seen map[string]bool) error {
-	f, err := elf.Open(object)
+	file, err := os.Open(object)
 	if err != nil {
 		return err
 	}
-	defer f.Close()
+	defer file.Close()
+	f, err := elf.NewFile(file)
+	if err != nil {
+		return fmt.Errorf("%s: %w", object, err)
+	}
 	libs, err := f.ImportedLibraries()
 	if err != nil {
 		return fmt.Errorf("%s: %w", object, err)

@@ -9,65 +9,34 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
 
+	"redoubt.dev/redoubt/lab/bootdisk"
 	"redoubt.dev/redoubt/lab/debian"
 )
 
 // firmwareLimit: SeaBIOS and OVMF take their time under emulation.
 const firmwareLimit = 150 * time.Second
 
-// bootDisk makes a FAT image that boots both ways: syslinux in its boot sector, systemd-boot
-// in EFI/BOOT.
+// bootDisk makes an image that boots both ways.
 func bootDisk(t testing.TB, r *debian.Root) *os.File {
 	t.Helper()
-	const sectors = 96 << 20 / 512
 	dir := t.TempDir()
-	disk := filepath.Join(dir, "disk.img")
-	if err := os.WriteFile(disk, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Truncate(disk, sectors*512); err != nil {
-		t.Fatal(err)
-	}
 	kernel, err := r.Vmlinuz("6.1")
 	if err != nil {
 		t.Fatal(err)
 	}
-	write := func(name, text string) string {
-		p := filepath.Join(dir, name)
-		if err := os.WriteFile(p, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		return p
+	image := filepath.Join(dir, "initrd")
+	if err := os.WriteFile(image, initrd(t, r), 0o600); err != nil {
+		t.Fatal(err)
 	}
-	const cmdline = "console=ttyS0 quiet panic=-1 do=firmware"
-	run := func(name string, args ...string) {
-		t.Helper()
-		cmd := r.Command(t.Context(), name, args...)
-		// syslinux runs mtools by name; mtools must not mind the odd geometry.
-		cmd.Env = slices.Concat(cmd.Env, []string{"PATH=" + r.Path("usr/bin") + ":" + os.Getenv("PATH"), "MTOOLS_SKIP_CHECK=1"})
-		if out, err := cmd.CombinedOutput(); err != nil {
-			t.Fatalf("%s %v: %v\n%s", name, args, err, out)
-		}
+	disk := filepath.Join(dir, "disk.img")
+	if err := bootdisk.Make(t.Context(), r, disk, dir, kernel, image, "console=ttyS0 quiet panic=-1 do=firmware"); err != nil {
+		t.Fatal(err)
 	}
-	run("mformat", "-i", disk, "-T", "196608", "-h", "64", "-s", "32", "-F", "::")
-	run("mmd", "-i", disk, "::EFI", "::EFI/BOOT", "::loader", "::loader/entries")
-	for _, f := range [][2]string{
-		{kernel, "vmlinuz"},
-		{write("initrd", string(initrd(t, r))), "initrd"},
-		{write("syslinux.cfg", "DEFAULT linux\nLABEL linux\n KERNEL /vmlinuz\n INITRD /initrd\n APPEND "+cmdline+"\n"), "syslinux.cfg"},
-		{r.Path("usr/lib/systemd/boot/efi/systemd-bootx64.efi"), "EFI/BOOT/BOOTX64.EFI"},
-		{write("loader.conf", "timeout 0\ndefault linux.conf\n"), "loader/loader.conf"},
-		{write("linux.conf", "title linux\nlinux /vmlinuz\ninitrd /initrd\noptions "+cmdline+"\n"), "loader/entries/linux.conf"},
-	} {
-		run("mcopy", "-i", disk, f[0], "::"+f[1])
-	}
-	run("syslinux", "--install", disk)
 	f, err := os.OpenFile(disk, os.O_RDWR, 0)
 	if err != nil {
 		t.Fatal(err)

@@ -15,6 +15,8 @@ import (
 	"net"
 	"os"
 	"sync"
+	"sync/atomic"
+	"time"
 
 	"redoubt.dev/redoubt/ipc"
 )
@@ -99,6 +101,8 @@ type Peer struct {
 	next   uint64
 	calls  map[uint64]chan answer
 	closed bool
+
+	draining atomic.Bool
 }
 
 type answer struct {
@@ -124,6 +128,10 @@ func (p *Peer) Run(ctx context.Context) error {
 	stop := context.AfterFunc(ctx, func() { p.c.Close() })
 	var handlers sync.WaitGroup
 	defer func() {
+		if p.draining.Load() && stop() {
+			cancel()
+			handlers.Wait() // their answers still go out
+		}
 		cancel()
 		stop()
 		p.c.Close()
@@ -134,7 +142,7 @@ func (p *Peer) Run(ctx context.Context) error {
 	for {
 		msg, files, err := p.c.Receive()
 		if err != nil {
-			if ctx.Err() != nil || errors.Is(err, net.ErrClosed) || errors.Is(err, io.EOF) {
+			if ctx.Err() != nil || p.draining.Load() || errors.Is(err, net.ErrClosed) || errors.Is(err, io.EOF) {
 				return nil
 			}
 			return err
@@ -279,6 +287,14 @@ func (p *Peer) Notify(method string, in any, files ...*os.File) error {
 		return fmt.Errorf("%s: %w", method, err)
 	}
 	return p.send(frame{Method: method, Body: body}, files)
+}
+
+// Drain makes Run take nothing more, let the handlers under way end and their answers go out,
+// and return. The handlers' context ends at once.
+func (p *Peer) Drain() {
+	p.draining.Store(true)
+	// Run's receive comes back; where the connection is gone already, so does Run.
+	_ = p.c.SetReadDeadline(time.Unix(1, 0))
 }
 
 // Close ends the connection; Run returns.

@@ -46,6 +46,7 @@ type run struct {
 	domain tree.Domain
 	proc   *process.Process
 	peer   *rpc.Peer
+	heard  chan struct{} // closed when all the emulator said was taken in
 
 	mu     sync.Mutex
 	exit   *protocol.Exit // the emulator's own word
@@ -71,7 +72,7 @@ func (b *Builder) start(ctx context.Context, g *guest) (*run, error) {
 	d := b.next
 	b.next++
 	b.mu.Unlock()
-	r := &run{domain: d}
+	r := &run{domain: d, heard: make(chan struct{})}
 	msg := protocol.Start{
 		Name: g.build.Spec.Name, Emulator: g.emulator, Domain: d, CPUs: g.build.Spec.CPUs,
 		Memory: uint64(g.build.Spec.Memory), Cmdline: g.build.Spec.Boot.Cmdline,
@@ -151,7 +152,10 @@ func (b *Builder) start(ctx context.Context, g *guest) (*run, error) {
 		return nil, err
 	}
 	r.peer = rpc.New(r.proc.Control, b.fromEmulator(g, r))
-	b.wg.Go(func() { _ = r.peer.Run(context.Background()) })
+	b.wg.Go(func() {
+		defer close(r.heard)
+		_ = r.peer.Run(context.Background())
+	})
 	if tpm && !g.build.Options.VTPMFirst {
 		b.wg.Go(func() {
 			if err := b.provision(context.Background(), g, d); err != nil {
@@ -310,6 +314,7 @@ func (r *run) killLater() {
 // outcome is how a run ended, from the emulator's own word where it left one.
 func (r *run) outcome(g *guest) protocol.Exit {
 	<-r.proc.Done()
+	<-r.heard
 	asked := g.isAsked()
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -380,5 +385,11 @@ func sealed(name string, f *os.File) (*os.File, error) {
 		m.Close()
 		return nil, fmt.Errorf("%s: seal: %w", name, err)
 	}
-	return m, nil
+	// Who gets it reads it only, and QEMU wants a descriptor that says so.
+	defer m.Close()
+	ro, err := os.Open(fmt.Sprintf("/proc/self/fd/%d", m.Fd()))
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	return ro, nil
 }

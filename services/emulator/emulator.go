@@ -17,6 +17,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"redoubt.dev/redoubt/attest/eventlog"
 	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/services/protocol"
@@ -84,7 +85,7 @@ func Serve(ctx context.Context, log *slog.Logger, control *ipc.Conn) error {
 			<-s.ended
 		}
 	}
-	s.peer.Close()
+	s.peer.Drain() // the answer to start may still be on its way
 	return <-done
 }
 
@@ -116,7 +117,14 @@ func (s *service) handle(_ context.Context, r *rpc.Request) (any, error) {
 			return nil, rpc.Errorf(rpc.Unavailable, "the guest has not been started")
 		}
 		log, err := m.ReadEventLog()
-		return protocol.GuestLog{Log: log}, err
+		if err != nil {
+			return nil, err
+		}
+		// The area is larger than its log. What cannot be read is the verifier's to refuse.
+		if l, err := eventlog.ParseLog(log); err == nil {
+			log = log[:l.Size]
+		}
+		return protocol.GuestLog{Log: log}, nil
 	case protocol.MethodEnd:
 		s.cancel()
 		return nil, nil

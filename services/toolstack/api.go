@@ -192,40 +192,30 @@ func (a *api) Console(ctx context.Context, s *connect.BidiStream[v1.ConsoleReque
 
 // output sends the scrollback and, with follow, what comes until the guest is down.
 func (a *api) output(ctx context.Context, g *guest, follow bool, send func([]byte) error) error {
-	back, sub := g.console.watch()
-	defer sub.close()
-	if len(back) > 0 {
-		if err := send(back); err != nil {
-			return err
-		}
-	}
-	if !follow {
-		return nil
-	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	go func() { // ends with ctx
-		_ = g.await(ctx, func() bool { return !g.up() })
-		cancel()
-	}()
-	err := sub.each(ctx, send)
-	if errors.Is(err, context.Canceled) {
-		// The guest is down, or the caller gone; either way send what is left.
-		for {
-			select {
-			case b, ok := <-sub.ch:
-				if !ok {
-					return nil
-				}
-				if err := send(b); err != nil {
-					return nil
-				}
-			default:
-				return nil
+	place := int64(0)
+	for {
+		g.mu.Lock()
+		up, state := g.up(), g.changed
+		g.mu.Unlock()
+		// Read after the state: what a guest printed before it was down is not missed.
+		out, next, more := g.console.from(place)
+		place = next
+		if len(out) > 0 {
+			if err := send(out); err != nil {
+				return err
 			}
+			continue
+		}
+		if !follow || !up {
+			return nil
+		}
+		select {
+		case <-more:
+		case <-state:
+		case <-ctx.Done():
+			return nil
 		}
 	}
-	return err
 }
 
 func (a *api) Logs(ctx context.Context, r *v1.LogsRequest, s *connect.ServerStream[v1.LogsResponse]) error {

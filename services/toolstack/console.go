@@ -15,18 +15,19 @@ import (
 // scrollback is how much of a console is kept in memory; the log file has more.
 const scrollback = 256 << 10
 
-// console is a guest's serial console: a scrollback, a log file, and any number of watchers.
-// It outlives the emulator processes it is connected to.
+// console is a guest's serial console: a scrollback, a log file, and any number of watchers,
+// each at a place of its own. It outlives the emulator processes it is connected to.
 type console struct {
 	mu      sync.Mutex
-	back    []byte
+	back    []byte // the last of all that was printed
+	end     int64  // how much was printed in all
+	changed chan struct{}
 	conn    net.Conn
 	done    chan struct{} // closed when the reader of conn has ended
-	fanout  *broadcast[[]byte]
-	partial []byte // the current line, for recognising the first program's start
+	partial []byte        // the current line, for recognising the first program's start
 }
 
-func newConsole() *console { return &console{fanout: newBroadcast[[]byte]()} }
+func newConsole() *console { return &console{changed: make(chan struct{})} }
 
 // maxLog bounds a console's log file; a guest that prints for ever fills no disk.
 const maxLog = 16 << 20
@@ -36,7 +37,7 @@ func (c *console) attach(conn net.Conn, log *os.File, moment func(kind string)) 
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.conn, c.done = conn, make(chan struct{})
-	c.back, c.partial = nil, nil
+	c.back, c.end, c.partial = nil, 0, nil
 	go c.read(conn, c.done, log, moment)
 }
 
@@ -54,14 +55,15 @@ func (c *console) read(conn net.Conn, done chan struct{}, log *os.File, moment f
 			m, _ := log.Write(buf[:n])
 			logged += m
 		}
-		out := bytes.Clone(buf[:n])
 		c.mu.Lock()
-		if c.back = append(c.back, out...); len(c.back) > scrollback {
+		if c.back = append(c.back, buf[:n]...); len(c.back) > 2*scrollback {
 			c.back = bytes.Clone(c.back[len(c.back)-scrollback:])
 		}
-		c.fanout.send(out) // beneath mu: a watcher sees either scrollback or stream, never both
+		c.end += int64(n)
+		close(c.changed)
+		c.changed = make(chan struct{})
 		if !started {
-			started = c.scan(out)
+			started = c.scan(buf[:n])
 		}
 		c.mu.Unlock()
 		if started && moment != nil {
@@ -111,11 +113,16 @@ func (c *console) detach() {
 	}
 }
 
-// watch returns the scrollback and a subscription that continues it without gap.
-func (c *console) watch() ([]byte, *subscription[[]byte]) {
+// from returns what was printed from place on, the place after it, and a channel that is
+// closed when there is more. A watcher that fell behind the scrollback goes on at its start.
+func (c *console) from(place int64) ([]byte, int64, <-chan struct{}) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return bytes.Clone(c.back), c.fanout.subscribe()
+	start := c.end - int64(len(c.back))
+	if place < start || place > c.end { // too slow, or another start of the guest
+		place = start
+	}
+	return bytes.Clone(c.back[place-start:]), c.end, c.changed
 }
 
 // write types into the guest.

@@ -348,10 +348,18 @@ func makeVars(path string) error {
 	return renameio.WriteFile(path, fresh, 0o600)
 }
 
+// consoleBuffer is the room of a console's socket in the kernel's own count of bytes.
+const consoleBuffer = 16 << 20
+
 func streamPair() (net.Conn, *os.File, error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, nil, fmt.Errorf("console: %w", err)
+	}
+	for _, fd := range fds {
+		// QEMU writes a console byte by byte and drops what the socket does not take; each
+		// such byte counts for the better part of a KiB.
+		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, consoleBuffer)
 	}
 	own := os.NewFile(uintptr(fds[0]), "console")
 	defer own.Close()
