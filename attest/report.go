@@ -72,11 +72,23 @@ func (r *Report) WriteText(w io.Writer) error {
 	}
 	if f := r.Failed(); f != nil {
 		fmt.Fprintf(&b, "not trusted: %s: %s\n", f.Name, f.Reason)
-	} else if r.OK {
+	} else if r.OK && r.judged() {
 		b.WriteString("trusted\n")
+	} else if r.OK {
+		b.WriteString("sound, not judged: give a policy\n")
 	}
 	_, err := io.WriteString(w, b.String())
 	return err
+}
+
+// judged reports whether a policy passed.
+func (r *Report) judged() bool {
+	for _, s := range r.Steps {
+		if s.Name == StepPolicy {
+			return s.Status == Passed
+		}
+	}
+	return false
 }
 
 // registerNames say what a register holds, for reports.

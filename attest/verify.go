@@ -214,6 +214,9 @@ func (v *verifier) stepLog() (string, error) {
 			v.report.Differences = append(v.report.Differences, Difference{PCR: pcr, Got: fmt.Sprintf("%x", quoted), Want: fmt.Sprintf("%x", said)})
 		}
 	}
+	if len(findings) == 0 && v.firmware() && len(bytes.Trim(v.e.PCRs[0], "\x00")) == 0 {
+		return "", errors.New("the guest's firmware has measured nothing: PCR 0 is as at power-on")
+	}
 	if len(findings) > 0 {
 		if v.firmware() && len(v.e.GuestLog) == 0 {
 			findings = append([]string{"the log of the guest's firmware is missing"}, findings...)

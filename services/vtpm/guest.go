@@ -176,6 +176,11 @@ func (g *guest) bring(back *backend.Backend, device *manager.Device, in protocol
 	if err != nil {
 		return err
 	}
+	if !m.guestLog {
+		if err := device.LeavePlatform(g.ctx); err != nil {
+			return err
+		}
+	}
 	g.mu.Lock()
 	g.device, g.log = device, m.log
 	number := g.number

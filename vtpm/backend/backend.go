@@ -1,6 +1,7 @@
 package backend
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -241,7 +242,7 @@ func (b *Backend) serve(tpm TPM, log []byte) error {
 	if err := b.opt.Channel.Send(channel.Frame{Kind: channel.Open, Data: log}); err != nil {
 		return nil
 	}
-	ima := false
+	ima, started := false, false
 	for {
 		f, err := b.opt.Channel.Receive()
 		if err != nil {
@@ -261,6 +262,14 @@ func (b *Backend) serve(tpm TPM, log []byte) error {
 		reply, err := b.execute(tpm, f)
 		if err != nil {
 			return err
+		}
+		if !started && isStartup(f.Data) {
+			// The host has started the TPM to measure into it. To the guest this is its own
+			// power-on, and some firmware takes the truth (TPM_RC_INITIALIZE) for a fault.
+			started = true
+			if bytes.Equal(reply, response(tpm2.TPMRCInitialize)) {
+				reply = response(tpm2.TPMRCSuccess)
+			}
 		}
 		if !ima && extends(f.Data, 10) {
 			ima = true
@@ -290,6 +299,12 @@ func (b *Backend) execute(tpm TPM, f channel.Frame) ([]byte, error) {
 func extends(cmd []byte, pcr uint32) bool {
 	return len(cmd) >= 14 && tpm2.TPMCC(binary.BigEndian.Uint32(cmd[6:])) == tpm2.TPMCCPCRExtend &&
 		binary.BigEndian.Uint32(cmd[10:]) == pcr
+}
+
+// isStartup reports whether cmd is TPM2_Startup(TPM_SU_CLEAR) (Part 3 §9.3).
+func isStartup(cmd []byte) bool {
+	return len(cmd) == 12 && tpm2.TPMCC(binary.BigEndian.Uint32(cmd[6:])) == tpm2.TPMCCStartup &&
+		binary.BigEndian.Uint16(cmd[10:]) == uint16(tpm2.TPMSUClear)
 }
 
 // response is a TPM's answer that says no more than rc (Part 1 §18.10).

@@ -137,6 +137,24 @@ func readPublic(tpm transport.TPM, h tpm2.TPMHandle) (*tpm2.TPMTPublic, []byte, 
 	return pub, rsp.Name.Buffer, err
 }
 
+// LeavePlatform gives the platform hierarchy to the guest's firmware, whose it is on a machine
+// that has firmware: it sets a random authorisation of its own before it boots anything, and
+// takes a TPM that refuses that for broken. It waits for manufacture, which needs the
+// hierarchy. To be called after each start and reset, before the guest's first command.
+func (d *Device) LeavePlatform(ctx context.Context) error {
+	if err := d.Manufactured(ctx); err != nil {
+		return err
+	}
+	err := d.Host(ctx, func(tpm transport.TPM) error {
+		_, err := tpm2.HierarchyChangeAuth{AuthHandle: d.platform()}.Execute(tpm)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("leave the platform hierarchy of guest %s: %w", d.rec.Guest, err)
+	}
+	return nil
+}
+
 // persistAK makes the AK, unless it is there.
 func (d *Device) persistAK(tpm transport.TPM) (_ *tpm2.TPMTPublic, err error) {
 	// Nobody but us can have put it there: it takes platform authorisation.
