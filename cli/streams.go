@@ -20,24 +20,27 @@ import (
 const escape = 0x1d
 
 func (a *app) consoleCommand() *cobra.Command {
-	return &cobra.Command{
+	var channel bool
+	c := &cobra.Command{
 		Use:     "console NAME",
 		Short:   "Connect to a guest's serial console",
-		Long:    "Connects to a guest's serial console; Ctrl-] leaves. Without a terminal, standard input is\ntyped and the guest's end or the input's end leaves.",
-		Example: "  redoubt console web-1\n  echo uptime | redoubt console web-1",
+		Long:    "Connects to a guest's serial console; Ctrl-] leaves. Without a terminal, standard input is\ntyped; it goes on until the guest is down or it is interrupted.",
+		Example: "  redoubt console web-1\n  echo uptime | timeout 5 redoubt console web-1\n  redoubt console web-1 --channel",
 		Args:    names(1, "a guest's name"),
-		RunE:    func(c *cobra.Command, args []string) error { return a.console(c.Context(), args[0]) },
+		RunE:    func(c *cobra.Command, args []string) error { return a.console(c.Context(), args[0], channel) },
 	}
+	c.Flags().BoolVar(&channel, "channel", false, "the byte channel instead: /dev/virtio-ports/redoubt.0 in the guest")
+	return c
 }
 
-func (a *app) console(ctx context.Context, name string) error {
+func (a *app) console(ctx context.Context, name string, channel bool) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	s, err := a.client().Console(ctx)
 	if err != nil {
 		return err
 	}
-	if err := s.Send(&v1.ConsoleRequest{Name: name}); err != nil && !errors.Is(err, io.EOF) {
+	if err := s.Send(&v1.ConsoleRequest{Name: name, Channel: channel}); err != nil && !errors.Is(err, io.EOF) {
 		return err
 	}
 	tty := term.IsTerminal(int(os.Stdin.Fd()))

@@ -74,7 +74,7 @@ func (p peerMonitor) prepare(b *testing.B, h *host) func() time.Duration {
 			b.Fatal(err)
 		}
 		var ending sync.WaitGroup
-		ending.Go(func() { _ = c.Wait(); in.Close() }) // ended by us, in the good case
+		ending.Go(func() { _ = c.Wait(); _ = in.Close() }) // ended by us, in the good case
 		var last []string
 		for lines := bufio.NewScanner(out); lines.Scan(); {
 			if l := lines.Text(); strings.Contains(l, "Run ") && strings.Contains(l, " as init process") {

@@ -36,6 +36,13 @@ case $what in
   panic) echo c >/proc/sysrq-trigger ;;
   sealed) if [ "$(head -c 4 /dev/vda | tr -d '\\0')" ]; then /bin/guest unseal /dev/vda; else /bin/guest seal /dev/vda; fi ;;
   clear) /bin/guest clear ;;
+  devices)
+    echo "CPUS $(grep -c ^processor /proc/cpuinfo)"
+    echo "RNG $(cat /sys/class/misc/hw_random/rng_current) $(head -c 64 /dev/hwrng | wc -c)"
+    echo "DISK $(head -c 5 /dev/vda)"; printf written | dd of=/dev/vda bs=512 seek=1 conv=fsync 2>/dev/null
+    echo "READONLY $(cat /sys/block/vdb/ro)"
+    for v in /sys/class/virtio-ports/*; do [ "$(cat $v/name)" = redoubt.0 ] && port=/dev/$(basename $v); done
+    exec 3<>$port; echo "hello, host" >&3; read line <&3; echo "CHANNEL $line" ;;
   wait) echo "LOG $(base64 -w0 </sys/kernel/security/tpm0/binary_bios_measurements)"; button; echo READY; while :; do sleep 1000; done ;;
   deaf) echo READY; while :; do sleep 1000; done ;;
 esac
@@ -43,7 +50,7 @@ echo E2E-DONE
 sync; poweroff -f
 `
 
-var guestModules = []string{"virtio_pci", "virtio_blk", "virtio_rng", "button", "evdev"}
+var guestModules = []string{"virtio_pci", "virtio_blk", "virtio_rng", "virtio_console", "button", "evdev"}
 
 var (
 	initrdMu sync.Mutex

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -51,6 +52,33 @@ func life(t *testing.T, emulator string) {
 			t.Fatalf("guest is %s after %d starts: %s", g.State, g.Starts, g.Reason)
 		}
 		readFacts(h.console("reboot")).keptTrust(t)
+	})
+	t.Run("devices", func(t *testing.T) {
+		h := at(t)
+		disk, other := h.path("rw.img"), h.path("ro.img")
+		for _, d := range []string{disk, other} {
+			h.must("disk", "create", d, "8MiB")
+		}
+		write(t, disk, "first")
+		h.start(start{name: "devices", emulator: emulator, what: "devices", args: []string{"--cpus", "2", "--disk", disk, "--disk", other + ":ro"}})
+		// The guest says hello and waits for its answer.
+		ctx, cancel := context.WithTimeout(t.Context(), bootTime)
+		defer cancel()
+		r := h.runInput(ctx, "hello, guest\n", "console", "devices", "--channel")
+		g := h.awaitDown("devices", bootTime)
+		c := h.console("devices")
+		for _, want := range []string{"CPUS 2", "RNG virtio_rng.0 64", "DISK first", "READONLY 1", "CHANNEL hello, guest", "E2E-DONE"} {
+			if !strings.Contains(c, want) {
+				t.Errorf("no %q on the console; guest is %s: %s\n%s", want, g.State, g.Reason, lastLines(c, 20))
+			}
+		}
+		if !strings.Contains(r.out, "hello, host") {
+			t.Errorf("the channel brought %q", r.out)
+		}
+		b, err := os.ReadFile(disk)
+		if err != nil || string(b[512:519]) != "written" {
+			t.Errorf("the disk holds %q, %v", b[512:519], err)
+		}
 	})
 	t.Run("panic", func(t *testing.T) {
 		h := at(t)
@@ -109,6 +137,18 @@ func life(t *testing.T, emulator string) {
 		readFacts(h.console("deaf")).keptTrust(t)
 		h.must("stop", "deaf", "--grace", "0s")
 	})
+}
+
+func write(t *testing.T, path, text string) {
+	t.Helper()
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := f.WriteString(text); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // kill ends the one process of this host's that runs a program, at once.

@@ -106,9 +106,10 @@ func Args(c Config, fd FDs, dataDirs ...string) ([]string, error) {
 	if c.Accel == KVM {
 		add("-accel", "kvm", "-cpu", "host")
 	} else {
-		// Five-level page walks cost time under emulation and nobody needs them. QEMU 7.2
-		// leaves garbage in EFLAGS after cmpxchg16b, which Linux 6.12 uses wherever the CPU
-		// offers it: a guest with several processors then dies of stray traps.
+		// Five-level page walks cost time under emulation and nobody needs them. Linux 6.12
+		// uses cmpxchg16b wherever the CPU offers it; with it, guests of several processors
+		// died of stray traps in about half of their boots under QEMU 7.2, without it none
+		// did. The cause was not looked for in QEMU.
 		add("-accel", "tcg,thread=multi", "-cpu", "max,la57=off,cx16=off")
 	}
 	add("-smp", strconv.Itoa(c.CPUs))

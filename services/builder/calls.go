@@ -205,6 +205,7 @@ func (b *Builder) build(ctx context.Context, in protocol.Build, r *rpc.Request) 
 	}
 	g.build = in
 	if len(files[protocol.FileDisk]) != len(in.Spec.Disks) || len(files[protocol.FileConsole]) != 1 ||
+		len(files[protocol.FileChannel]) != 1 ||
 		len(files[protocol.FileKernel]) > 1 || len(files[protocol.FileInitrd]) > 1 ||
 		(len(files[protocol.FileKernel]) == 1) != (in.Spec.Boot.Kernel != "") ||
 		(len(files[protocol.FileVars]) == 1) != (in.Spec.Boot.Firmware == spec.OVMF) {
@@ -276,6 +277,8 @@ func (g *guest) take(files map[string][]*os.File) error {
 		delete(files, protocol.FileVars)
 	}
 	g.console = files[protocol.FileConsole][0]
+	g.channel = files[protocol.FileChannel][0]
+	delete(files, protocol.FileChannel)
 	g.disks = files[protocol.FileDisk]
 	delete(files, protocol.FileConsole)
 	delete(files, protocol.FileDisk)

@@ -32,6 +32,7 @@ type guest struct {
 	vars     *os.File // OVMF's variable store of this guest
 	disks    []*os.File
 	console  *os.File
+	channel  *os.File
 	log      []byte // event log of the measurements, once made; they are the same at each reboot
 
 	mu    sync.Mutex
@@ -58,7 +59,7 @@ type run struct {
 const pauseAfter = 10 * time.Second
 
 func (g *guest) close() {
-	for _, f := range append([]*os.File{g.kernel, g.initrd, g.firmware, g.vars, g.console}, g.disks...) {
+	for _, f := range append([]*os.File{g.kernel, g.initrd, g.firmware, g.vars, g.console, g.channel}, g.disks...) {
 		if f != nil {
 			f.Close()
 		}
@@ -99,6 +100,7 @@ func (b *Builder) start(ctx context.Context, g *guest) (*run, error) {
 	add(protocol.FileKernel, g.kernel)
 	add(protocol.FileInitrd, g.initrd)
 	add(protocol.FileConsole, g.console)
+	add(protocol.FileChannel, g.channel)
 	if g.build.Spec.Boot.Firmware == spec.OVMF {
 		add(protocol.FileCode, g.firmware)
 		add(protocol.FileVars, g.vars)

@@ -3,15 +3,17 @@ package emulator
 import (
 	"errors"
 	"fmt"
+	"net"
 
 	"redoubt.dev/redoubt/block"
 	"redoubt.dev/redoubt/pci"
+	"redoubt.dev/redoubt/qemu"
 	"redoubt.dev/redoubt/services/protocol"
 	"redoubt.dev/redoubt/virtio"
 )
 
-// devices makes the native monitor's functions: a random number generator, then the disks in
-// their order. After an error nothing is left open.
+// devices makes the native monitor's functions: a random number generator, the byte channel, then
+// the disks in their order. After an error nothing is left open.
 func (g *guest) devices() (all []*pci.Function, err error) {
 	var made []*virtio.Device
 	defer func() {
@@ -30,6 +32,17 @@ func (g *guest) devices() (all []*pci.Function, err error) {
 		return nil
 	}
 	if err := add(virtio.NewRNG()); err != nil {
+		return nil, err
+	}
+	conn, err := net.FileConn(one(g.files, protocol.FileChannel))
+	if err != nil {
+		return nil, fmt.Errorf("byte channel: %w", err)
+	}
+	ch, err := virtio.NewChannel(conn, qemu.ChannelName)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("byte channel: %w", err), conn.Close())
+	}
+	if err := add(ch); err != nil {
 		return nil, err
 	}
 	for i, f := range g.files[protocol.FileDisk] {

@@ -173,7 +173,8 @@ func (s *service) launch(in protocol.Start, files map[string][]*os.File, running
 	if s.machine != nil {
 		return rpc.Errorf(rpc.Exists, "the guest was started already")
 	}
-	if one(files, protocol.FileStore) == nil || one(files, protocol.FileMemory) == nil || one(files, protocol.FileConsole) == nil {
+	if one(files, protocol.FileStore) == nil || one(files, protocol.FileMemory) == nil || one(files, protocol.FileConsole) == nil ||
+		one(files, protocol.FileChannel) == nil {
 		return rpc.Errorf(rpc.Invalid, "emulator: a descriptor is missing")
 	}
 	xs, err := newXenbus(one(files, protocol.FileStore), in.Domain, s.log)

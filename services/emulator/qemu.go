@@ -55,7 +55,8 @@ func (m *qemuMachine) Run(ctx context.Context, tpm *frontend.Frontend, started f
 	files := qemu.Files{
 		RAM: one(m.g.files, protocol.FileMemory), Kernel: one(m.g.files, protocol.FileKernel),
 		Initrd: one(m.g.files, protocol.FileInitrd), Console: one(m.g.files, protocol.FileConsole),
-		Code: one(m.g.files, protocol.FileCode), Vars: one(m.g.files, protocol.FileVars),
+		Channel: one(m.g.files, protocol.FileChannel),
+		Code:    one(m.g.files, protocol.FileCode), Vars: one(m.g.files, protocol.FileVars),
 	}
 	for i, f := range m.g.files[protocol.FileDisk] {
 		files.Disks = append(files.Disks, qemu.Disk{File: f, ReadOnly: m.g.in.Disks[i].ReadOnly})

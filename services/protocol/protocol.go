@@ -23,9 +23,10 @@ const (
 	FileInitrd   = "initrd"
 	FileDisk     = "disk" // one each, in the order of the spec
 	FileConsole  = "console"
-	FileTPM      = "tpm"  // the TPM data channel
-	FileCode     = "code" // the firmware image, for OVMF
-	FileVars     = "vars" // the guest's own variable store, for OVMF
+	FileChannel  = "channel" // the host's end of the guest's byte channel
+	FileTPM      = "tpm"     // the TPM data channel
+	FileCode     = "code"    // the firmware image, for OVMF
+	FileVars     = "vars"    // the guest's own variable store, for OVMF
 )
 
 // Files names the descriptors beside a message.
@@ -73,7 +74,7 @@ const (
 	MethodActivate = "activate" // Activate → Activated
 )
 
-// Build asks for a guest. Files: FileConsole, FileKernel, FileInitrd, FileDisk….
+// Build asks for a guest. Files: FileConsole, FileChannel, FileKernel, FileInitrd, FileDisk….
 type Build struct {
 	UUID    string     `json:"uuid"`
 	Spec    spec.Guest `json:"spec"`
@@ -197,7 +198,7 @@ const (
 	NoticeOutcome = "outcome" // Exit, the emulator's last word
 )
 
-// Start is all an emulator learns. Files: FileMemory, FileStore, FileConsole, and as the guest
+// Start is all an emulator learns. Files: FileMemory, FileStore, FileConsole, FileChannel, and as the guest
 // has them FileKVM, FileKernel, FileInitrd, FileTPM, FileDisk….
 type Start struct {
 	Name       string        `json:"name"`

@@ -146,13 +146,17 @@ func (a *api) Console(ctx context.Context, s *connect.BidiStream[v1.ConsoleReque
 	if err != nil {
 		return status(err)
 	}
+	con := g.console
+	if first.Channel {
+		con = g.channel
+	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	// Output, and the guest's end, in a goroutine of its own; typing in this one.
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		cancel(a.output(ctx, g, true, func(b []byte) error { return s.Send(&v1.ConsoleResponse{Output: b}) }))
+		cancel(a.output(ctx, g, con, true, func(b []byte) error { return s.Send(&v1.ConsoleResponse{Output: b}) }))
 	}()
 	typed := make(chan error, 1)
 	go func() { // ends with the stream, at the latest when this handler returns
@@ -162,17 +166,16 @@ func (a *api) Console(ctx context.Context, s *connect.BidiStream[v1.ConsoleReque
 				return
 			}
 			if len(m.Input) > 0 {
-				if err := g.console.write(m.Input); err != nil && !errors.Is(err, net.ErrClosed) {
+				if err := con.write(m.Input); err != nil && !errors.Is(err, net.ErrClosed) {
 					typed <- err
 					return
 				}
 			}
 			var err error
 			if m, err = s.Receive(); err != nil {
-				if errors.Is(err, io.EOF) {
-					err = nil
+				if !errors.Is(err, io.EOF) { // nothing more is typed; what is printed still goes out
+					typed <- err
 				}
-				typed <- err
 				return
 			}
 		}
@@ -191,14 +194,14 @@ func (a *api) Console(ctx context.Context, s *connect.BidiStream[v1.ConsoleReque
 }
 
 // output sends the scrollback and, with follow, what comes until the guest is down.
-func (a *api) output(ctx context.Context, g *guest, follow bool, send func([]byte) error) error {
+func (a *api) output(ctx context.Context, g *guest, con *console, follow bool, send func([]byte) error) error {
 	place := int64(0)
 	for {
 		g.mu.Lock()
 		up, state := g.up(), g.changed
 		g.mu.Unlock()
 		// Read after the state: what a guest printed before it was down is not missed.
-		out, next, more := g.console.from(place)
+		out, next, more := con.from(place)
 		place = next
 		if len(out) > 0 {
 			if err := send(out); err != nil {
@@ -223,7 +226,7 @@ func (a *api) Logs(ctx context.Context, r *v1.LogsRequest, s *connect.ServerStre
 	if err != nil {
 		return status(err)
 	}
-	return status(a.output(ctx, g, r.Follow, func(b []byte) error { return s.Send(&v1.LogsResponse{Output: b}) }))
+	return status(a.output(ctx, g, g.console, r.Follow, func(b []byte) error { return s.Send(&v1.LogsResponse{Output: b}) }))
 }
 
 func (a *api) Events(ctx context.Context, r *v1.EventsRequest, s *connect.ServerStream[v1.EventsResponse]) error {

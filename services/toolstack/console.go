@@ -32,7 +32,8 @@ func newConsole() *console { return &console{changed: make(chan struct{})} }
 // maxLog bounds a console's log file; a guest that prints for ever fills no disk.
 const maxLog = 16 << 20
 
-// attach connects a new emulator's console and owns one goroutine until detach.
+// attach connects a new emulator's console and owns one goroutine until detach. log and moment
+// may be nil.
 func (c *console) attach(conn net.Conn, log *os.File, moment func(kind string)) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -43,15 +44,17 @@ func (c *console) attach(conn net.Conn, log *os.File, moment func(kind string)) 
 
 func (c *console) read(conn net.Conn, done chan struct{}, log *os.File, moment func(kind string)) {
 	defer close(done)
-	defer log.Close()
+	if log != nil {
+		defer log.Close()
+	}
 	buf := make([]byte, 8<<10)
-	logged, started := 0, false
+	logged, started := 0, moment == nil
 	for {
 		n, err := conn.Read(buf)
 		if err != nil {
 			return
 		}
-		if logged < maxLog {
+		if log != nil && logged < maxLog {
 			m, _ := log.Write(buf[:n])
 			logged += m
 		}
@@ -66,7 +69,7 @@ func (c *console) read(conn net.Conn, done chan struct{}, log *os.File, moment f
 			started = c.scan(buf[:n])
 		}
 		c.mu.Unlock()
-		if started && moment != nil {
+		if started && moment != nil { // once
 			moment(protocol.EventInit)
 			moment = nil
 		}

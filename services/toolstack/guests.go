@@ -62,6 +62,7 @@ type guest struct {
 	timeline []protocol.Event
 	starts   uint32
 	console  *console
+	channel  *console      // the byte channel, used as a console is
 	changed  chan struct{} // closed and replaced at every change of state
 }
 
@@ -234,7 +235,7 @@ func (t *Toolstack) claim(s *spec.Guest, name string) (g *guest, fresh bool, err
 }
 
 func newGuest(s saved, reason string) *guest {
-	return &guest{saved: s, state: Stopped, reason: reason, changed: make(chan struct{}), console: newConsole()}
+	return &guest{saved: s, state: Stopped, reason: reason, changed: make(chan struct{}), console: newConsole(), channel: newConsole()}
 }
 
 // forget removes a guest's record; it was never started.
@@ -305,24 +306,29 @@ func (t *Toolstack) launch(ctx context.Context, g *guest, opt protocol.Options) 
 			return err
 		}
 	}
-	ours, theirs, err := streamPair()
-	if err != nil {
-		return err
+	var ends [2]net.Conn
+	for i, name := range []string{protocol.FileConsole, protocol.FileChannel} {
+		ours, theirs, err := streamPair()
+		if err != nil {
+			return errors.Join(err, closeConns(ends[:i]))
+		}
+		ends[i] = ours
+		files = append(files, theirs)
+		msg.Files = append(msg.Files, name)
 	}
-	files = append(files, theirs)
-	msg.Files = append(msg.Files, protocol.FileConsole)
 	logFile, err := os.OpenFile(filepath.Join(t.logDir, "console-"+s.Name+".log"), os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
 	if err != nil {
-		ours.Close()
-		return err
+		return errors.Join(err, closeConns(ends[:]))
 	}
-	g.console.attach(ours, logFile, func(kind string) {
+	g.channel.attach(ends[1], nil, nil)
+	g.console.attach(ends[0], logFile, func(kind string) {
 		t.event(protocol.Event{UUID: g.saved.UUID, Kind: kind, Time: time.Now()})
 	})
 	t.event(protocol.Event{UUID: g.saved.UUID, Kind: protocol.EventRequested, Time: time.Now()})
 	var built protocol.Built
 	if _, err := t.builder.Call(ctx, protocol.MethodBuild, msg, &built, files...); err != nil {
 		g.console.detach()
+		g.channel.detach()
 		return err
 	}
 	g.mu.Lock()
@@ -346,6 +352,14 @@ func makeVars(path string) error {
 		return fmt.Errorf("boot.firmware: %w", err)
 	}
 	return renameio.WriteFile(path, fresh, 0o600)
+}
+
+func closeConns(conns []net.Conn) error {
+	var errs []error
+	for _, c := range conns {
+		errs = append(errs, c.Close())
+	}
+	return errors.Join(errs...)
 }
 
 // consoleBuffer is the room of a console's socket in the kernel's own count of bytes.
@@ -415,6 +429,7 @@ func (t *Toolstack) ended(e protocol.Ended) {
 		return
 	}
 	g.console.detach()
+	g.channel.detach()
 	t.event(protocol.Event{UUID: e.UUID, Kind: protocol.EventEnded, Text: string(e.Outcome) + ": " + e.Reason, Time: time.Now()})
 	g.mu.Lock()
 	defer g.mu.Unlock()

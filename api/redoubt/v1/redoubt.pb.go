@@ -769,7 +769,10 @@ type ConsoleRequest struct {
 	// name of the guest, in the first message only.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// input typed; at most 4096 bytes.
-	Input         []byte `protobuf:"bytes,2,opt,name=input,proto3" json:"input,omitempty"`
+	Input []byte `protobuf:"bytes,2,opt,name=input,proto3" json:"input,omitempty"`
+	// channel connects to the guest's byte channel instead (virtio port redoubt.0); in the first
+	// message only.
+	Channel       bool `protobuf:"varint,3,opt,name=channel,proto3" json:"channel,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -816,6 +819,13 @@ func (x *ConsoleRequest) GetInput() []byte {
 		return x.Input
 	}
 	return nil
+}
+
+func (x *ConsoleRequest) GetChannel() bool {
+	if x != nil {
+		return x.Channel
+	}
+	return false
 }
 
 type ConsoleResponse struct {
@@ -1308,10 +1318,11 @@ const file_redoubt_v1_redoubt_proto_rawDesc = "" +
 	"\x05guest\x18\x01 \x01(\v2\x11.redoubt.v1.GuestR\x05guest\"#\n" +
 	"\rRemoveRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"\x10\n" +
-	"\x0eRemoveResponse\":\n" +
+	"\x0eRemoveResponse\"T\n" +
 	"\x0eConsoleRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
-	"\x05input\x18\x02 \x01(\fR\x05input\")\n" +
+	"\x05input\x18\x02 \x01(\fR\x05input\x12\x18\n" +
+	"\achannel\x18\x03 \x01(\bR\achannel\")\n" +
 	"\x0fConsoleResponse\x12\x16\n" +
 	"\x06output\x18\x01 \x01(\fR\x06output\"9\n" +
 	"\vLogsRequest\x12\x12\n" +
