@@ -33,6 +33,7 @@ unit: fetch build
 	REDOUBT_LAB_LATER=1 $(GO) test -timeout 20m ./...
 
 lab-tests: fetch build
+	$(GO) build -ldflags '-s -w' -o $(BIN)/e2e-guest ./e2e/guest
 	$(LAB) test -timeout 25m $(KVM)
 
 test: fetch lint unit lab-tests
