@@ -179,7 +179,8 @@ func (t *Toolstack) run(ctx context.Context, s *spec.Guest, name string, opt pro
 	if err != nil {
 		return nil, err
 	}
-	if err := t.launch(ctx, g, opt); err != nil {
+	// A caller that hangs up does not leave half a start behind: it is finished without them.
+	if err := t.launch(context.WithoutCancel(ctx), g, opt); err != nil {
 		g.mu.Lock()
 		g.set(Failed, err.Error())
 		g.mu.Unlock()

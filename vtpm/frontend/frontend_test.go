@@ -1,0 +1,156 @@
+package frontend
+
+import (
+	"bytes"
+	"errors"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"redoubt.dev/redoubt/ipc"
+	"redoubt.dev/redoubt/vtpm/channel"
+)
+
+// recorder notes what happens to a guest, in order.
+type recorder struct {
+	mu   sync.Mutex
+	did  []string
+	fail error // of Pause
+	held chan struct{}
+}
+
+func (r *recorder) note(s string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.did = append(r.did, s)
+}
+
+func (r *recorder) all() string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return strings.Join(r.did, " ")
+}
+
+func (r *recorder) Pause() error {
+	r.note("pause")
+	if r.held != nil {
+		close(r.held)
+	}
+	return r.fail
+}
+
+func (r *recorder) Resume() error { r.note("resume"); return nil }
+
+var (
+	command = []byte{0x80, 1, 0, 0, 0, 12, 0, 0, 1, 0x44, 0, 0}
+	reply   = []byte{0x80, 1, 0, 0, 0, 10, 0, 0, 0, 0}
+)
+
+func connect(t *testing.T, r *recorder, pauseAfter time.Duration) (*Frontend, *channel.Conn) {
+	t.Helper()
+	a, b, err := ipc.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	back := channel.New(a)
+	f := New(channel.New(b), Options{
+		Guest: r, PauseAfter: pauseAfter,
+		OnOpen: func(log []byte) error { r.note("log:" + string(log)); return nil },
+		OnWait: func() { r.note("wait") },
+	})
+	t.Cleanup(func() { back.Close(); f.Close() })
+	return f, back
+}
+
+type outcome struct {
+	reply []byte
+	err   error
+}
+
+func execute(f *Frontend) <-chan outcome {
+	out := make(chan outcome, 1)
+	go func() {
+		r, err := f.Execute(0, command)
+		out <- outcome{r, err}
+	}()
+	return out
+}
+
+func send(t *testing.T, c *channel.Conn, f channel.Frame) {
+	t.Helper()
+	if err := c.Send(f); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestPausedWhileItWaits: the log is in place before the guest goes on, and it goes on before
+// its command is answered.
+func TestPausedWhileItWaits(t *testing.T) {
+	r := &recorder{held: make(chan struct{})}
+	f, back := connect(t, r, 0)
+	out := execute(f)
+	<-r.held
+	send(t, back, channel.Frame{Kind: channel.Open, Data: []byte("events")})
+	send(t, back, channel.Frame{Kind: channel.Reply, Data: reply})
+	if o := <-out; o.err != nil || !bytes.Equal(o.reply, reply) {
+		t.Fatalf("%x %v", o.reply, o.err)
+	}
+	if got := r.all(); got != "wait pause log:events resume" {
+		t.Fatalf("happened: %s", got)
+	}
+}
+
+// TestShortWaitDoesNotPause: below the bound the guest is left alone, and later commands do not
+// wait at all.
+func TestShortWaitDoesNotPause(t *testing.T) {
+	r := &recorder{}
+	f, back := connect(t, r, time.Hour)
+	for range 2 {
+		out := execute(f)
+		if fr, err := back.Receive(); err != nil || fr.Kind != channel.Command || !bytes.Equal(fr.Data, command) {
+			t.Fatalf("%+v %v", fr, err)
+		}
+		if !strings.Contains(r.all(), "log:") {
+			send(t, back, channel.Frame{Kind: channel.Open})
+		}
+		send(t, back, channel.Frame{Kind: channel.Reply, Data: reply})
+		if o := <-out; o.err != nil {
+			t.Fatal(o.err)
+		}
+	}
+	if got := r.all(); got != "wait log:" {
+		t.Fatalf("happened: %s", got)
+	}
+}
+
+// TestFailures: whatever ends the wait is the command's error, and the guest is not resumed.
+func TestFailures(t *testing.T) {
+	pause := errors.New("cannot pause")
+	for name, c := range map[string]struct {
+		fail error
+		do   func(*testing.T, *channel.Conn)
+		want func(error) bool
+	}{
+		"failed": {nil, func(t *testing.T, b *channel.Conn) {
+			send(t, b, channel.Frame{Kind: channel.Failed, Data: []byte("no state")})
+		}, func(err error) bool { var f *FailedError; return errors.As(err, &f) && f.Reason == "no state" }},
+		"gone":        {nil, func(_ *testing.T, b *channel.Conn) { b.Close() }, func(err error) bool { return errors.Is(err, ErrClosed) }},
+		"early reply": {nil, func(t *testing.T, b *channel.Conn) { send(t, b, channel.Frame{Kind: channel.Reply, Data: reply}) }, func(err error) bool { return errors.Is(err, channel.ErrFrame) }},
+		"no pause":    {pause, func(*testing.T, *channel.Conn) {}, func(err error) bool { return errors.Is(err, pause) }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := &recorder{held: make(chan struct{}), fail: c.fail}
+			f, back := connect(t, r, 0)
+			out := execute(f)
+			<-r.held
+			c.do(t, back)
+			if o := <-out; !c.want(o.err) {
+				t.Fatalf("error %v", o.err)
+			}
+			if got := r.all(); got != "wait pause" {
+				t.Fatalf("happened: %s", got)
+			}
+		})
+	}
+}
