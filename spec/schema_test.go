@@ -6,7 +6,8 @@ import (
 	"github.com/invopop/jsonschema"
 )
 
-// Schema is the JSON schema of a guest spec, as published in docs/guest.schema.json.
+// Schema is the JSON schema of a guest spec, as published in docs/guest.schema.json. It is made
+// here, among the tests, so that no program links the generator.
 func Schema() ([]byte, error) {
 	r := jsonschema.Reflector{RequiredFromJSONSchemaTags: true, DoNotReference: true}
 	s := r.Reflect(&Guest{})
