@@ -42,8 +42,9 @@ demo: fetch build
 	@$(GO) run ./demo
 
 bench: fetch build
-	$(GO) test -run '^$$' -bench '$(BENCH)' -benchtime 5x -timeout 60m ./vtpm/... ./e2e
-	REDOUBT_BENCH='$(BENCH)' $(LAB) test -timeout 60m -run '^$$' -bench '$(BENCH)' ./e2e
+	@$(GO) run ./lab/cmd/peers
+	REDOUBT_LAB_LATER=1 $(GO) test -run '^$$' -bench '$(BENCH)' -benchtime 5x -timeout 60m ./vtpm/... ./e2e
+	$(LAB) test -timeout 60m -bench '$(BENCH)' ./e2e
 
 soak: fetch build
 	REDOUBT_SOAK=1 $(GO) test -run 'Soak' -timeout 6h -v ./e2e

@@ -275,6 +275,7 @@ func (a *app) showCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:     "show NAME",
 		Short:   "Show a guest and the timeline of its start",
+		Long:    "Shows a guest and its last start as a timeline. When its first program starts is read off the\nconsole: a kernel booted with `quiet` does not tell.",
 		Example: "  redoubt show web-1\n  redoubt show web-1 --json",
 		Args:    names(1, "a guest's name"),
 		RunE: func(c *cobra.Command, args []string) error {
@@ -294,7 +295,7 @@ func (a *app) showCommand() *cobra.Command {
 var moments = map[string]string{
 	"requested": "requested", "kernel-started": "kernel started", "vtpm-asked": "vTPM asked for",
 	"vtpm-started": "vTPM answered INIT", "vtpm-ready": "vTPM ready: gate open", "tpm-first-access": "first TPM access",
-	"gate-wait": "gate: the guest waits", "gate-waited": "gate: the guest went on", "paused": "gate: long wait",
+	"gate-wait": "gate: the guest waits", "gate-waited": "gate: the guest went on", "paused": "paused",
 	"ima": "IMA measured boot_aggregate", "init": "init started", "manufactured": "vTPM keys made: attestable",
 	"reboot": "reboot", "ended": "ended",
 }

@@ -14,8 +14,8 @@ import (
 	"redoubt.dev/redoubt/lab/peers"
 )
 
-// peerCmdline is the command line of every guest of the comparison; ours is started with it too.
-const peerCmdline = "console=ttyS0 e2e=deaf"
+// peerCmdline is the command line of every guest of the comparison: what [host.start] gives ours.
+const peerCmdline = "console=ttyS0 quiet e2e=deaf " + benchCmdline
 
 // A peerMonitor is another monitor that boots the same guest.
 type peerMonitor struct {

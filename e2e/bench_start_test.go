@@ -15,6 +15,9 @@ import (
 	"redoubt.dev/redoubt/lab"
 )
 
+// benchCmdline has the kernel say when it runs the first program, which a quiet one does not.
+const benchCmdline = "loglevel=7"
+
 // minRounds is how many pairs of starts a median is taken of, however few -benchtime asks for.
 const minRounds = 3
 
@@ -53,7 +56,7 @@ func (s starter) until(kind string, args ...string) map[string]time.Duration {
 	s.t.Helper()
 	started++
 	name := fmt.Sprintf("bench-%d", started)
-	s.start(start{name: name, emulator: s.emulator, what: "deaf", args: args})
+	s.start(start{name: name, emulator: s.emulator, what: "deaf", cmdline: benchCmdline, args: args})
 	at := s.follow(name, kind)
 	s.must("stop", name, "--grace", "0s")
 	s.must("rm", name)

@@ -18,8 +18,10 @@ import (
 	"redoubt.dev/redoubt/lab/debian"
 )
 
-// programs is where the built programs are.
-var programsDir string
+var (
+	programsDir string // where the built programs are
+	scratch     string // what tests share, removed at the end
+)
 
 func TestMain(m *testing.M) {
 	os.Exit(func() int {
@@ -38,6 +40,19 @@ func TestMain(m *testing.M) {
 			}
 		}
 		programsDir = dir
+		if scratch, err = os.MkdirTemp("", "redoubt-e2e-"); err != nil {
+			fmt.Fprintln(os.Stderr, "e2e:", err)
+			return 1
+		}
+		defer os.RemoveAll(scratch)
+		if os.Getenv("REDOUBT_IN_LAB") != "" {
+			// A copy: the host may build anew while the lab runs.
+			programsDir = filepath.Join(scratch, "bin")
+			if err := os.CopyFS(programsDir, os.DirFS(dir)); err != nil {
+				fmt.Fprintln(os.Stderr, "e2e:", err)
+				return 1
+			}
+		}
 		return m.Run()
 	}())
 }

@@ -75,11 +75,7 @@ func initrd(t testing.TB, cache *debian.Root, kernel string, withGuest bool) str
 	if withGuest {
 		b.HostFile(guestProgram(t), "bin/guest")
 	}
-	dir, err := os.MkdirTemp("", "redoubt-e2e-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	p := filepath.Join(dir, "initrd")
+	p := filepath.Join(scratch, "initrd-"+strings.ReplaceAll(key, " ", "-"))
 	if err := b.WriteFile(p); err != nil {
 		t.Fatal(err)
 	}

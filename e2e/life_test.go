@@ -113,7 +113,13 @@ func life(t *testing.T, emulator string) {
 		if g := h.show("deaf"); g.State != "stopped" {
 			t.Fatalf("guest is %s: %s", g.State, g.Reason)
 		}
-		// The emulator killed from outside.
+		// The emulator ended from outside, first with a word, then without.
+		h.must("run", "deaf")
+		h.await("deaf", "READY", bootTime)
+		h.signal("emulator", "redoubt-emulator", unix.SIGTERM)
+		if g := h.awaitDown("deaf", 20*time.Second); g.State != "failed" || !strings.Contains(g.Reason, "from outside") {
+			t.Fatalf("guest is %s: %s", g.State, g.Reason)
+		}
 		h.must("run", "deaf")
 		h.await("deaf", "READY", bootTime)
 		h.kill("emulator", "redoubt-emulator")
@@ -154,11 +160,16 @@ func write(t *testing.T, path, text string) {
 // kill ends the one process of this host's that runs a program, at once.
 func (h *host) kill(what, program string) {
 	h.t.Helper()
+	h.signal(what, program, unix.SIGKILL)
+}
+
+func (h *host) signal(what, program string, s unix.Signal) {
+	h.t.Helper()
 	pids := h.processes(program)
 	if len(pids) != 1 {
 		h.t.Fatalf("%s: processes %v", what, pids)
 	}
-	if err := unix.Kill(pids[0], unix.SIGKILL); err != nil {
+	if err := unix.Kill(pids[0], s); err != nil {
 		h.t.Fatal(err)
 	}
 }

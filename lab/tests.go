@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"time"
 )
 
 // A TestRun says which tests to run.
@@ -48,7 +49,7 @@ func Test(ctx context.Context, r TestRun) (status int, err error) {
 		if out, err := cmd.CombinedOutput(); err != nil {
 			return 0, fmt.Errorf("go test -c %s: %w\n%s", p.path, err, out)
 		}
-		args := []string{bin, "-test.timeout=20m"}
+		args := []string{bin, "-test.timeout=" + left(ctx).String()}
 		switch {
 		case r.Bench != "":
 			args = append(args, "-test.run=^$", "-test.bench="+r.Bench)
@@ -79,6 +80,15 @@ func Test(ctx context.Context, r TestRun) (status int, err error) {
 		return 0, err
 	}
 	return Run(ctx, job)
+}
+
+// left is how long a package may take: what ctx leaves.
+func left(ctx context.Context) time.Duration {
+	end, ok := ctx.Deadline()
+	if !ok {
+		return 20 * time.Minute
+	}
+	return max(time.Until(end).Truncate(time.Second), time.Second)
 }
 
 type testPackage struct {
