@@ -44,7 +44,7 @@ func TestMain(m *testing.M) {
 			fmt.Fprintln(os.Stderr, "e2e:", err)
 			return 1
 		}
-		defer os.RemoveAll(scratch)
+		defer func() { _ = os.RemoveAll(scratch) }()
 		if os.Getenv("REDOUBT_IN_LAB") != "" {
 			// A copy: the host may build anew while the lab runs.
 			programsDir = filepath.Join(scratch, "bin")
