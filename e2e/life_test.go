@@ -90,6 +90,14 @@ func life(t *testing.T, emulator string) {
 			t.Fatalf("guest is %s: %s", g.State, g.Reason)
 		}
 	})
+	t.Run("nothing-left", func(t *testing.T) {
+		// Whatever became of those guests, in the middle of a reboot too, nothing of them runs.
+		for _, p := range []string{"redoubt-emulator", "qemu-system-x86_64", "swtpm"} {
+			if pids := at(t).processes(p); len(pids) != 0 {
+				t.Errorf("%s still runs: %v", p, pids)
+			}
+		}
+	})
 	t.Run("power-button", func(t *testing.T) {
 		h := at(t)
 		h.start(start{name: "button", emulator: emulator, what: "wait"})

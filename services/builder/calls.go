@@ -220,7 +220,7 @@ func (b *Builder) build(ctx context.Context, in protocol.Build, r *rpc.Request) 
 	}
 	run, err := b.start(ctx, g)
 	if err != nil {
-		_, _ = b.vtpm.Call(context.Background(), protocol.MethodRelease, protocol.Release{UUID: in.UUID}, nil)
+		b.release(g, false)
 		b.unclaim(g)
 		return nil, err
 	}
@@ -294,10 +294,7 @@ func (b *Builder) supervise(g *guest) {
 		exit := run.outcome(g)
 		run.peer.Close()
 		again := exit.Outcome == protocol.Reboot
-		_, err := b.vtpm.Call(context.Background(), protocol.MethodRelease, protocol.Release{UUID: g.build.UUID, Keep: again}, nil)
-		if err != nil && !g.build.Spec.TPM.Disabled {
-			b.log.Warn("vTPM release", "guest", g.build.Spec.Name, "err", err)
-		}
+		b.release(g, again)
 		b.forget(run.domain)
 		if again {
 			b.event(g, protocol.Event{Kind: protocol.EventReboot, Text: exit.Reason})
@@ -305,6 +302,7 @@ func (b *Builder) supervise(g *guest) {
 			if err == nil {
 				continue
 			}
+			b.release(g, false) // it was kept for a start that did not come
 			exit = protocol.Exit{Outcome: protocol.Crashed, Reason: fmt.Sprintf("reboot: %v", err)}
 			if g.isAsked() {
 				exit = protocol.Exit{Outcome: protocol.Stopped, Reason: "stopped while it rebooted"}
@@ -317,6 +315,14 @@ func (b *Builder) supervise(g *guest) {
 			b.log.Warn("the toolstack does not learn of an end", "guest", g.build.Spec.Name, "outcome", exit.Outcome, "reason", exit.Reason)
 		}
 		return
+	}
+}
+
+// release tells the vTPM service that a guest's emulator is gone.
+func (b *Builder) release(g *guest, keep bool) {
+	_, err := b.vtpm.Call(context.Background(), protocol.MethodRelease, protocol.Release{UUID: g.build.UUID, Keep: keep}, nil)
+	if err != nil {
+		b.log.Warn("vTPM release", "guest", g.build.Spec.Name, "err", err)
 	}
 }
 

@@ -68,7 +68,7 @@ func (g *guest) close() {
 
 // start runs one emulator process and everything that belongs to it. It returns when the
 // guest's kernel is about to run; the vTPM's side goes on in a goroutine of its own.
-func (b *Builder) start(ctx context.Context, g *guest) (*run, error) {
+func (b *Builder) start(ctx context.Context, g *guest) (_ *run, err error) {
 	b.mu.Lock()
 	d := b.next
 	b.next++
@@ -117,6 +117,11 @@ func (b *Builder) start(ctx context.Context, g *guest) (*run, error) {
 		own = append(own, kvm)
 		add(protocol.FileKVM, kvm)
 	}
+	defer func() {
+		if err != nil {
+			b.forget(d)
+		}
+	}()
 	if err := b.announce(d); err != nil {
 		return nil, err
 	}
