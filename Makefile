@@ -10,9 +10,9 @@ export CGO_ENABLED = 0
 TOOL      := $(GO) tool -modfile=$(CURDIR)/tools/go.mod
 LAB       := $(GO) run ./lab/cmd/lab
 # Packages with tests that need KVM: run natively where KVM can run guests, else in the lab.
-KVM       := ./kvm ./monitor ./e2e
+KVM       := ./kvm ./monitor
 
-.PHONY: all build fetch lint unit lab-tests test demo bench soak fuzz lab proto clean
+.PHONY: all build fetch lint unit lab-tests lab-e2e test demo bench soak fuzz lab proto clean
 
 all: build
 
@@ -33,8 +33,14 @@ unit: fetch build
 	REDOUBT_LAB_LATER=1 $(GO) test -timeout 20m ./...
 
 lab-tests: fetch build
-	$(GO) build -ldflags '-s -w' -o $(BIN)/e2e-guest ./e2e/guest
 	$(LAB) test -timeout 25m $(KVM)
+	@grep -qE '^kvm_(intel|amd) ' /proc/modules || echo 'NOT RUN here: the end-to-end tests of the native monitor; run them by `make lab-e2e`'
+
+# The end-to-end tests of the native monitor, where `make unit` could not run them. In the lab
+# they are not reliable yet: see CONTRIBUTING.md.
+lab-e2e: fetch build
+	$(GO) build -ldflags '-s -w' -o $(BIN)/e2e-guest ./e2e/guest
+	$(LAB) test -v -timeout 25m ./e2e
 
 test: fetch lint unit lab-tests
 

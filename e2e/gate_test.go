@@ -27,9 +27,6 @@ func gateDelays(t *testing.T, emulator string) {
 	for _, kernel := range []string{"6.1", "6.12"} {
 		for _, delay := range delays {
 			t.Run(fmt.Sprintf("%s/%v", kernel, delay), func(t *testing.T) {
-				if lab.KVM() {
-					t.Parallel() // a guest has one processor; under emulation on the host there is more to run beside it
-				}
 				h := &host{t, h.dir, h.cache}
 				name := strings.ReplaceAll(fmt.Sprintf("g-%s-%d", kernel, delay.Milliseconds()), ".", "-")
 				h.gated(name, emulator, kernel, delay)

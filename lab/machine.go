@@ -92,9 +92,8 @@ func Run(ctx context.Context, job Job) (status int, err error) {
 	if cpus == 0 {
 		cpus = 2
 	}
-	tools := root.Lab()
-	cmd := tools.Command(ctx, "qemu-system-x86_64",
-		"-L", tools.Path("usr/share/seabios"), "-L", tools.Path("usr/share/qemu"),
+	cmd := root.Command(ctx, "qemu-system-x86_64",
+		"-L", root.Path("usr/share/seabios"), "-L", root.Path("usr/share/qemu"),
 		"-accel", "tcg,thread=multi", "-cpu", labCPU,
 		"-smp", strconv.Itoa(cpus), "-m", strconv.Itoa(memory),
 		"-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio",

@@ -40,12 +40,6 @@ var toolPackages = []string{
 	"busybox-static", "syslinux", "syslinux-common", "mtools", "systemd-boot-efi",
 }
 
-// labPackages are what the lab runs on: a QEMU whose emulation of AMD-V is newer than the
-// product's own target, from labSuite.
-var labPackages = []string{"qemu-system-x86", "seabios"}
-
-const labSuite = "bookworm-backports"
-
 // A Kernel is one Debian kernel the product must boot.
 type Kernel struct {
 	Name  string // as tests name it: "6.1", "6.1-cloud", "6.12", "6.12-cloud"
@@ -65,7 +59,6 @@ var Kernels = []Kernel{
 func List() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "Debian 12 (bookworm), as root, with: %s\n", strings.Join(toolPackages, " "))
-	fmt.Fprintf(&b, "for the lab, from %s: %s\n", labSuite, strings.Join(labPackages, " "))
 	for _, k := range Kernels {
 		fmt.Fprintf(&b, "kernel %s: %s from %s\n", k.Name, k.meta, k.suite)
 	}
@@ -115,18 +108,10 @@ func Fetch(ctx context.Context, log io.Writer) (*Root, error) {
 		return nil, err
 	}
 	if slices.Contains(missing, toolsLabel()) {
-		if err := a.unpackClosure(ctx, "", toolPackages, r.dir, "root", log); err != nil {
+		if err := a.unpackClosure(ctx, toolPackages, r.dir, "root", log); err != nil {
 			return nil, err
 		}
 		if err := stamp(r.dir, "root", toolsLabel()); err != nil {
-			return nil, err
-		}
-	}
-	if slices.Contains(missing, labLabel()) {
-		if err := a.unpackClosure(ctx, labSuite, labPackages, r.dir, "lab", log); err != nil {
-			return nil, err
-		}
-		if err := stamp(r.dir, "lab", labLabel()); err != nil {
 			return nil, err
 		}
 	}
@@ -145,7 +130,6 @@ func Fetch(ctx context.Context, log io.Writer) (*Root, error) {
 }
 
 func toolsLabel() string       { return strings.Join(toolPackages, " ") }
-func labLabel() string         { return strings.Join(labPackages, " ") + " (" + labSuite + ")" }
 func (k Kernel) label() string { return k.meta + " (" + k.suite + ")" }
 
 func stampPath(dir, set string) string { return filepath.Join(dir, "."+set+".stamp") }
@@ -168,9 +152,6 @@ func (r *Root) missing() []string {
 	var m []string
 	if !stamped(r.dir, "root", toolsLabel()) {
 		m = append(m, toolsLabel())
-	}
-	if !stamped(r.dir, "lab", labLabel()) {
-		m = append(m, labLabel())
 	}
 	for _, k := range Kernels {
 		if !stamped(r.dir, "kernel-"+k.Name, k.label()) {
@@ -359,8 +340,8 @@ func unpack(ctx context.Context, debs []string, dir, set string, log io.Writer) 
 	return os.Rename(fresh, old)
 }
 
-func (a *apt) unpackClosure(ctx context.Context, suite string, names []string, dir, set string, log io.Writer) error {
-	debs, err := a.download(ctx, suite, names, func(string) bool { return true })
+func (a *apt) unpackClosure(ctx context.Context, names []string, dir, set string, log io.Writer) error {
+	debs, err := a.download(ctx, "", names, func(string) bool { return true })
 	if err != nil {
 		return err
 	}

@@ -10,13 +10,7 @@ import (
 )
 
 // A Root is the cache: one tree with all tools and a tree per kernel.
-type Root struct {
-	dir string
-	set string // of tools: "" for those of the product
-}
-
-// Lab is the same cache with the programs the lab runs on.
-func (r *Root) Lab() *Root { return &Root{r.dir, "lab"} }
+type Root struct{ dir string }
 
 // Open returns the cache without fetching; it fails where something is missing.
 func Open() (*Root, error) {
@@ -33,12 +27,7 @@ func Open() (*Root, error) {
 
 // Tools is the directory the tools are unpacked beneath; the product takes it as
 // $REDOUBT_TOOLS (package programs).
-func (r *Root) Tools() string {
-	if r.set != "" {
-		return filepath.Join(r.dir, r.set)
-	}
-	return filepath.Join(r.dir, "root")
-}
+func (r *Root) Tools() string { return filepath.Join(r.dir, "root") }
 
 // Path is the path of a file of the unpacked tools, named as on an installed system.
 func (r *Root) Path(file string) string { return filepath.Join(r.Tools(), file) }
