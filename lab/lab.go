@@ -56,7 +56,7 @@ func NeedsKVM(t TB) {
 	case os.Getenv(InLab) == "1":
 		t.Fatal("in the lab, but KVM is not usable: see L1's console")
 	case os.Getenv(Later) == "1":
-		t.Skip("runs in the lab")
+		t.Skip("needs KVM: not run here; `make lab-tests` runs kvm and monitor in the lab, `make lab-e2e` the end-to-end tests")
 	default:
 		t.Fatal("this host runs no KVM guests: run `go run ./lab/cmd/lab test PACKAGE`")
 	}
