@@ -16,6 +16,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"redoubt.dev/redoubt/vtpm/channel"
 )
 
@@ -129,6 +131,10 @@ func (f *Frontend) Execute(locality uint8, command []byte) ([]byte, error) {
 		return nil, err
 	}
 	if err := f.conn.Send(channel.Frame{Kind: channel.Command, Locality: locality, Data: command}); err != nil {
+		if errors.Is(err, unix.EPIPE) { // the peer has closed, so receive ends too, after its last word
+			<-f.done
+			return nil, f.err
+		}
 		return nil, fmt.Errorf("%w: %w", ErrClosed, err)
 	}
 	select {

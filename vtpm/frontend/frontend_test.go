@@ -14,10 +14,11 @@ import (
 
 // recorder notes what happens to a guest, in order.
 type recorder struct {
-	mu   sync.Mutex
-	did  []string
-	fail error // of Pause
-	held chan struct{}
+	mu    sync.Mutex
+	did   []string
+	fail  error         // of Pause
+	held  chan struct{} // closed by Pause
+	waits chan struct{} // closed by OnWait
 }
 
 func (r *recorder) note(s string) {
@@ -57,7 +58,12 @@ func connect(t *testing.T, r *recorder, pauseAfter time.Duration) (*Frontend, *c
 	f := New(channel.New(b), Options{
 		Guest: r, PauseAfter: pauseAfter,
 		OnOpen: func(log []byte) error { r.note("log:" + string(log)); return nil },
-		OnWait: func() { r.note("wait") },
+		OnWait: func() {
+			r.note("wait")
+			if r.waits != nil {
+				close(r.waits)
+			}
+		},
 	})
 	t.Cleanup(func() { back.Close(); f.Close() })
 	return f, back
@@ -104,7 +110,7 @@ func TestPausedWhileItWaits(t *testing.T) {
 // TestShortWaitDoesNotPause: below the bound the guest is left alone, and later commands do not
 // wait at all.
 func TestShortWaitDoesNotPause(t *testing.T) {
-	r := &recorder{}
+	r := &recorder{waits: make(chan struct{})}
 	f, back := connect(t, r, time.Hour)
 	for range 2 {
 		out := execute(f)
@@ -112,6 +118,7 @@ func TestShortWaitDoesNotPause(t *testing.T) {
 			t.Fatalf("%+v %v", fr, err)
 		}
 		if !strings.Contains(r.all(), "log:") {
+			<-r.waits // else the gate may open before the command has begun to wait
 			send(t, back, channel.Frame{Kind: channel.Open})
 		}
 		send(t, back, channel.Frame{Kind: channel.Reply, Data: reply})
@@ -152,5 +159,19 @@ func TestFailures(t *testing.T) {
 				t.Fatalf("happened: %s", got)
 			}
 		})
+	}
+}
+
+// TestLastWordBeforeTheCommand: a back end that failed and closed before the guest's first
+// command is still believed about the reason.
+func TestLastWordBeforeTheCommand(t *testing.T) {
+	for range 100 { // the send and the receive race
+		f, back := connect(t, &recorder{}, time.Hour)
+		send(t, back, channel.Frame{Kind: channel.Failed, Data: []byte("no state")})
+		back.Close()
+		var failed *FailedError
+		if o := <-execute(f); !errors.As(o.err, &failed) || failed.Reason != "no state" {
+			t.Fatalf("error %v", o.err)
+		}
 	}
 }
