@@ -10,14 +10,18 @@ export CGO_ENABLED = 0
 TOOL      := $(GO) tool -modfile=$(CURDIR)/tools/go.mod
 LAB       := $(GO) run ./lab/cmd/lab
 # Packages with tests that need KVM: run natively where KVM can run guests, else in the lab.
-KVM       := ./kvm ./monitor
+KVM       := ./kvm ./monitor ./e2e
 
-.PHONY: all build fetch lint unit lab-tests lab-e2e test demo bench soak fuzz lab proto clean
+.PHONY: all build guest fetch lint unit lab-tests test demo bench soak fuzz lab proto clean
 
 all: build
 
 build:
 	$(GO) build -o $(BIN)/ ./cmd/...
+
+# The program that end-to-end tests run inside their guests.
+guest:
+	$(GO) build -ldflags '-s -w' -o $(BIN)/e2e-guest ./e2e/guest
 
 fetch:
 	@$(LAB) fetch
@@ -32,27 +36,20 @@ lint:
 unit: fetch build
 	REDOUBT_LAB_LATER=1 $(GO) test -timeout 20m ./...
 
-lab-tests: fetch build
+lab-tests: fetch build guest
 	$(LAB) test -timeout 25m $(KVM)
-	@grep -qE '^kvm_(intel|amd) ' /proc/modules || echo 'NOT RUN here: the end-to-end tests of the native monitor; run them by `make lab-e2e`'
-
-# The end-to-end tests of the native monitor, where `make unit` could not run them. In the lab
-# they are not reliable yet: see CONTRIBUTING.md.
-lab-e2e: fetch build
-	$(GO) build -ldflags '-s -w' -o $(BIN)/e2e-guest ./e2e/guest
-	$(LAB) test -v -timeout 25m ./e2e
 
 test: fetch lint unit lab-tests
 
 demo: fetch build
 	@$(GO) run ./demo
 
-bench: fetch build
+bench: fetch build guest
 	@$(GO) run ./lab/cmd/peers
 	REDOUBT_LAB_LATER=1 $(GO) test -run '^$$' -bench '$(BENCH)' -benchtime 5x -timeout 60m ./vtpm/... ./e2e
 	$(LAB) test -timeout 60m -bench '$(BENCH)' ./e2e
 
-soak: fetch build
+soak: fetch build guest
 	REDOUBT_SOAK=1 $(GO) test -run 'Soak' -timeout 6h -v ./e2e
 	REDOUBT_SOAK=1 $(LAB) test -timeout 6h -run 'Soak' ./e2e
 

@@ -7,8 +7,8 @@
 // leaves L1 over a virtio port, and the exit status over a second one that only L1's init
 // opens.
 //
-// A test that needs KVM calls [NeedsKVM] once, first. It then runs natively where kvm_intel or
-// kvm_amd is loaded, and by `lab test` elsewhere; it is never skipped silently.
+// A test that needs KVM calls [NeedsKVM] once, first. `lab test` runs it: natively where kvm_intel
+// or kvm_amd is loaded, in the lab elsewhere; it is never skipped silently.
 package lab
 
 import (
@@ -47,16 +47,16 @@ func KVM() bool {
 	return false
 }
 
-// NeedsKVM declares that the test runs guests on KVM. Where there is none the test fails,
-// unless the caller of `go test` has promised to run it in the lab afterwards (Later).
+// NeedsKVM declares that the test runs guests on KVM. Where there is none the test fails. It is
+// skipped only where the caller of `go test` has promised to run it by `lab test` (Later).
 func NeedsKVM(t TB) {
 	t.Helper()
 	switch {
+	case os.Getenv(Later) == "1":
+		t.Skip("needs KVM: `make lab-tests` runs it, natively where KVM is usable, else in the lab")
 	case KVM():
 	case os.Getenv(InLab) == "1":
 		t.Fatal("in the lab, but KVM is not usable: see L1's console")
-	case os.Getenv(Later) == "1":
-		t.Skip("needs KVM: not run here; `make lab-tests` runs kvm and monitor in the lab, `make lab-e2e` the end-to-end tests")
 	default:
 		t.Fatal("this host runs no KVM guests: run `go run ./lab/cmd/lab test PACKAGE`")
 	}

@@ -23,6 +23,7 @@ type TestRun struct {
 	Run      string    // -run: replaces the choice of the tests that call NeedsKVM
 	Bench    string    // -bench: benchmarks to run instead of tests
 	Verbose  bool      // -v
+	CPUs     int       // L1's, as in Job
 	Output   io.Writer // in the form of go test
 }
 
@@ -69,7 +70,7 @@ func Test(ctx context.Context, r TestRun) (status int, err error) {
 		script += fmt.Sprintf("printf '%%s\\t%%s\\t%%ss\\n' $w %s $(echo $start $(cut -d' ' -f1 /proc/uptime) | awk '{print $2-$1}')\n", quote(p.path))
 	}
 	script += "exit $failed\n"
-	job := Job{Args: []string{"/bin/sh", "-c", script}, Output: r.Output}
+	job := Job{Args: []string{"/bin/sh", "-c", script}, CPUs: r.CPUs, Output: r.Output}
 	if KVM() {
 		cmd := exec.CommandContext(ctx, job.Args[0], job.Args[1:]...)
 		cmd.Stdout, cmd.Stderr = r.Output, r.Output

@@ -18,8 +18,9 @@ import (
 
 const usage = `usage:
   lab fetch                                       bring packages into the cache
-  lab run [-timeout D] [-memory MiB] -- CMD...    run a command in the lab
-  lab test [-timeout D] [-v] [-run R] [-bench R] PKG...
+  lab run [-timeout D] [-memory MiB] [-cpus N] -- CMD...
+                                                  run a command in the lab
+  lab test [-timeout D] [-cpus N] [-v] [-run R] [-bench R] PKG...
                                                   run the tests that need KVM
 `
 
@@ -47,6 +48,7 @@ func run(ctx context.Context, args []string) (int, error) {
 	flags := flag.NewFlagSet("lab "+args[0], flag.ContinueOnError)
 	timeout := flags.Duration("timeout", 10*time.Minute, "time limit")
 	memory := flags.Int("memory", 0, "L1's memory in MiB (0: 6144)")
+	cpus := flags.Int("cpus", 0, "L1's processors (0: 1)")
 	verbose := flags.Bool("v", false, "print every test")
 	filter := flags.String("run", "", "tests to run (default: those that need KVM)")
 	bench := flags.String("bench", "", "benchmarks to run instead")
@@ -62,10 +64,10 @@ func run(ctx context.Context, args []string) (int, error) {
 	var err error
 	switch args[0] {
 	case "run":
-		status, err = lab.Run(ctx, lab.Job{Args: flags.Args(), Output: os.Stdout, MemoryMiB: *memory})
+		status, err = lab.Run(ctx, lab.Job{Args: flags.Args(), Output: os.Stdout, MemoryMiB: *memory, CPUs: *cpus})
 	case "test":
 		status, err = lab.Test(ctx, lab.TestRun{
-			Packages: flags.Args(), Run: *filter, Bench: *bench, Verbose: *verbose, Output: os.Stdout,
+			Packages: flags.Args(), Run: *filter, Bench: *bench, Verbose: *verbose, CPUs: *cpus, Output: os.Stdout,
 		})
 	default:
 		fmt.Fprint(os.Stderr, usage)
