@@ -29,7 +29,7 @@ what=$(sed 's/.*e2e=\([a-z-]*\).*/\1/' /proc/cmdline)
 dmesg | grep -iE 'tpm|ima:|lockup|stall|hung|timed out|timeout|watchdog: BUG' | grep -v 'ACPI: ' | sed 's/^/KERNEL /'
 echo "AGG $(head -1 /sys/kernel/security/ima/ascii_runtime_measurements | cut -d' ' -f4)"
 for p in 0 1 2 3 4 5 6 7 8 9; do echo "PCR $p $(cat /sys/class/tpm/tpm0/pcr-sha256/$p)"; done
-button() { for e in /dev/input/event*; do (head -c 1 <$e >/dev/null; echo PRESSED; sync; poweroff -f) & done; }
+button() { for e in /dev/input/event*; do exec 7<$e; (head -c 1 <&7 >/dev/null; echo PRESSED; sync; poweroff -f) & done; }
 case $what in
   off) ;;
   reboot) if [ "$(head -c 6 /dev/vda)" = booted ]; then echo SECOND; else printf booted >/dev/vda; sync; echo FIRST; reboot -f; fi ;;

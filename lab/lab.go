@@ -52,11 +52,11 @@ func KVM() bool {
 func NeedsKVM(t TB) {
 	t.Helper()
 	switch {
+	case os.Getenv(InLab) == "1" && !KVM():
+		t.Fatal("in the lab, but KVM is not usable: see L1's console")
 	case os.Getenv(Later) == "1":
 		t.Skip("needs KVM: `make lab-tests` runs it, natively where KVM is usable, else in the lab")
 	case KVM():
-	case os.Getenv(InLab) == "1":
-		t.Fatal("in the lab, but KVM is not usable: see L1's console")
 	default:
 		t.Fatal("this host runs no KVM guests: run `go run ./lab/cmd/lab test PACKAGE`")
 	}
