@@ -115,7 +115,7 @@ type queue struct {
 	area   [3]uint64 // descriptors, driver, device
 
 	mu   sync.Mutex // the ring
-	ring *ring      // nil unless the device runs
+	ring *Ring      // nil unless the device runs
 }
 
 // New makes the device and the PCI function around it, to be put on a bus. The device takes over
@@ -278,24 +278,24 @@ func (d *Device) take(i int) (*Chain, error) {
 	if r == nil {
 		return nil, nil
 	}
-	c, err := r.take()
-	if c == nil && err == nil && r.rearm() {
-		c, err = r.take()
+	c, err := r.Take()
+	if c == nil && err == nil && r.Rearm() {
+		c, err = r.Take()
 	}
 	if c == nil || err != nil {
 		return nil, err
 	}
-	r.hush()
+	r.Hush()
 	d.inflight.Add(1) // under q.mu: before quiesce takes the ring away and waits
-	c.done = func(c *Chain, written uint32) {
+	c.OnDone(func(c *Chain, written uint32) {
 		q.mu.Lock()
-		interrupt := r.put(c.head, written)
+		interrupt := r.Put(c, written)
 		q.mu.Unlock()
 		if interrupt {
 			d.queueInterrupt(q)
 		}
 		d.inflight.Done()
-	}
+	})
 	return c, nil
 }
 
@@ -319,8 +319,7 @@ func (d *Device) driverOK() error {
 		if !q.enable {
 			continue
 		}
-		r, err := newRing(d.mem, q.size, q.area[0], q.area[1], q.area[2],
-			d.accepted&FeatureEventIdx != 0, d.accepted&FeatureIndirect != 0)
+		r, err := NewRing(d.mem, q.size, q.area, d.accepted)
 		if err != nil {
 			return fmt.Errorf("queue %d: %w", i, err)
 		}

@@ -216,21 +216,21 @@ func (q *vq) indirectFlags(self uint64) uint16 {
 // A head that is in flight cannot be given again.
 func TestHeadTwice(t *testing.T) {
 	ram := make(testRAM, 8192)
-	r, err := newRing(ram, 4, ramBase, ramBase+256, ramBase+512, false, false)
+	r, err := NewRing(ram, 4, [3]uint64{ramBase, ramBase + 256, ramBase + 512}, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
 	copy(ram, descriptor(buf{ramBase, 1, true}, 0, 0))
 	storeHeader(ram[256:], 2<<16) // head 0 at both places
-	c, err := r.take()
+	c, err := r.Take()
 	if c == nil || err != nil {
 		t.Fatal(err)
 	}
-	if _, err := r.take(); !errors.Is(err, ErrRing) {
+	if _, err := r.Take(); !errors.Is(err, ErrRing) {
 		t.Errorf("second: %v", err)
 	}
-	r.put(c.head, 0)
-	if c, err = r.take(); c == nil || err != nil {
+	r.Put(c, 0)
+	if c, err = r.Take(); c == nil || err != nil {
 		t.Errorf("after it was given back: %v", err)
 	}
 }
@@ -315,18 +315,22 @@ func FuzzQueue(f *testing.F) {
 		clear(g)
 		copy(g, data)
 		size := uint16(1) << (shift % 5)
-		r, err := newRing(g, size, ramBase, ramBase+256, ramBase+512, event, true)
+		features := FeatureIndirect
+		if event {
+			features |= FeatureEventIdx
+		}
+		r, err := NewRing(g, size, [3]uint64{ramBase, ramBase + 256, ramBase + 512}, features)
 		if err != nil {
 			t.Fatal(err)
 		}
 		held := map[uint16]bool{}
 		for range 64 {
-			c, err := r.take()
+			c, err := r.Take()
 			if err != nil {
 				return
 			}
 			if c == nil {
-				r.rearm()
+				r.Rearm()
 				return
 			}
 			if held[c.head] {
@@ -338,7 +342,7 @@ func FuzzQueue(f *testing.F) {
 			}
 			if len(held)%2 == 0 {
 				delete(held, c.head)
-				r.put(c.head, 1)
+				r.Put(c, 1)
 			}
 		}
 	})

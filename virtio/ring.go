@@ -33,44 +33,96 @@ const (
 // ErrRing says that the driver broke the rules of a virtqueue. The device then needs a reset.
 var ErrRing = errors.New("virtqueue broken by the driver")
 
-// A ring is one split virtqueue (virtio 1.2 §2.7) seen from the device. It is not safe for
+// A Journal is told of every chain as it is taken and given back, so that another process can
+// take the ring up where this one was killed.
+type Journal interface {
+	Took(head uint16)       // before the chain is handed out
+	Giving(head uint16)     // before its used entry is published
+	Gave(head, used uint16) // after; used is the index published
+}
+
+// A Ring is one split virtqueue (virtio 1.2 §2.7) seen from the device. It is not safe for
 // concurrent use. Everything in the rings and in descriptors is the guest's: each value is
 // loaded once and checked before use.
-type ring struct {
+type Ring struct {
 	mem                 pci.Memory
 	size                uint16 // a power of two
 	desc, avail, used   []byte
 	eventIdx, indirect  bool
 	lastAvail, usedNext uint16
-	busy                []bool // heads that were taken and not given back
-	quiet               bool   // without eventIdx: the driver was asked not to notify
+	busy                []bool   // heads that were taken and not given back
+	again               []uint16 // heads to hand out before any new one: see Resume
+	quiet               bool     // without eventIdx: the driver was asked not to notify
 	fence               uint32
+	journal             Journal // may be nil
 }
 
-// newRing checks alignment (virtio 1.2 §2.7) and that the areas are in memory.
-func newRing(mem pci.Memory, size uint16, desc, avail, used uint64, eventIdx, indirect bool) (*ring, error) {
+// NewRing checks alignment (virtio 1.2 §2.7) and that the areas, at guest-physical addresses, are
+// in memory. Of the features, indirect descriptors and event indexes count.
+func NewRing(mem pci.Memory, size uint16, area [3]uint64, features uint64) (*Ring, error) {
+	var at [3][]byte
+	for i, n := range RingAreas(size) {
+		var err error
+		if at[i], err = mem.Slice(area[i], n); err != nil {
+			return nil, fmt.Errorf("%w: %s area: %w", ErrRing, [3]string{"descriptor", "driver", "device"}[i], err)
+		}
+		if area[i]%areaAlign[i] != 0 {
+			return nil, fmt.Errorf("%w: area at %#x is not aligned to %d", ErrRing, area[i], areaAlign[i])
+		}
+	}
+	return NewRingAt(mem, size, at, features)
+}
+
+// areaAlign are the alignments of descriptor, driver and device area.
+var areaAlign = [3]uint64{16, 2, 4}
+
+// RingAreas are the lengths of the descriptor, driver and device area of a queue.
+func RingAreas(size uint16) [3]uint64 {
+	n := uint64(size)
+	return [3]uint64{descSize * n, 6 + 2*n, 6 + 8*n}
+}
+
+// NewRingAt makes a ring whose areas are mapped already; their lengths are RingAreas(size) and
+// the caller has checked their alignment.
+func NewRingAt(mem pci.Memory, size uint16, area [3][]byte, features uint64) (*Ring, error) {
 	if size == 0 || size&(size-1) != 0 || size > MaxQueueSize {
 		return nil, fmt.Errorf("%w: size %d", ErrRing, size)
 	}
-	if desc%16 != 0 || avail%2 != 0 || used%4 != 0 {
-		return nil, fmt.Errorf("%w: areas at %#x, %#x, %#x are not aligned", ErrRing, desc, avail, used)
-	}
-	r := &ring{mem: mem, size: size, eventIdx: eventIdx, indirect: indirect, busy: make([]bool, size)}
-	var err error
-	if r.desc, err = mem.Slice(desc, descSize*uint64(size)); err != nil {
-		return nil, fmt.Errorf("%w: descriptors: %w", ErrRing, err)
-	}
-	if r.avail, err = mem.Slice(avail, 6+2*uint64(size)); err != nil {
-		return nil, fmt.Errorf("%w: driver area: %w", ErrRing, err)
-	}
-	if r.used, err = mem.Slice(used, 6+8*uint64(size)); err != nil {
-		return nil, fmt.Errorf("%w: device area: %w", ErrRing, err)
-	}
-	return r, nil
+	return &Ring{
+		mem: mem, size: size, desc: area[0], avail: area[1], used: area[2], busy: make([]bool, size),
+		eventIdx: features&FeatureEventIdx != 0, indirect: features&FeatureIndirect != 0,
+	}, nil
 }
 
-// take gives the next chain, nil when there is none.
-func (r *ring) take() (*Chain, error) {
+// UsedIndex is the index that the used ring shows.
+func (r *Ring) UsedIndex() uint16 { return uint16(loadHeader(r.used) >> 16) }
+
+// Positions are the next available entry to take and the next used entry to fill.
+func (r *Ring) Positions() (available, used uint16) { return r.lastAvail, r.usedNext }
+
+// Resume takes the ring up at a position. The heads of again were taken by another process and
+// not given back: they are handed out again, in that order, before any new chain. The journal,
+// if any, is told of everything from here on.
+func (r *Ring) Resume(available, used uint16, again []uint16, j Journal) error {
+	for _, h := range again {
+		if h >= r.size {
+			return fmt.Errorf("%w: head %d of %d to be resumed", ErrRing, h, r.size)
+		}
+	}
+	r.lastAvail, r.usedNext, r.again, r.journal = available, used, again, j
+	return nil
+}
+
+// Take gives the next chain, nil when there is none.
+func (r *Ring) Take() (*Chain, error) {
+	if len(r.again) > 0 {
+		c, err := r.chain(r.again[0])
+		if err != nil {
+			return nil, err
+		}
+		r.again = r.again[1:]
+		return c, nil
+	}
 	next := uint16(loadHeader(r.avail) >> 16)
 	if next == r.lastAvail {
 		return nil, nil
@@ -78,7 +130,16 @@ func (r *ring) take() (*Chain, error) {
 	if next-r.lastAvail > r.size {
 		return nil, fmt.Errorf("%w: available index %d, %d were taken, the ring has %d", ErrRing, next, r.lastAvail, r.size)
 	}
-	head := load16(r.avail[4+2*int(r.lastAvail%r.size):])
+	c, err := r.chain(load16(r.avail[4+2*int(r.lastAvail%r.size):]))
+	if err != nil {
+		return nil, err
+	}
+	r.lastAvail++
+	return c, nil
+}
+
+// chain takes the chain that begins at head.
+func (r *Ring) chain(head uint16) (*Chain, error) {
 	if head >= r.size {
 		return nil, fmt.Errorf("%w: head %d of %d", ErrRing, head, r.size)
 	}
@@ -90,13 +151,15 @@ func (r *ring) take() (*Chain, error) {
 		return nil, err
 	}
 	r.busy[head] = true
-	r.lastAvail++
+	if r.journal != nil {
+		r.journal.Took(head)
+	}
 	return c, nil
 }
 
 // walk follows the chain from index at in table. A chain has at most as many descriptors as
 // the queue (§2.7.5.3.1), which ends loops.
-func (r *ring) walk(c *Chain, table []byte, at uint16, inner bool) error {
+func (r *Ring) walk(c *Chain, table []byte, at uint16, inner bool) error {
 	entries := len(table) / descSize
 	for n := 0; ; n++ {
 		if n >= entries || n >= int(r.size) {
@@ -125,7 +188,7 @@ func (r *ring) walk(c *Chain, table []byte, at uint16, inner bool) error {
 	}
 }
 
-func (r *ring) walkIndirect(c *Chain, addr uint64, length uint32) error {
+func (r *Ring) walkIndirect(c *Chain, addr uint64, length uint32) error {
 	if length == 0 || length%descSize != 0 || length/descSize > MaxQueueSize {
 		return fmt.Errorf("%w: chain %d: indirect table of %d bytes", ErrRing, c.head, length)
 	}
@@ -136,7 +199,7 @@ func (r *ring) walkIndirect(c *Chain, addr uint64, length uint32) error {
 	return r.walk(c, table, 0, true)
 }
 
-func (r *ring) add(c *Chain, addr uint64, length uint32, writable bool) error {
+func (r *Ring) add(c *Chain, addr uint64, length uint32, writable bool) error {
 	if !writable && len(c.Writable) > 0 { // §2.7.4.2
 		return fmt.Errorf("%w: chain %d: readable part after writable", ErrRing, c.head)
 	}
@@ -158,18 +221,18 @@ func (r *ring) add(c *Chain, addr uint64, length uint32, writable bool) error {
 	return nil
 }
 
-// hush asks the driver not to notify while chains are being taken anyway (§2.7.10). With event
+// Hush asks the driver not to notify while chains are being taken anyway (§2.7.10). With event
 // indexes that is the normal state between two rearms.
-func (r *ring) hush() {
+func (r *Ring) Hush() {
 	if !r.eventIdx && !r.quiet {
 		r.quiet = true
 		r.publish()
 	}
 }
 
-// rearm asks for a notification of the next chain and reports whether one came before the
+// Rearm asks for a notification of the next chain and reports whether one came before the
 // driver could have seen that.
-func (r *ring) rearm() bool {
+func (r *Ring) Rearm() bool {
 	if r.eventIdx {
 		store16(r.used[4+8*int(r.size):], r.lastAvail)
 		atomic.StoreUint32(&r.fence, 0) // the store above before the load below
@@ -181,7 +244,7 @@ func (r *ring) rearm() bool {
 }
 
 // publish makes used entries and flags visible.
-func (r *ring) publish() {
+func (r *Ring) publish() {
 	v := uint32(r.usedNext) << 16
 	if r.quiet {
 		v |= usedNoNotify
@@ -189,16 +252,22 @@ func (r *ring) publish() {
 	storeHeader(r.used, v)
 }
 
-// put gives a chain back and reports whether the driver wants an interrupt for it (§2.7.7,
+// Put gives a chain back and reports whether the driver wants an interrupt for it (§2.7.7,
 // §2.7.10).
-func (r *ring) put(head uint16, written uint32) (interrupt bool) {
+func (r *Ring) Put(c *Chain, written uint32) (interrupt bool) {
 	e := r.used[4+8*int(r.usedNext%r.size):]
-	binary.LittleEndian.PutUint32(e, uint32(head))
+	binary.LittleEndian.PutUint32(e, uint32(c.head))
 	binary.LittleEndian.PutUint32(e[4:], written)
-	r.busy[head] = false
+	r.busy[c.head] = false
 	old := r.usedNext
 	r.usedNext++
+	if r.journal != nil {
+		r.journal.Giving(c.head)
+	}
 	r.publish()
+	if r.journal != nil {
+		r.journal.Gave(c.head, r.usedNext)
+	}
 	if r.eventIdx {
 		return load16(r.avail[4+2*int(r.size):]) == old
 	}
@@ -219,6 +288,9 @@ type Chain struct {
 // Done gives the chain back with the number of bytes written at the start of Writable. It must
 // be called exactly once; the buffers must not be touched afterwards.
 func (c *Chain) Done(written uint32) { c.done(c, written) }
+
+// OnDone sets what Done does; a transport calls it before it hands the chain out.
+func (c *Chain) OnDone(done func(c *Chain, written uint32)) { c.done = done }
 
 // Length is the number of bytes in segments.
 func Length(segments [][]byte) uint64 {

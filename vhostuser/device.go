@@ -1,0 +1,412 @@
+// Package vhostuser is the back end's side of vhost-user: it serves a virtio device (any
+// virtio.Backend) to an emulator in another process, over guest memory that both map
+// (vhost-user protocol specification of QEMU's documentation, docs/interop/vhost-user.rst).
+//
+// Data flow: the front end hands over guest memory, and a kick and a call eventfd for each
+// queue; from then on requests and answers go through the rings in guest memory, and nothing
+// of the emulator's is on their way. Interrupts go straight to KVM where the front end gives
+// an irqfd.
+//
+// The front end is an emulator and faces its guest: it is hostile. Memory is mapped only if it
+// is on the whitelist and cannot shrink; every address, index and length is checked; a broken
+// rule ends the connection and with it this guest's device, nobody else's.
+//
+// A back end may be killed at any instant. The in-flight region, which the front end keeps,
+// tells the next one which requests to carry out again; so the guest sees a pause, never an
+// error or a lost request. Requests are carried out at least once: a device whose requests
+// cannot be repeated does not belong here.
+package vhostuser
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"redoubt.dev/redoubt/virtio"
+)
+
+// Options of a device.
+type Options struct {
+	Memory Whitelist // what may be mapped as guest memory
+	// OnStart is called when the first queue runs, once: the guest is served (again). May be nil.
+	//
+	// QEMU 7.2 forgets a device whose back end dies before this: its reconnection is lost for
+	// good (vhost_user_async_close finds the device cleared and sets no handlers). So nobody
+	// ends a back end on purpose before it has started.
+	OnStart func()
+}
+
+// Serve runs a device for the front end at the other end of c until that closes the connection
+// (nil), ctx ends, or a rule is broken. It takes c over; the back end stays the caller's and is
+// stopped when Serve returns.
+func Serve(ctx context.Context, c *net.UnixConn, backend virtio.Backend, opt Options) error {
+	info := backend.Info()
+	s := &session{c: c, backend: backend, info: info, allowed: opt.Memory, onStart: opt.OnStart}
+	for i, n := range info.Queues {
+		s.queues = append(s.queues, &queue{s: s, index: i, max: n})
+	}
+	stop := context.AfterFunc(ctx, func() { _ = c.Close() })
+	defer stop()
+	err := s.loop()
+	_ = c.Close()
+	err = errors.Join(err, s.close())
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	if broken := s.broken.get(); broken != nil {
+		return broken
+	}
+	return err
+}
+
+// session is one connection. The goroutine of Serve owns it; queues have their own locks.
+type session struct {
+	c       *net.UnixConn
+	backend virtio.Backend
+	info    virtio.Info
+	allowed Whitelist
+	onStart func() // nil once called
+
+	features uint64
+	protocol uint64
+	mem      *memory
+	flight   []byte // mapped in-flight region
+	head     inflightHead
+	queues   []*queue
+	running  int  // queues with a ring
+	started  bool // Backend.Start was called, Stop not yet
+	broken   firstError
+}
+
+// firstError keeps the first error that a queue met.
+type firstError struct {
+	mu  sync.Mutex
+	err error
+}
+
+func (f *firstError) get() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.err
+}
+
+func (f *firstError) set(err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.err == nil {
+		f.err = err
+	}
+}
+
+// fail ends the session from a queue's goroutine.
+func (s *session) fail(err error) {
+	s.broken.set(fmt.Errorf("%s: %w", s.info.Name, err))
+	_ = s.c.Close()
+}
+
+func (s *session) close() error {
+	var errs []error
+	for _, q := range s.queues {
+		q.halt()
+		errs = append(errs, q.closeFiles())
+	}
+	if s.flight != nil {
+		errs = append(errs, unix.Munmap(s.flight))
+	}
+	if s.mem != nil {
+		errs = append(errs, s.mem.unmap())
+	}
+	return errors.Join(errs...)
+}
+
+// message is one request with its payload and descriptors.
+type message struct {
+	header
+	payload []byte
+	files   []*os.File
+}
+
+func (m *message) closeFiles() {
+	for _, f := range m.files {
+		if f != nil {
+			f.Close()
+		}
+	}
+}
+
+// takeFile hands the only descriptor over; nil where there is none.
+func (m *message) takeFile() (*os.File, error) {
+	if len(m.files) > 1 {
+		return nil, fmt.Errorf("%w: %v with %d descriptors", ErrProtocol, m.request, len(m.files))
+	}
+	if len(m.files) == 0 {
+		return nil, nil
+	}
+	f := m.files[0]
+	m.files = nil
+	return f, nil
+}
+
+// receive reads one message. io.EOF is the end between two messages.
+func (s *session) receive() (_ *message, err error) {
+	m := &message{}
+	defer func() {
+		if err != nil {
+			m.closeFiles()
+		}
+	}()
+	var head [headerSize]byte
+	if err := s.fill(m, head[:], true); err != nil {
+		return nil, err
+	}
+	if m.header, err = parseHeader(head[:]); err != nil {
+		return nil, err
+	}
+	m.payload = make([]byte, m.size)
+	return m, s.fill(m, m.payload, false)
+}
+
+// fill reads len(b) bytes and whatever descriptors come with them.
+func (s *session) fill(m *message, b []byte, first bool) error {
+	oob := make([]byte, unix.CmsgSpace(4*maxRegions))
+	for n := 0; n < len(b); {
+		got, oobn, flags, _, err := s.c.ReadMsgUnix(b[n:], oob)
+		files, ferr := descriptors(oob[:oobn])
+		m.files = append(m.files, files...)
+		switch {
+		case err != nil && !errors.Is(err, io.EOF):
+			return err
+		case ferr != nil:
+			return ferr
+		case flags&unix.MSG_CTRUNC != 0 || len(m.files) > maxRegions:
+			return fmt.Errorf("%w: more than %d descriptors", ErrProtocol, maxRegions)
+		case got == 0 && first && n == 0:
+			return io.EOF
+		case got == 0:
+			return io.ErrUnexpectedEOF
+		}
+		n += got
+	}
+	return nil
+}
+
+func descriptors(oob []byte) ([]*os.File, error) {
+	if len(oob) == 0 {
+		return nil, nil
+	}
+	cmsgs, err := unix.ParseSocketControlMessage(oob)
+	if err != nil {
+		return nil, fmt.Errorf("%w: control message: %w", ErrProtocol, err)
+	}
+	var files []*os.File
+	for i := range cmsgs {
+		fds, err := unix.ParseUnixRights(&cmsgs[i])
+		if err != nil {
+			continue // credentials and the like carry nothing that must be closed
+		}
+		for _, fd := range fds {
+			unix.CloseOnExec(fd)
+			files = append(files, os.NewFile(uintptr(fd), "vhost-user"))
+		}
+	}
+	return files, nil
+}
+
+func (s *session) loop() error {
+	for {
+		m, err := s.receive()
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		answer, err := s.perform(m)
+		m.closeFiles()
+		if err = s.answer(m, answer, err); err != nil {
+			return err
+		}
+	}
+}
+
+// errUnsupported refuses one request without ending the session.
+var errUnsupported = errors.New("vhost-user: not supported")
+
+// answer sends a request's own answer, or the acknowledgement that the front end asked for.
+func (s *session) answer(m *message, payload []byte, err error) error {
+	var send []byte
+	switch {
+	case payload != nil:
+		send = reply(m.request, payload)
+	case m.flags&flagNeedAck != 0 && s.protocol&protoAck != 0:
+		code := uint64(0)
+		if err != nil {
+			code = 1
+		}
+		send = reply(m.request, u64(code))
+	}
+	if send != nil {
+		if _, werr := s.c.Write(send); werr != nil {
+			return errors.Join(err, werr)
+		}
+	}
+	if errors.Is(err, errUnsupported) {
+		return nil
+	}
+	return err
+}
+
+// offered are the device's features as the front end sees them.
+func (s *session) offered() uint64 {
+	return s.info.Features | virtio.FeatureIndirect | virtio.FeatureEventIdx | virtio.FeatureVersion1 | featureProtocol
+}
+
+// perform carries out one request; a payload is its own answer.
+func (s *session) perform(m *message) ([]byte, error) {
+	switch m.request {
+	case getFeatures:
+		return u64(s.offered()), nil
+	case setFeatures:
+		v, err := parseU64(m.payload)
+		if err != nil {
+			return nil, err
+		}
+		if v&^s.offered() != 0 {
+			return nil, fmt.Errorf("%w: features %#x of %#x", ErrProtocol, v, s.offered())
+		}
+		if v != s.features {
+			s.haltAll()
+		}
+		s.features = v
+		return nil, s.startAll()
+	case getProtocolFeatures:
+		return u64(protoOffered), nil
+	case setProtocolFeatures:
+		v, err := parseU64(m.payload)
+		if err == nil && v&^uint64(protoOffered) != 0 {
+			err = fmt.Errorf("%w: protocol features %#x of %#x", ErrProtocol, v, uint64(protoOffered))
+		}
+		if err != nil {
+			return nil, err
+		}
+		s.protocol = v
+		return nil, nil
+	case setOwner:
+		return nil, nil
+	case resetOwner: // deprecated: all rings stop
+		s.haltAll()
+		return nil, nil
+	case getQueueNum:
+		return u64(uint64(len(s.queues))), nil
+	case setMemTable:
+		return nil, s.setMemory(m)
+	case getConfig:
+		offset, size, err := parseConfig(m.payload)
+		if err != nil {
+			return nil, err
+		}
+		answer := append([]byte(nil), m.payload...)
+		clear(answer[configHead:])
+		s.backend.ReadConfig(uint64(offset), answer[configHead:configHead+size])
+		return answer, nil
+	case getInflight:
+		return nil, s.giveInflight(m)
+	case setInflight:
+		return nil, s.takeInflight(m)
+	case setVringNum, setVringAddr, setVringBase, getVringBase, setVringKick, setVringCall, setVringErr, setVringEnable:
+		return s.vring(m)
+	}
+	return nil, fmt.Errorf("%w: %v", errUnsupported, m.request)
+}
+
+// setMemory replaces the memory table; running rings stop meanwhile.
+func (s *session) setMemory(m *message) error {
+	regions, err := parseMemTable(m.payload)
+	if err != nil {
+		return err
+	}
+	next, err := mapMemory(regions, m.files, s.allowed)
+	if err != nil {
+		return err
+	}
+	s.haltAll()
+	old := s.mem
+	s.mem = next
+	if old != nil {
+		if err := old.unmap(); err != nil {
+			return err
+		}
+	}
+	return s.startAll()
+}
+
+// giveInflight makes a region for the front end to keep.
+func (s *session) giveInflight(m *message) error {
+	h, err := parseInflight(m.payload)
+	if err != nil {
+		return err
+	}
+	if h.queues == 0 || int(h.queues) > len(s.queues) || h.depth == 0 || h.depth > virtio.MaxQueueSize {
+		return fmt.Errorf("%w: in-flight region for %d queues of %d", ErrProtocol, h.queues, h.depth)
+	}
+	f, made, err := newInflight(h.queues, h.depth)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	_, _, err = s.c.WriteMsgUnix(reply(m.request, made.bytes(len(m.payload))), unix.UnixRights(int(f.Fd())), nil)
+	return err
+}
+
+// takeInflight maps the region that the front end kept; it comes before the rings start.
+func (s *session) takeInflight(m *message) error {
+	h, err := parseInflight(m.payload)
+	if err != nil {
+		return err
+	}
+	f, err := m.takeFile()
+	if err != nil {
+		return err
+	}
+	if f == nil {
+		return fmt.Errorf("%w: %v without a descriptor", ErrProtocol, m.request)
+	}
+	defer f.Close()
+	if h.depth > virtio.MaxQueueSize || int(h.queues) > len(s.queues) {
+		return fmt.Errorf("%w: in-flight region for %d queues of %d", ErrProtocol, h.queues, h.depth)
+	}
+	b, err := mapInflight(h, f)
+	if err != nil {
+		return err
+	}
+	s.haltAll()
+	old := s.flight
+	s.flight, s.head = b, h
+	if old != nil {
+		if err := unix.Munmap(old); err != nil {
+			return err
+		}
+	}
+	return s.startAll()
+}
+
+func (s *session) haltAll() {
+	for _, q := range s.queues {
+		q.halt()
+	}
+}
+
+func (s *session) startAll() error {
+	for _, q := range s.queues {
+		if err := q.start(); err != nil {
+			return err
+		}
+	}
+	return nil
+}

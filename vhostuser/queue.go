@@ -1,0 +1,368 @@
+package vhostuser
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"redoubt.dev/redoubt/virtio"
+)
+
+// queue is one virtqueue. It runs while it has a kick, addresses, memory and leave to; the
+// session's goroutine starts and halts it, a goroutine of its own takes chains.
+type queue struct {
+	s       *session
+	index   int
+	max     uint16
+	size    uint16
+	addr    *vringAddr
+	base    uint16 // next available entry, when there is no in-flight region
+	enabled bool
+	kick    *os.File
+	ended   chan struct{}  // closed by the goroutine; nil when there is none
+	taken   sync.WaitGroup // chains taken and not given back
+
+	mu   sync.Mutex
+	call *event
+	ring *virtio.Ring
+}
+
+// event is a call eventfd: writing never waits.
+type event struct {
+	f   *os.File
+	raw syscall.RawConn
+}
+
+// signal adds one. A counter that is full means an interrupt that is pending anyway, and a
+// front end that fills it on purpose harms only its own guest.
+func (e *event) signal() {
+	_ = e.raw.Write(func(fd uintptr) bool {
+		_, _ = unix.Write(int(fd), []byte{1, 0, 0, 0, 0, 0, 0, 0})
+		return true // whatever came of it
+	})
+}
+
+// noDescriptor says in a queue's index that no descriptor comes along.
+const noDescriptor = 1 << 8
+
+// vring carries out a request about one queue.
+func (s *session) vring(m *message) ([]byte, error) {
+	if m.request == setVringAddr {
+		a, err := parseVringAddr(m.payload)
+		if err != nil {
+			return nil, err
+		}
+		q, err := s.queue(a.index)
+		if err != nil {
+			return nil, err
+		}
+		if a.flags != 0 { // only logging has a flag, and it is not offered
+			return nil, fmt.Errorf("%w: queue %d: flags %#x", ErrProtocol, a.index, a.flags)
+		}
+		q.halt()
+		q.addr = &a
+		return nil, q.start()
+	}
+	switch m.request {
+	case setVringKick, setVringCall, setVringErr:
+		v, err := parseU64(m.payload)
+		if err != nil {
+			return nil, err
+		}
+		if v&^(noDescriptor|0xff) != 0 {
+			return nil, fmt.Errorf("%w: %v %#x", ErrProtocol, m.request, v)
+		}
+		q, err := s.queue(uint32(v & 0xff))
+		if err != nil {
+			return nil, err
+		}
+		f, err := m.takeFile()
+		if err != nil {
+			return nil, err
+		}
+		return nil, q.setFile(m.request, f)
+	}
+	v, err := parseVringState(m.payload)
+	if err != nil {
+		return nil, err
+	}
+	q, err := s.queue(v.index)
+	if err != nil {
+		return nil, err
+	}
+	switch m.request {
+	case setVringNum:
+		if v.num == 0 || v.num > uint32(q.max) || v.num&(v.num-1) != 0 {
+			return nil, fmt.Errorf("%w: queue %d of %d entries, the most is %d", ErrProtocol, v.index, v.num, q.max)
+		}
+		q.halt()
+		q.size = uint16(v.num)
+	case setVringBase:
+		if v.num > 0xffff {
+			return nil, fmt.Errorf("%w: queue %d begins at %d", ErrProtocol, v.index, v.num)
+		}
+		q.halt()
+		q.base = uint16(v.num)
+	case setVringEnable:
+		q.halt()
+		q.enabled = v.num != 0
+	case getVringBase: // stops the queue for good; a new kick starts it again
+		q.halt()
+		base := vringState{v.index, uint32(q.base)}
+		return base.bytes(), q.closeKick()
+	}
+	return nil, q.start()
+}
+
+func (s *session) queue(i uint32) (*queue, error) {
+	if int64(i) >= int64(len(s.queues)) {
+		return nil, fmt.Errorf("%w: queue %d of %d", ErrProtocol, i, len(s.queues))
+	}
+	return s.queues[i], nil
+}
+
+// setFile takes over a queue's eventfd; nil takes the old one away.
+func (q *queue) setFile(r request, f *os.File) error {
+	if f != nil {
+		g, err := eventFile(f)
+		if err != nil {
+			return fmt.Errorf("%w: %v of queue %d: %w", ErrProtocol, r, q.index, err)
+		}
+		f = g
+	}
+	switch r {
+	case setVringCall:
+		var next *event
+		if f != nil {
+			raw, err := f.SyscallConn()
+			if err != nil {
+				return errors.Join(err, f.Close())
+			}
+			next = &event{f, raw}
+		}
+		q.mu.Lock()
+		old := q.call
+		q.call = next
+		q.mu.Unlock()
+		if old != nil {
+			return old.f.Close()
+		}
+		return nil
+	case setVringKick:
+		q.halt()
+		if err := q.closeKick(); err != nil {
+			return err
+		}
+		if f == nil {
+			return fmt.Errorf("%w: queue %d without a kick: polled rings are not supported", ErrProtocol, q.index)
+		}
+		q.kick = f
+		return q.start()
+	}
+	if f != nil { // nothing is ever said on the error descriptor: the connection ends instead
+		return f.Close()
+	}
+	return nil
+}
+
+// eventFile takes f over if it is an eventfd, as far as that can be told without /proc: of no
+// file type. Reads and writes of it never block this process.
+func eventFile(f *os.File) (*os.File, error) {
+	var st unix.Stat_t
+	err := unix.Fstat(int(f.Fd()), &st)
+	if err == nil && st.Mode&unix.S_IFMT != 0 {
+		err = errors.New("not an eventfd")
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	f.Close()
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.SetNonblock(fd, true); err != nil {
+		return nil, errors.Join(err, unix.Close(fd))
+	}
+	return os.NewFile(uintptr(fd), "eventfd"), nil // non-blocking: reads wait in the poller
+}
+
+func (q *queue) closeKick() error {
+	if q.kick == nil {
+		return nil
+	}
+	err := q.kick.Close()
+	q.kick = nil
+	return err
+}
+
+func (q *queue) closeFiles() error {
+	err := q.closeKick()
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.call != nil {
+		err = errors.Join(err, q.call.f.Close())
+		q.call = nil
+	}
+	return err
+}
+
+// ready reports whether the queue may run. Without protocol features a queue needs no leave.
+func (q *queue) ready() bool {
+	return q.ended == nil && q.kick != nil && q.addr != nil && q.size != 0 && q.s.mem != nil &&
+		(q.enabled || q.s.features&featureProtocol == 0)
+}
+
+// start makes the ring and its goroutine, if the queue is ready.
+func (q *queue) start() error {
+	if !q.ready() {
+		return nil
+	}
+	s := q.s
+	var area [3][]byte
+	n := virtio.RingAreas(q.size)
+	for i, a := range [3]struct{ at, align uint64 }{{q.addr.desc, 16}, {q.addr.avail, 2}, {q.addr.used, 4}} {
+		var err error
+		if area[i], err = s.mem.user(a.at, n[i], a.align); err != nil {
+			return fmt.Errorf("queue %d: %w", q.index, err)
+		}
+	}
+	r, err := virtio.NewRingAt(s.mem, q.size, area, s.features)
+	if err != nil {
+		return fmt.Errorf("queue %d: %w", q.index, err)
+	}
+	used, base := r.UsedIndex(), q.base
+	var again []uint16
+	var journal virtio.Journal
+	if s.flight != nil && q.index < int(s.head.queues) && q.size <= s.head.depth {
+		t := newTracker(s.flight, q.index, s.head.depth)
+		again = t.recover(used)
+		base = used + uint16(len(again))
+		journal = t
+	}
+	if err := r.Resume(base, used, again, journal); err != nil {
+		return fmt.Errorf("queue %d: %w", q.index, err)
+	}
+	if err := q.kick.SetReadDeadline(time.Time{}); err != nil {
+		return fmt.Errorf("queue %d: kick: %w", q.index, err)
+	}
+	if !s.started {
+		s.backend.Start(s.features)
+		s.started = true
+	}
+	s.running++
+	q.mu.Lock()
+	q.ring = r
+	q.mu.Unlock()
+	q.ended = make(chan struct{})
+	// What another back end left undone comes first, and before anything can halt the queue.
+	for range again {
+		if err := q.handle(); err != nil {
+			close(q.ended)
+			return err
+		}
+	}
+	go q.run(q.kick, q.ended)
+	if s.onStart != nil {
+		s.onStart()
+		s.onStart = nil
+	}
+	return nil
+}
+
+// errEmpty says that there is no chain to take.
+var errEmpty = errors.New("no chain")
+
+// handle takes one chain and gives it to the back end.
+func (q *queue) handle() error {
+	c, err := q.take()
+	if err == nil && c == nil {
+		return errEmpty
+	}
+	if err == nil {
+		if err = q.s.backend.Handle(q.index, c); err != nil {
+			q.taken.Done()
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("queue %d: %w", q.index, err)
+	}
+	return nil
+}
+
+// halt stops the goroutine and waits until every chain is given back; afterwards nothing of
+// this queue touches guest memory.
+func (q *queue) halt() {
+	if q.ended == nil {
+		return
+	}
+	if q.s.running--; q.s.running == 0 {
+		q.s.backend.Stop()
+		q.s.started = false
+	}
+	_ = q.kick.SetReadDeadline(time.Now()) // wakes the goroutine; it cannot fail on a pollable file
+	q.mu.Lock()
+	r := q.ring
+	q.ring = nil
+	q.mu.Unlock()
+	<-q.ended
+	q.ended = nil
+	q.taken.Wait()
+	q.base, _ = r.Positions()
+}
+
+// run owns taking chains: what there is at first, then what each kick tells of.
+func (q *queue) run(kick *os.File, ended chan<- struct{}) {
+	defer close(ended)
+	var count [8]byte
+	for {
+		err := q.handle()
+		for err == nil {
+			err = q.handle()
+		}
+		if !errors.Is(err, errEmpty) {
+			q.s.fail(err)
+			return
+		}
+		if _, err := kick.Read(count[:]); err != nil {
+			if !errors.Is(err, os.ErrDeadlineExceeded) && !errors.Is(err, os.ErrClosed) {
+				q.s.fail(fmt.Errorf("queue %d: kick: %w", q.index, err))
+			}
+			return
+		}
+	}
+}
+
+// take gives the next chain, nil when there is none or the queue is being halted.
+func (q *queue) take() (*virtio.Chain, error) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	r := q.ring
+	if r == nil {
+		return nil, nil
+	}
+	c, err := r.Take()
+	if c == nil && err == nil && r.Rearm() {
+		c, err = r.Take()
+	}
+	if c == nil || err != nil {
+		return nil, err
+	}
+	r.Hush()
+	q.taken.Add(1)
+	c.OnDone(func(c *virtio.Chain, written uint32) {
+		q.mu.Lock()
+		if r.Put(c, written) && q.call != nil {
+			q.call.signal()
+		}
+		q.mu.Unlock()
+		q.taken.Done()
+	})
+	return c, nil
+}
