@@ -19,7 +19,7 @@ func FuzzSession(f *testing.F) {
 	f.Add([]byte{24, 0, 20, 0, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 0, 24, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 64, 0, 0, 0, 0, 0})
 	path := filepath.Join(f.TempDir(), "disk")
 	b := disk(f, path)
-	f.Cleanup(func() { b.Close() })
+	f.Cleanup(func() { _ = b.Close() })
 	f.Fuzz(func(t *testing.T, script []byte) {
 		own, theirs := socketpair(t)
 		mem, bell := memfd(t, memSize, unix.F_SEAL_SHRINK), eventfd(t)
