@@ -1,6 +1,7 @@
-// Package vhostuser is the back end's side of vhost-user: it serves a virtio device (any
-// virtio.Backend) to an emulator in another process, over guest memory that both map
-// (vhost-user protocol specification of QEMU's documentation, docs/interop/vhost-user.rst).
+// Package vhostuser is vhost-user, both sides (vhost-user protocol specification of QEMU's
+// documentation, docs/interop/vhost-user.rst). [Serve] is the back end's: it serves a virtio
+// device (any virtio.Backend) to an emulator in another process, over guest memory that both
+// map. [Frontend] is the emulator's.
 //
 // Data flow: the front end hands over guest memory, and a kick and a call eventfd for each
 // queue; from then on requests and answers go through the rings in guest memory, and nothing
@@ -36,9 +37,9 @@ type Options struct {
 	Memory Whitelist // what may be mapped as guest memory
 	// OnStart is called when the first queue runs, once: the guest is served (again). May be nil.
 	//
-	// QEMU 7.2 forgets a device whose back end dies before this: its reconnection is lost for
-	// good (vhost_user_async_close finds the device cleared and sets no handlers). So nobody
-	// ends a back end on purpose before it has started.
+	// QEMU 7.2 forgets a device whose back end goes while no queue of it runs, as before the
+	// guest's driver has started: it never listens for another one. A front end of this package
+	// does not mind.
 	OnStart func()
 }
 
@@ -51,11 +52,11 @@ func Serve(ctx context.Context, c *net.UnixConn, backend virtio.Backend, opt Opt
 	for i, n := range info.Queues {
 		s.queues = append(s.queues, &queue{s: s, index: i, max: n})
 	}
-	stop := context.AfterFunc(ctx, func() { _ = c.Close() })
+	stop := context.AfterFunc(ctx, func() { _ = c.CloseRead() })
 	defer stop()
 	err := s.loop()
-	_ = c.Close()
 	err = errors.Join(err, s.close())
+	_ = c.Close() // last: it tells the front end that guest memory is no longer touched
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
@@ -107,7 +108,7 @@ func (f *firstError) set(err error) {
 // fail ends the session from a queue's goroutine.
 func (s *session) fail(err error) {
 	s.broken.set(fmt.Errorf("%s: %w", s.info.Name, err))
-	_ = s.c.Close()
+	_ = s.c.CloseRead() // ends the loop
 }
 
 func (s *session) close() error {

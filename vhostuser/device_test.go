@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
+	"os"
 	"path/filepath"
 	"testing"
 
@@ -24,7 +25,9 @@ const (
 
 func disk(t testing.TB, path string) *virtio.Block {
 	t.Helper()
-	create(t, path, diskSize)
+	if _, err := os.Stat(path); errors.Is(err, os.ErrNotExist) {
+		create(t, path, diskSize)
+	}
 	b, err := openDisk(path)
 	if err != nil {
 		t.Fatal(err)

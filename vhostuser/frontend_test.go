@@ -254,6 +254,12 @@ func (f *front) start() {
 
 func (f *front) shownUsed() uint16 { return binary.LittleEndian.Uint16(f.ram[atUsed+2:]) }
 
+// reset is the driver's: rings of zeros, from the beginning.
+func (f *front) reset() {
+	clear(f.ram[:atSlots])
+	f.avail, f.used = 0, 0
+}
+
 // slot is where request i's bytes are.
 func (f *front) slot(i int) []byte { return f.ram[atSlots+i*slotSize:][:slotSize] }
 

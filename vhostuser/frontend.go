@@ -1,0 +1,528 @@
+package vhostuser
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// ErrBackEnd says that the back end refused a request or cannot do what the device was set up
+// with. A back end that is gone is no error: the next one is told everything again.
+var ErrBackEnd = errors.New("vhost-user: back end")
+
+// Region is one range of guest memory in a file.
+type Region struct {
+	Guest, Size, Offset uint64 // guest-physical address, length in bytes, place in the file
+	File                *os.File
+}
+
+// QueueSetup is a queue as the guest's driver has set it up. Areas are guest-physical addresses
+// of the descriptor, driver and device area.
+type QueueSetup struct {
+	Size       uint16
+	Areas      [3]uint64
+	Base       uint16 // the next available entry; it counts only for a queue that begins
+	Kick, Call *os.File
+}
+
+// A Frontend is an emulator's side of one device. It keeps all that the device was told and the
+// in-flight region, so that back ends can come and go: [Frontend.Connect] brings a new one to
+// where the last one was. While there is none, the guest's requests wait in its rings and every
+// call here succeeds at once.
+//
+// Files stay the caller's and must be open as long as the front end is. All methods may be called
+// by several goroutines.
+type Frontend struct {
+	depth uint16 // of the longest queue
+
+	mu       sync.Mutex
+	peer     *peer // nil while there is no back end
+	known    bool  // offered and config were asked for
+	offered  uint64
+	config   []byte
+	features uint64
+	regions  []Region
+	flight   *os.File
+	head     inflightHead
+	flown    []byte // the region, mapped
+	queues   []frontQueue
+}
+
+type frontQueue struct {
+	setup   QueueSetup
+	running bool
+}
+
+// NewFrontend makes the front end of a device with queues of at most depth entries.
+func NewFrontend(queues int, depth uint16) *Frontend {
+	return &Frontend{depth: depth, queues: make([]frontQueue, queues)}
+}
+
+// Close ends the connection, if there is one, and the front end.
+func (f *Frontend) Close() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.lose()
+	var err error
+	if f.flown != nil {
+		err = errors.Join(unix.Munmap(f.flown), f.flight.Close())
+		f.flown, f.flight = nil, nil
+	}
+	return err
+}
+
+// Connect takes c over as the connection to a back end, in place of the last one, and brings that
+// back end to where the device is. When it returns nil the guest is served. gone is closed when
+// the connection has ended.
+func (f *Frontend) Connect(c *net.UnixConn) (gone <-chan struct{}, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.lose()
+	f.peer = newPeer(c)
+	gone = f.peer.gone
+	if err := f.greet(); err != nil {
+		f.lose()
+		return nil, fmt.Errorf("%w: %w", ErrBackEnd, err)
+	}
+	return gone, nil
+}
+
+// greet negotiates and replays. f.mu is held.
+func (f *Frontend) greet() error {
+	offered, err := f.peer.askU64(getFeatures)
+	if err != nil {
+		return err
+	}
+	if need := f.features | featureProtocol; offered&need != need {
+		return fmt.Errorf("offers features %#x, the guest uses %#x", offered, need)
+	}
+	protocol, err := f.peer.askU64(getProtocolFeatures)
+	if err != nil {
+		return err
+	}
+	if protocol&protoOffered != protoOffered {
+		return fmt.Errorf("offers protocol features %#x, needed are %#x", protocol, protoOffered)
+	}
+	// Acknowledgements begin after this one.
+	if err := f.peer.send(setProtocolFeatures, 0, u64(protoOffered)); err != nil {
+		return err
+	}
+	n, err := f.peer.askU64(getQueueNum)
+	if err != nil {
+		return err
+	}
+	if n < uint64(len(f.queues)) {
+		return fmt.Errorf("has %d queues, needed are %d", n, len(f.queues))
+	}
+	config, err := f.peer.ask(getConfig, append(configRequest(maxConfig), make([]byte, maxConfig)...))
+	if err != nil {
+		return err
+	}
+	if len(config) != configHead+maxConfig {
+		return fmt.Errorf("configuration of %d bytes", len(config))
+	}
+	config = config[configHead:]
+	if f.known && (string(config) != string(f.config)) {
+		return errors.New("is another device: its configuration differs")
+	}
+	f.known, f.offered, f.config = true, offered&^featureProtocol, config
+	if err := f.do(setOwner, nil); err != nil {
+		return err
+	}
+	if err := f.do(setFeatures, u64(f.features|featureProtocol)); err != nil {
+		return err
+	}
+	if f.flight == nil {
+		if err := f.askInflight(); err != nil {
+			return err
+		}
+	}
+	if f.regions != nil {
+		if err := f.tellMemory(); err != nil {
+			return err
+		}
+	}
+	if err := f.do(setInflight, f.head.bytes(24), f.flight); err != nil {
+		return err
+	}
+	for i := range f.queues {
+		if f.queues[i].running {
+			if err := f.tellQueue(i); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func configRequest(n uint32) []byte {
+	le := binary.LittleEndian
+	return le.AppendUint32(le.AppendUint32(le.AppendUint32(nil, 0), n), 0)
+}
+
+func (f *Frontend) askInflight() error {
+	ask := inflightHead{queues: uint16(len(f.queues)), depth: f.depth}
+	p, err := f.peer.ask(getInflight, ask.bytes(24))
+	if err != nil {
+		return err
+	}
+	file := f.peer.takeFile()
+	if file == nil {
+		return errors.New("gave no in-flight region")
+	}
+	h, err := parseInflight(p)
+	if err == nil && (h.queues != ask.queues || h.depth != ask.depth) {
+		err = fmt.Errorf("in-flight region for %d queues of %d", h.queues, h.depth)
+	}
+	var b []byte
+	if err == nil {
+		b, err = mapInflight(h, file)
+	}
+	if err != nil {
+		return errors.Join(err, file.Close())
+	}
+	f.flight, f.head, f.flown = file, h, b
+	return nil
+}
+
+// Served reports whether a back end is connected.
+func (f *Frontend) Served() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.peer != nil && !f.peer.ended()
+}
+
+// Offered are the device's features, once a back end has been connected.
+func (f *Frontend) Offered() uint64 {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.offered
+}
+
+// ReadConfig fills p from the device's configuration at offset.
+func (f *Frontend) ReadConfig(offset uint64, p []byte) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if offset < uint64(len(f.config)) {
+		copy(p, f.config[offset:])
+	}
+}
+
+// SetFeatures tells which features the driver took; no queue runs.
+func (f *Frontend) SetFeatures(v uint64) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.features = v
+	return f.do(setFeatures, u64(v|featureProtocol))
+}
+
+// SetMemory tells where guest memory is; running queues go on with it.
+func (f *Frontend) SetMemory(regions []Region) error {
+	if len(regions) == 0 || len(regions) > maxRegions {
+		return fmt.Errorf("vhost-user: %d memory regions, at most %d", len(regions), maxRegions)
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.regions = append([]Region(nil), regions...)
+	return f.tellMemory()
+}
+
+// tellMemory sends the table. The front end's own addresses are the guest-physical ones: they
+// serve only to find ring areas again.
+func (f *Frontend) tellMemory() error {
+	b := binary.LittleEndian.AppendUint64(nil, uint64(len(f.regions)))
+	var files []*os.File
+	for _, r := range f.regions {
+		for _, v := range [...]uint64{r.Guest, r.Size, r.Guest, r.Offset} {
+			b = binary.LittleEndian.AppendUint64(b, v)
+		}
+		files = append(files, r.File)
+	}
+	return f.do(setMemTable, b, files...)
+}
+
+// StartQueue lets a queue run.
+func (f *Frontend) StartQueue(i int, q QueueSetup) error {
+	if q.Size == 0 || q.Size > f.depth {
+		return fmt.Errorf("vhost-user: queue %d of %d entries, at most %d", i, q.Size, f.depth)
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.forget(i)
+	f.queues[i] = frontQueue{q, true}
+	return f.tellQueue(i)
+}
+
+// SetCall replaces the eventfd of a running queue's interrupts.
+func (f *Frontend) SetCall(i int, call *os.File) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.queues[i].setup.Call = call
+	if !f.queues[i].running {
+		return nil
+	}
+	return f.do(setVringCall, u64(uint64(i)), call)
+}
+
+func (f *Frontend) tellQueue(i int) error {
+	q, n := f.queues[i].setup, uint32(i)
+	le := binary.LittleEndian
+	areas := le.AppendUint32(le.AppendUint32(nil, n), 0)
+	for _, a := range [...]uint64{q.Areas[0], q.Areas[2], q.Areas[1], 0} {
+		areas = le.AppendUint64(areas, a)
+	}
+	for _, m := range []struct {
+		request request
+		payload []byte
+		file    *os.File
+	}{
+		{setVringNum, vringState{n, uint32(q.Size)}.bytes(), nil},
+		{setVringBase, vringState{n, uint32(q.Base)}.bytes(), nil},
+		{setVringAddr, areas, nil},
+		{setVringCall, u64(uint64(i)), q.Call},
+		{setVringKick, u64(uint64(i)), q.Kick},
+		{setVringEnable, vringState{n, 1}.bytes(), nil},
+	} {
+		var files []*os.File
+		if m.file != nil {
+			files = append(files, m.file)
+		}
+		if err := f.do(m.request, m.payload, files...); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// StopQueue stops a queue: when it returns, nothing touches its memory. base is the next available
+// entry, and known whether a back end was there to tell; else the requests in flight are
+// dropped, which the guest's driver does as well when it resets a queue.
+func (f *Frontend) StopQueue(i int) (base uint16, known bool, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !f.queues[i].running {
+		return 0, false, nil
+	}
+	f.queues[i].running = false
+	defer f.forget(i)
+	if f.peer == nil {
+		return 0, false, nil
+	}
+	p, err := f.peer.ask(getVringBase, vringState{uint32(i), 0}.bytes())
+	if err != nil {
+		f.lose()
+		return 0, false, nil
+	}
+	s, err := parseVringState(p)
+	return uint16(s.num), err == nil, err
+}
+
+// forget clears a queue's in-flight entries. f.mu is held.
+func (f *Frontend) forget(i int) {
+	if f.flown != nil {
+		clear(newTracker(f.flown, i, f.head.depth).b)
+	}
+}
+
+// do makes a request that is acknowledged. Without a back end it is put off until there is one.
+func (f *Frontend) do(r request, payload []byte, files ...*os.File) error {
+	if f.peer == nil {
+		return nil
+	}
+	err := f.peer.do(r, payload, files...)
+	if err != nil && !errors.Is(err, errRefused) {
+		f.lose()
+		return nil
+	}
+	return err
+}
+
+// lose ends the connection; afterwards the back end touches nothing. f.mu is held.
+func (f *Frontend) lose() {
+	if f.peer != nil {
+		f.peer.close()
+		f.peer = nil
+	}
+}
+
+// errRefused is a negative acknowledgement.
+var errRefused = errors.New("refused the request")
+
+// peer is one connection to a back end. Requests are made by one goroutine at a time; another
+// reads, to notice the end.
+type peer struct {
+	c       *net.UnixConn
+	replies chan peerReply // unbuffered: one request at a time
+	gone    chan struct{}  // closed when reading has ended
+	quit    chan struct{}  // closed by close
+	file    *os.File       // came with the last reply
+}
+
+type peerReply struct {
+	header
+	payload []byte
+	files   []*os.File
+}
+
+func newPeer(c *net.UnixConn) *peer {
+	p := &peer{c: c, replies: make(chan peerReply), gone: make(chan struct{}), quit: make(chan struct{})}
+	go p.read()
+	return p
+}
+
+func (p *peer) ended() bool {
+	select {
+	case <-p.gone:
+		return true
+	default:
+		return false
+	}
+}
+
+// close ends the connection and waits until the back end has ended it, too: it does so once it
+// touches guest memory no more (as the kernel does for one that is killed).
+func (p *peer) close() {
+	close(p.quit)
+	_ = p.c.CloseWrite()
+	<-p.gone
+	if p.file != nil {
+		p.file.Close()
+		p.file = nil
+	}
+}
+
+func (p *peer) read() {
+	defer close(p.gone)
+	for {
+		r, err := readReply(p.c)
+		if err != nil {
+			_ = p.c.Close()
+			return
+		}
+		select {
+		case p.replies <- r:
+		case <-p.quit:
+			closeAll(r.files) // nobody waits for it any more
+		}
+	}
+}
+
+func closeAll(files []*os.File) {
+	for _, f := range files {
+		f.Close()
+	}
+}
+
+func readReply(c *net.UnixConn) (r peerReply, err error) {
+	m := &message{}
+	s := session{c: c}
+	defer func() {
+		if err != nil {
+			m.closeFiles()
+		}
+	}()
+	var head [headerSize]byte
+	if err := s.fill(m, head[:], true); err != nil {
+		return r, err
+	}
+	le := binary.LittleEndian
+	r.header = header{request(le.Uint32(head[:])), le.Uint32(head[4:]), le.Uint32(head[8:])}
+	if r.flags&(flagsVersion|flagReply) != flagVersion|flagReply || r.size > maxPayload {
+		return r, fmt.Errorf("%w: reply with flags %#x and %d bytes", ErrBackEnd, r.flags, r.size)
+	}
+	r.payload = make([]byte, r.size)
+	err = s.fill(m, r.payload, false)
+	r.files = m.files
+	return r, err
+}
+
+func (p *peer) send(r request, flags uint32, payload []byte, files ...*os.File) error {
+	b := make([]byte, headerSize, headerSize+len(payload))
+	le := binary.LittleEndian
+	le.PutUint32(b, uint32(r))
+	le.PutUint32(b[4:], flagVersion|flags)
+	le.PutUint32(b[8:], uint32(len(payload)))
+	var oob []byte
+	if len(files) > 0 {
+		fds := make([]int, len(files))
+		for i, f := range files {
+			raw, err := f.SyscallConn()
+			if err != nil {
+				return err
+			}
+			// Fd would make the file blocking for everybody who shares it.
+			if err := raw.Control(func(fd uintptr) { fds[i] = int(fd) }); err != nil {
+				return err
+			}
+		}
+		oob = unix.UnixRights(fds...)
+	}
+	_, _, err := p.c.WriteMsgUnix(append(b, payload...), oob, nil)
+	return err
+}
+
+// receive waits for the reply to r.
+func (p *peer) receive(r request) ([]byte, error) {
+	select {
+	case got := <-p.replies:
+		if got.request != r {
+			closeAll(got.files)
+			return nil, fmt.Errorf("%w: answered %v with %v", ErrBackEnd, r, got.request)
+		}
+		if p.file != nil {
+			p.file.Close()
+			p.file = nil
+		}
+		if len(got.files) > 0 {
+			p.file = got.files[0]
+			closeAll(got.files[1:])
+		}
+		return got.payload, nil
+	case <-p.gone:
+		return nil, io.EOF
+	}
+}
+
+func (p *peer) takeFile() *os.File {
+	f := p.file
+	p.file = nil
+	return f
+}
+
+// ask makes a request that has an answer of its own.
+func (p *peer) ask(r request, payload []byte) ([]byte, error) {
+	if err := p.send(r, 0, payload); err != nil {
+		return nil, err
+	}
+	return p.receive(r)
+}
+
+func (p *peer) askU64(r request) (uint64, error) {
+	b, err := p.ask(r, nil)
+	if err != nil {
+		return 0, err
+	}
+	return parseU64(b)
+}
+
+// do makes a request that is acknowledged.
+func (p *peer) do(r request, payload []byte, files ...*os.File) error {
+	if err := p.send(r, flagNeedAck, payload, files...); err != nil {
+		return err
+	}
+	b, err := p.receive(r)
+	if err != nil {
+		return err
+	}
+	code, err := parseU64(b)
+	if err == nil && code != 0 {
+		err = fmt.Errorf("%w: %v %w", ErrBackEnd, r, errRefused)
+	}
+	return err
+}
