@@ -22,9 +22,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
-	"os"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -48,13 +46,13 @@ type Options struct {
 // stopped when Serve returns.
 func Serve(ctx context.Context, c *net.UnixConn, backend virtio.Backend, opt Options) error {
 	info := backend.Info()
-	s := &session{c: c, backend: backend, info: info, allowed: opt.Memory, onStart: opt.OnStart}
+	s := &session{conn: conn{c: c}, backend: backend, info: info, allowed: opt.Memory, onStart: opt.OnStart}
 	for i, n := range info.Queues {
 		s.queues = append(s.queues, &queue{s: s, index: i, max: n})
 	}
 	stop := context.AfterFunc(ctx, func() { _ = c.CloseRead() })
 	defer stop()
-	err := s.loop()
+	err := s.loop(s.perform)
 	err = errors.Join(err, s.close())
 	_ = c.Close() // last: it tells the front end that guest memory is no longer touched
 	if ctx.Err() != nil {
@@ -68,14 +66,13 @@ func Serve(ctx context.Context, c *net.UnixConn, backend virtio.Backend, opt Opt
 
 // session is one connection. The goroutine of Serve owns it; queues have their own locks.
 type session struct {
-	c       *net.UnixConn
+	conn
 	backend virtio.Backend
 	info    virtio.Info
 	allowed Whitelist
 	onStart func() // nil once called
 
 	features uint64
-	protocol uint64
 	mem      *memory
 	flight   []byte // mapped in-flight region
 	head     inflightHead
@@ -124,143 +121,6 @@ func (s *session) close() error {
 		errs = append(errs, s.mem.unmap())
 	}
 	return errors.Join(errs...)
-}
-
-// message is one request with its payload and descriptors.
-type message struct {
-	header
-	payload []byte
-	files   []*os.File
-}
-
-func (m *message) closeFiles() {
-	for _, f := range m.files {
-		if f != nil {
-			f.Close()
-		}
-	}
-}
-
-// takeFile hands the only descriptor over; nil where there is none.
-func (m *message) takeFile() (*os.File, error) {
-	if len(m.files) > 1 {
-		return nil, fmt.Errorf("%w: %v with %d descriptors", ErrProtocol, m.request, len(m.files))
-	}
-	if len(m.files) == 0 {
-		return nil, nil
-	}
-	f := m.files[0]
-	m.files = nil
-	return f, nil
-}
-
-// receive reads one message. io.EOF is the end between two messages.
-func (s *session) receive() (_ *message, err error) {
-	m := &message{}
-	defer func() {
-		if err != nil {
-			m.closeFiles()
-		}
-	}()
-	var head [headerSize]byte
-	if err := s.fill(m, head[:], true); err != nil {
-		return nil, err
-	}
-	if m.header, err = parseHeader(head[:]); err != nil {
-		return nil, err
-	}
-	m.payload = make([]byte, m.size)
-	return m, s.fill(m, m.payload, false)
-}
-
-// fill reads len(b) bytes and whatever descriptors come with them.
-func (s *session) fill(m *message, b []byte, first bool) error {
-	oob := make([]byte, unix.CmsgSpace(4*maxRegions))
-	for n := 0; n < len(b); {
-		got, oobn, flags, _, err := s.c.ReadMsgUnix(b[n:], oob)
-		files, ferr := descriptors(oob[:oobn])
-		m.files = append(m.files, files...)
-		switch {
-		case err != nil && !errors.Is(err, io.EOF):
-			return err
-		case ferr != nil:
-			return ferr
-		case flags&unix.MSG_CTRUNC != 0 || len(m.files) > maxRegions:
-			return fmt.Errorf("%w: more than %d descriptors", ErrProtocol, maxRegions)
-		case got == 0 && first && n == 0:
-			return io.EOF
-		case got == 0:
-			return io.ErrUnexpectedEOF
-		}
-		n += got
-	}
-	return nil
-}
-
-func descriptors(oob []byte) ([]*os.File, error) {
-	if len(oob) == 0 {
-		return nil, nil
-	}
-	cmsgs, err := unix.ParseSocketControlMessage(oob)
-	if err != nil {
-		return nil, fmt.Errorf("%w: control message: %w", ErrProtocol, err)
-	}
-	var files []*os.File
-	for i := range cmsgs {
-		fds, err := unix.ParseUnixRights(&cmsgs[i])
-		if err != nil {
-			continue // credentials and the like carry nothing that must be closed
-		}
-		for _, fd := range fds {
-			unix.CloseOnExec(fd)
-			files = append(files, os.NewFile(uintptr(fd), "vhost-user"))
-		}
-	}
-	return files, nil
-}
-
-func (s *session) loop() error {
-	for {
-		m, err := s.receive()
-		if errors.Is(err, io.EOF) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		answer, err := s.perform(m)
-		m.closeFiles()
-		if err = s.answer(m, answer, err); err != nil {
-			return err
-		}
-	}
-}
-
-// errUnsupported refuses one request without ending the session.
-var errUnsupported = errors.New("vhost-user: not supported")
-
-// answer sends a request's own answer, or the acknowledgement that the front end asked for.
-func (s *session) answer(m *message, payload []byte, err error) error {
-	var send []byte
-	switch {
-	case payload != nil:
-		send = reply(m.request, payload)
-	case m.flags&flagNeedAck != 0 && s.protocol&protoAck != 0:
-		code := uint64(0)
-		if err != nil {
-			code = 1
-		}
-		send = reply(m.request, u64(code))
-	}
-	if send != nil {
-		if _, werr := s.c.Write(send); werr != nil {
-			return errors.Join(err, werr)
-		}
-	}
-	if errors.Is(err, errUnsupported) {
-		return nil
-	}
-	return err
 }
 
 // offered are the device's features as the front end sees them.

@@ -1,6 +1,7 @@
 package vhostuser
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -41,8 +42,9 @@ type Frontend struct {
 	depth uint16 // of the longest queue
 
 	mu       sync.Mutex
-	peer     *peer // nil while there is no back end
-	known    bool  // offered and config were asked for
+	peer     *peer         // nil while there is no back end
+	arrival  chan struct{} // closed when the next one is there
+	known    bool          // offered and config were asked for
 	offered  uint64
 	config   []byte
 	features uint64
@@ -60,7 +62,7 @@ type frontQueue struct {
 
 // NewFrontend makes the front end of a device with queues of at most depth entries.
 func NewFrontend(queues int, depth uint16) *Frontend {
-	return &Frontend{depth: depth, queues: make([]frontQueue, queues)}
+	return &Frontend{depth: depth, queues: make([]frontQueue, queues), arrival: make(chan struct{})}
 }
 
 // Close ends the connection, if there is one, and the front end.
@@ -89,6 +91,8 @@ func (f *Frontend) Connect(c *net.UnixConn) (gone <-chan struct{}, err error) {
 		f.lose()
 		return nil, fmt.Errorf("%w: %w", ErrBackEnd, err)
 	}
+	close(f.arrival)
+	f.arrival = make(chan struct{})
 	return gone, nil
 }
 
@@ -299,27 +303,58 @@ func (f *Frontend) tellQueue(i int) error {
 	return nil
 }
 
-// StopQueue stops a queue: when it returns, nothing touches its memory. base is the next available
-// entry, and known whether a back end was there to tell; else the requests in flight are
-// dropped, which the guest's driver does as well when it resets a queue.
-func (f *Frontend) StopQueue(i int) (base uint16, known bool, err error) {
+// StopQueue stops a queue that is to go on later: when it returns, every request that was taken is
+// given back and nothing touches the queue's memory. base is the next available entry. Without
+// a back end it waits for one, or for ctx.
+func (f *Frontend) StopQueue(ctx context.Context, i int) (base uint16, err error) {
+	for {
+		base, done, arrival, err := f.tryStop(i)
+		if done || err != nil {
+			return base, err
+		}
+		select {
+		case <-arrival:
+		case <-ctx.Done():
+			return 0, ctx.Err()
+		}
+	}
+}
+
+// tryStop stops a queue if there is a back end to do it; else arrival is closed when one comes.
+func (f *Frontend) tryStop(i int) (base uint16, done bool, arrival <-chan struct{}, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if !f.queues[i].running {
-		return 0, false, nil
+	q := &f.queues[i]
+	if !q.running {
+		return 0, true, nil, nil
 	}
-	f.queues[i].running = false
-	defer f.forget(i)
 	if f.peer == nil {
-		return 0, false, nil
+		return 0, false, f.arrival, nil
 	}
 	p, err := f.peer.ask(getVringBase, vringState{uint32(i), 0}.bytes())
 	if err != nil {
 		f.lose()
-		return 0, false, nil
+		return 0, false, f.arrival, nil
 	}
+	q.running = false
+	f.forget(i)
 	s, err := parseVringState(p)
-	return uint16(s.num), err == nil, err
+	return uint16(s.num), true, nil, err
+}
+
+// DropQueue stops a queue that the guest's driver has reset: when it returns, nothing touches its
+// memory. It waits for no back end: what one took and did not give back is forgotten, as the
+// driver has forgotten it.
+func (f *Frontend) DropQueue(i int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.queues[i].running && f.peer != nil {
+		if _, err := f.peer.ask(getVringBase, vringState{uint32(i), 0}.bytes()); err != nil {
+			f.lose()
+		}
+	}
+	f.queues[i].running = false
+	f.forget(i)
 }
 
 // forget clears a queue's in-flight entries. f.mu is held.

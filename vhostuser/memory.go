@@ -115,14 +115,20 @@ func (m *memory) Slice(gpa, n uint64) ([]byte, error) {
 
 // user is the n bytes at an address of the front end's.
 func (m *memory) user(addr, n, align uint64) ([]byte, error) {
+	b, _, err := m.locate(addr, n, align)
+	return b, err
+}
+
+// locate is the n bytes at an address of the front end's, and their guest-physical address.
+func (m *memory) locate(addr, n, align uint64) ([]byte, uint64, error) {
 	if addr%align != 0 {
-		return nil, fmt.Errorf("%w: ring at %#x is not aligned to %d", ErrProtocol, addr, align)
+		return nil, 0, fmt.Errorf("%w: ring at %#x is not aligned to %d", ErrProtocol, addr, align)
 	}
 	for _, r := range m.regions {
 		if addr >= r.user && addr-r.user <= r.size && n <= r.size-(addr-r.user) {
 			at := addr - r.user
-			return r.data[at : at+n : at+n], nil
+			return r.data[at : at+n : at+n], r.guest + at, nil
 		}
 	}
-	return nil, fmt.Errorf("%w: ring of %#x bytes at %#x: outside the memory table", ErrProtocol, n, addr)
+	return nil, 0, fmt.Errorf("%w: ring of %#x bytes at %#x: outside the memory table", ErrProtocol, n, addr)
 }

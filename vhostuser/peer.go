@@ -81,7 +81,7 @@ func closeAll(files []*os.File) {
 
 func readReply(c *net.UnixConn) (r peerReply, err error) {
 	m := &message{}
-	s := session{c: c}
+	s := conn{c: c}
 	defer func() {
 		if err != nil {
 			m.closeFiles()

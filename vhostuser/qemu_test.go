@@ -2,10 +2,8 @@ package vhostuser
 
 import (
 	"bytes"
-	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -24,6 +22,7 @@ import (
 const guestInit = `#!/bin/sh
 /bin/busybox --install -s /bin
 mount -t proc p /proc; mount -t sysfs s /sys; mount -t devtmpfs d /dev
+echo "INIT before the driver"
 for m in $(cat /mod/order); do insmod /mod/$m || echo "insmod $m failed"; done
 for round in 1 2 3 4 5 6; do
   dd if=/dev/urandom of=/data bs=64k count=64 2>/dev/null
@@ -41,7 +40,8 @@ poweroff -f
 const guestMemory = 256 << 20
 
 // TestQEMUGuestSurvivesKills: a real guest under QEMU with verified I/O on its way while its back
-// end is killed and replaced. It sees pauses and nothing else.
+// end is killed and replaced, at any instant: before the driver starts, with requests in flight,
+// and while a new one is being told. It sees pauses and nothing else.
 func TestQEMUGuestSurvivesKills(t *testing.T) {
 	if testing.Short() {
 		t.Skip("boots a guest")
@@ -61,47 +61,67 @@ func TestQEMUGuestSurvivesKills(t *testing.T) {
 	dir := t.TempDir()
 	b := initramfs.New(root.Path("bin/busybox"), guestInit)
 	b.Modules(tree, "virtio_pci", "virtio_blk")
-	initrd, path, socket := filepath.Join(dir, "initrd"), filepath.Join(dir, "disk"), filepath.Join(dir, "socket")
+	initrd, path := filepath.Join(dir, "initrd"), filepath.Join(dir, "disk")
 	if err := b.WriteFile(initrd); err != nil {
 		t.Fatal(err)
 	}
 	create(t, path, 8<<20)
-	listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: socket, Net: "unix"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer listener.Close()
-	lf, err := listener.File()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer lf.Close()
 	mem := memfd(t, guestMemory, unix.F_SEAL_SHRINK|unix.F_SEAL_GROW)
+	st, err := mem.Stat()
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	front := NewFrontend(1, 256)
+	var backEnd *exec.Cmd
+	replace := func() {
+		if backEnd != nil {
+			end(backEnd)
+		}
+		own, theirs := socketpair(t)
+		var started *os.File
+		backEnd, started = spawnBackEnd(t, theirs, mem, path)
+		started.Close()
+		if _, err := front.Connect(own); err != nil {
+			t.Fatal(err)
+		}
+	}
+	replace()
+	defer func() { end(backEnd) }()
+	replace() // nothing has been set up yet
+
+	own, theirs := socketpair(t)
+	relayed := make(chan error, 1)
+	go func() { relayed <- Relay(t.Context(), own, front, Whitelist{st}) }()
+	tf, err := theirs.File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tf.Close()
+	if err := theirs.Close(); err != nil {
+		t.Fatal(err)
+	}
 	qemu := root.Command(t.Context(), "qemu-system-x86_64",
 		"-L", root.Path("usr/share/seabios"), "-L", root.Path("usr/share/qemu"),
 		"-accel", "tcg", "-cpu", "qemu64", "-machine", "q35,memory-backend=ram", "-nodefaults", "-display", "none", "-no-reboot",
 		"-m", "256", "-object", fmt.Sprintf("memory-backend-file,id=ram,size=%d,mem-path=/proc/self/fd/3,share=on", guestMemory),
-		"-chardev", "socket,id=disk,fd=4,server=on,wait=off",
-		"-device", "vhost-user-blk-pci,chardev=disk,num-queues=1,disable-legacy=on",
+		"-chardev", "socket,id=disk,fd=4", "-device", "vhost-user-blk-pci,chardev=disk,num-queues=1,disable-legacy=on",
 		"-serial", "stdio", "-kernel", kernel, "-initrd", initrd,
 		"-append", "console=ttyS0 quiet panic=-1",
 	)
-	qemu.ExtraFiles = []*os.File{mem, lf}
+	qemu.ExtraFiles = []*os.File{mem, tf}
 	lines := newLines()
 	qemu.Stdout, qemu.Stderr = lines, lines
-	connect := func() (*exec.Cmd, *os.File) {
-		c, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: socket, Net: "unix"})
-		if err != nil {
-			t.Fatal(err)
-		}
-		return spawnBackEnd(t, c, mem, path)
-	}
-	backEnd, started := connect() // waits in the listener until QEMU takes it
-	defer func() { end(backEnd); started.Close() }()
 	if err := qemu.Start(); err != nil {
 		t.Fatal(err)
 	}
-	defer end(qemu)
+	tf.Close()
+	ended := false
+	defer func() {
+		if !ended {
+			end(qemu)
+		}
+	}()
 	limit := time.NewTimer(3 * time.Minute)
 	defer limit.Stop()
 	same, kills := 0, 0
@@ -110,23 +130,28 @@ func TestQEMUGuestSurvivesKills(t *testing.T) {
 		case l := <-lines.c:
 			t.Log(l)
 			switch {
-			case strings.HasPrefix(l, "ROUND"):
-				for range 3 { // one after the other, with requests in flight each time
-					if _, err := started.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
-						t.Fatal(err)
-					}
-					started.Close()
-					end(backEnd)
-					backEnd, started = connect()
+			case strings.HasPrefix(l, "INIT"), strings.HasPrefix(l, "ROUND"):
+				for range 5 { // one after the other, with requests in flight
+					replace()
 					kills++
 				}
 			case strings.HasPrefix(l, "SAME"):
 				same++
-			case !strings.HasPrefix(l, "qemu-system") && (strings.Contains(l, "failed") || strings.Contains(strings.ToLower(l), "error")):
-				t.Errorf("the guest says %q", l)
+			case strings.Contains(l, "failed") || strings.Contains(strings.ToLower(l), "error"):
+				t.Errorf("the guest or QEMU says %q", l)
 			case l == "FINISHED":
 				if same != 6 {
 					t.Errorf("%d rounds of 6 read back what was written", same)
+				}
+				ended = true
+				if err := qemu.Wait(); err != nil {
+					t.Errorf("QEMU: %v", err)
+				}
+				if err := <-relayed; err != nil {
+					t.Errorf("relay: %v", err)
+				}
+				if err := front.Close(); err != nil {
+					t.Error(err)
 				}
 				return
 			}
