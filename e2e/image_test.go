@@ -30,6 +30,17 @@ dmesg | grep -iE 'tpm|ima:|lockup|stall|hung|timed out|timeout|watchdog: BUG' | 
 echo "AGG $(head -1 /sys/kernel/security/ima/ascii_runtime_measurements | cut -d' ' -f4)"
 for p in 0 1 2 3 4 5 6 7 8 9; do echo "PCR $p $(cat /sys/class/tpm/tpm0/pcr-sha256/$p)"; done
 button() { for e in /dev/input/event*; do exec 7<$e; (head -c 1 <&7 >/dev/null; echo PRESSED; sync; poweroff -f) & done; }
+churn() {
+  for round in 1 2 3 4; do
+    dd if=/dev/urandom of=/data bs=64k count=16 2>/dev/null
+    echo "ROUND $round"
+    dd if=/data of=/dev/vda bs=8k oflag=direct conv=fsync 2>/dev/null || echo "DISK-ERROR write"
+    echo 3 >/proc/sys/vm/drop_caches
+    got=$(dd if=/dev/vda bs=64k count=16 2>/dev/null | md5sum)
+    [ "$got" = "$(md5sum </data)" ] && echo "SAME $round"
+  done
+  dmesg | grep -i 'i/o error' | sed 's/^/DISK-ERROR /'
+}
 case $what in
   off) ;;
   reboot) if [ "$(head -c 6 /dev/vda)" = booted ]; then echo SECOND; else printf booted >/dev/vda; sync; echo FIRST; reboot -f; fi ;;
@@ -44,6 +55,7 @@ case $what in
     for v in /sys/class/virtio-ports/*; do [ "$(cat $v/name)" = redoubt.0 ] && port=/dev/$(basename $v); done
     exec 3<>$port; echo "hello, host" >&3; read line <&3; echo "CHANNEL $line" ;;
   wait) echo "LOG $(base64 -w0 </sys/kernel/security/tpm0/binary_bios_measurements)"; button; echo READY; while :; do sleep 1000; done ;;
+  churn) churn ;;
   deaf) echo READY; while :; do sleep 1000; done ;;
 esac
 echo E2E-DONE

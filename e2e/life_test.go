@@ -92,7 +92,7 @@ func life(t *testing.T, emulator string) {
 	})
 	t.Run("nothing-left", func(t *testing.T) {
 		// Whatever became of those guests, in the middle of a reboot too, nothing of them runs.
-		for _, p := range []string{"redoubt-emulator", "qemu-system-x86_64", "swtpm"} {
+		for _, p := range []string{"redoubt-emulator", "redoubt-blkback", "qemu-system-x86_64", "swtpm"} {
 			if pids := at(t).processes(p); len(pids) != 0 {
 				t.Errorf("%s still runs: %v", p, pids)
 			}

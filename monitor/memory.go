@@ -17,6 +17,19 @@ type memory struct {
 	high []byte // at highRAMBase; empty below 3 GiB
 }
 
+// A Region is one range of a machine's RAM and its place in the memory descriptor.
+type Region struct{ Guest, Size, Offset uint64 }
+
+// Regions is where a machine has its RAM.
+func Regions(size uint64) []Region {
+	low := min(size, lowRAMLimit)
+	r := []Region{{Guest: 0, Size: low}}
+	if size > low {
+		r = append(r, Region{Guest: highRAMBase, Size: size - low, Offset: low})
+	}
+	return r
+}
+
 func mapMemory(f *os.File, size uint64) (*memory, error) {
 	st, err := f.Stat()
 	if err != nil {

@@ -70,9 +70,11 @@ type FDs struct {
 }
 
 // A DiskFD is one raw disk image. The descriptor's access mode must agree with ReadOnly.
+// With Socket, the disk is a vhost-user back end at the other end of it.
 type DiskFD struct {
 	FD       int
 	ReadOnly bool
+	Socket   int
 }
 
 // ChannelName is the name of the host–guest byte channel: /dev/virtio-ports/redoubt.0.
@@ -132,6 +134,11 @@ func Args(c Config, fd FDs, dataDirs ...string) ([]string, error) {
 		add("-tpmdev", "emulator,id=tpm,chardev=tpm", "-device", string(dev)+",tpmdev=tpm")
 	}
 	for i, d := range fd.Disks {
+		if d.Socket != 0 {
+			add("-chardev", fmt.Sprintf("socket,id=disk%d,fd=%d", i, d.Socket))
+			add("-device", fmt.Sprintf("vhost-user-blk-pci,chardev=disk%d,num-queues=1,queue-size=256,disable-legacy=on,romfile=%s", i, bootIndex(c, i)))
+			continue
+		}
 		mode := "read-only=off,discard=unmap"
 		if d.ReadOnly {
 			mode = "read-only=on"
@@ -226,7 +233,7 @@ func (c Config) check(fd FDs) error {
 		return bad("disks", "%d: at most %d", len(fd.Disks), MaxDisks)
 	}
 	for i, d := range fd.Disks {
-		if d.FD == 0 {
+		if d.FD == 0 && d.Socket == 0 {
 			return bad("disks", "disk %d has no descriptor", i)
 		}
 	}

@@ -11,7 +11,7 @@ import (
 
 func good() (Config, FDs) {
 	return Config{Name: "a,b", Memory: 256 << 20, CPUs: 2, CommandLine: "console=ttyS0 a,b=c"},
-		FDs{RAM: 3, QMP: 4, TPM: 5, Kernel: 6, Initrd: 7, Console: 8, Channel: 9, Disks: []DiskFD{{10, false}, {11, true}}}
+		FDs{RAM: 3, QMP: 4, TPM: 5, Kernel: 6, Initrd: 7, Console: 8, Channel: 9, Disks: []DiskFD{{FD: 10}, {FD: 11, ReadOnly: true}, {Socket: 12}}}
 }
 
 func TestArgs(t *testing.T) {

@@ -16,10 +16,12 @@ import (
 	"redoubt.dev/redoubt/programs"
 )
 
-// A Disk is one raw disk image, open read-write unless ReadOnly.
+// A Disk is one raw disk image, open read-write unless ReadOnly; or a connected stream socket to
+// a vhost-user back end, which outlives QEMU.
 type Disk struct {
 	File     *os.File
 	ReadOnly bool
+	Socket   *os.File // in place of File
 }
 
 // Files are what a machine is made of. A machine takes them over: it hands them to QEMU and
@@ -143,7 +145,7 @@ func (m *Machine) prepare(files *Files, transport Transport) (*start, error) {
 	fd.Console, fd.Channel = s.give(files.Console), s.give(files.Channel)
 	fd.Vars = s.give(files.Vars)
 	for _, d := range files.Disks {
-		fd.Disks = append(fd.Disks, DiskFD{s.give(d.File), d.ReadOnly})
+		fd.Disks = append(fd.Disks, DiskFD{FD: s.give(d.File), ReadOnly: d.ReadOnly, Socket: s.give(d.Socket)})
 	}
 	if files.Code == nil && m.config.Firmware == OVMF {
 		f, err := os.Open(programs.Path(ovmfCode))

@@ -38,9 +38,12 @@ const (
 	blkUnsupported = 2
 )
 
+// BlockQueueSize is the length of a block device's queue.
+const BlockQueueSize = 256
+
 const (
 	sector        = 512
-	blkQueueSize  = 256
+	blkQueueSize  = BlockQueueSize
 	blkHeader     = 16
 	blkIDLength   = 20
 	blkWorkers    = 4       // requests in flight at the image

@@ -77,6 +77,7 @@ const (
 // description for its guarantees.
 type Device struct {
 	backend  Backend
+	remote   Remote // nil unless another process serves the queues
 	info     Info
 	features uint64 // offered
 	mem      pci.Memory
@@ -93,6 +94,7 @@ type Device struct {
 	status   uint8
 	reset    bool // asked for and not done: status does not read 0 yet
 	started  bool // Backend.Start was called, Stop not yet
+	starting bool // a remote's queues are to be handed over
 	isr      uint8
 	devSel   uint32
 	drvSel   uint32
@@ -163,6 +165,9 @@ func (d *Device) closeBells() error {
 func (d *Device) Attach(mem pci.Memory, f *pci.Function) error {
 	d.mem, d.function = mem, f
 	for i := range d.queues {
+		if d.remote != nil {
+			break // the doorbells are another process's to read
+		}
 		d.wg.Add(1)
 		go d.serve(i)
 	}
@@ -315,6 +320,11 @@ func (d *Device) queueInterrupt(q *queue) {
 
 // driverOK builds the rings and starts the back end. d.mu is held.
 func (d *Device) driverOK() error {
+	if d.remote != nil {
+		d.started, d.starting = true, true
+		d.wake()
+		return nil
+	}
 	for i, q := range d.queues {
 		if !q.enable {
 			continue
@@ -338,6 +348,7 @@ func (d *Device) control() {
 	for {
 		select {
 		case <-d.restart:
+			d.begin()
 			d.quiesce()
 			d.mu.Lock()
 			if d.reset {

@@ -61,13 +61,18 @@ const barWindow = 0xe000_0000
 
 func newGuest(t testing.TB, backend Backend) *guest {
 	t.Helper()
+	return newGuestOf(t, func() (*Device, *pci.Function, error) { return New(backend) })
+}
+
+func newGuestOf(t testing.TB, create func() (*Device, *pci.Function, error)) *guest {
+	t.Helper()
 	g := &guest{t: t, ram: make(testRAM, 4<<20), next: ramBase, base: barWindow}
 	var err error
 	g.bus, err = pci.NewBus(pci.Host{Memory: g.ram, Interrupts: &g.irq}, make([]byte, pci.ECAMSize), barWindow, barWindow+1<<20)
 	if err != nil {
 		t.Fatal(err)
 	}
-	dev, f, err := New(backend)
+	dev, f, err := create()
 	if err != nil {
 		t.Fatal(err)
 	}

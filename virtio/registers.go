@@ -206,6 +206,14 @@ func (d *Device) vector(v uint16) uint16 {
 	return v
 }
 
+// wake tells the controller that there is something to do.
+func (d *Device) wake() {
+	select {
+	case d.restart <- struct{}{}:
+	default:
+	}
+}
+
 // writeStatus carries out the driver's progress (§3.1.1) and returns the vector to signal. d.mu
 // is held.
 func (d *Device) writeStatus(v uint8) uint16 {
@@ -215,10 +223,7 @@ func (d *Device) writeStatus(v uint8) uint16 {
 			d.clear()
 			return noVector
 		}
-		select {
-		case d.restart <- struct{}{}:
-		default:
-		}
+		d.wake()
 		return noVector
 	}
 	added := v &^ d.status

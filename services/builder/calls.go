@@ -218,8 +218,12 @@ func (b *Builder) build(ctx context.Context, in protocol.Build, r *rpc.Request) 
 		b.unclaim(g)
 		return nil, err
 	}
-	run, err := b.start(ctx, g)
+	var run *run
+	if g.storage, err = b.newStorage(g); err == nil {
+		run, err = b.start(ctx, g)
+	}
 	if err != nil {
+		g.storage.close()
 		b.release(g, false)
 		b.unclaim(g)
 		return nil, err
@@ -293,6 +297,7 @@ func (b *Builder) supervise(g *guest) {
 		g.mu.Unlock()
 		exit := run.outcome(g)
 		run.peer.Close()
+		g.storage.detach()
 		again := exit.Outcome == protocol.Reboot
 		b.release(g, again)
 		b.forget(run.domain)
@@ -308,6 +313,7 @@ func (b *Builder) supervise(g *guest) {
 				exit = protocol.Exit{Outcome: protocol.Stopped, Reason: "stopped while it rebooted"}
 			}
 		}
+		g.storage.close()
 		g.close()
 		b.unclaim(g)
 		close(g.down)

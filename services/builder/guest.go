@@ -31,6 +31,7 @@ type guest struct {
 	firmware *os.File // sealed copy of the firmware image, for a guest that boots through it
 	vars     *os.File // OVMF's variable store of this guest
 	disks    []*os.File
+	storage  *storage // nil without disks
 	console  *os.File
 	channel  *os.File
 	log      []byte // event log of the measurements, once made; they are the same at each reboot
@@ -105,9 +106,13 @@ func (b *Builder) start(ctx context.Context, g *guest) (_ *run, err error) {
 		add(protocol.FileCode, g.firmware)
 		add(protocol.FileVars, g.vars)
 	}
-	for i, f := range g.disks {
-		add(protocol.FileDisk, f)
-		msg.Disks = append(msg.Disks, protocol.DiskOptions{ReadOnly: g.build.Spec.Disks[i].ReadOnly})
+	fronts, err := g.storage.attach(ctx, r, mem)
+	if err != nil {
+		return nil, err
+	}
+	for _, f := range fronts {
+		own = append(own, f)
+		add(protocol.FileBlock, f)
 	}
 	if g.emulator == spec.Native || haveKVM() {
 		kvm, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
@@ -176,6 +181,7 @@ func (b *Builder) start(ctx context.Context, g *guest) (_ *run, err error) {
 		<-r.proc.Done()
 		return nil, err
 	}
+	g.storage.setRun(r)
 	return r, nil
 }
 

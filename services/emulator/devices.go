@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net"
 
-	"redoubt.dev/redoubt/block"
 	"redoubt.dev/redoubt/pci"
 	"redoubt.dev/redoubt/qemu"
 	"redoubt.dev/redoubt/services/protocol"
@@ -45,18 +44,12 @@ func (g *guest) devices() (all []*pci.Function, err error) {
 	if err := add(ch); err != nil {
 		return nil, err
 	}
-	for i, f := range g.files[protocol.FileDisk] {
-		img, err := block.New(f, g.in.Disks[i].ReadOnly)
+	for i, front := range g.disks {
+		d, f, err := virtio.NewRemote(remoteDisk{front})
 		if err != nil {
 			return nil, fmt.Errorf("disks[%d]: %w", i, err)
 		}
-		b, err := virtio.NewBlock(img, fmt.Sprintf("redoubt-%d", i))
-		if err != nil {
-			return nil, errors.Join(fmt.Errorf("disks[%d]: %w", i, err), img.Close())
-		}
-		if err := add(b); err != nil {
-			return nil, fmt.Errorf("disks[%d]: %w", i, err)
-		}
+		made, all = append(made, d), append(all, f)
 	}
 	return all, nil
 }

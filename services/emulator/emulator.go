@@ -25,6 +25,7 @@ import (
 	"redoubt.dev/redoubt/store/client"
 	"redoubt.dev/redoubt/store/server"
 	"redoubt.dev/redoubt/store/tree"
+	"redoubt.dev/redoubt/vhostuser"
 	"redoubt.dev/redoubt/vtpm/channel"
 	"redoubt.dev/redoubt/vtpm/frontend"
 	"redoubt.dev/redoubt/vtpm/gate"
@@ -52,6 +53,7 @@ type service struct {
 
 	mu      sync.Mutex
 	machine machine
+	disks   []*vhostuser.Frontend
 	ended   chan struct{} // closed when the guest has ended and that was told
 	exit    protocol.Exit // set before ended is closed
 }
@@ -109,6 +111,16 @@ func (s *service) handle(_ context.Context, r *rpc.Request) (any, error) {
 			return nil, rpc.Errorf(rpc.Unavailable, "the guest has not been started")
 		}
 		return struct{}{}, m.PowerButton()
+	case protocol.MethodDisk:
+		var in protocol.Disk
+		if err := r.Decode(&in); err != nil {
+			return nil, err
+		}
+		files, err := in.Files.Take(r)
+		if err != nil {
+			return nil, err
+		}
+		return struct{}{}, s.reconnect(in.Index, one(files, protocol.FileBlock))
 	case protocol.MethodReadLog:
 		s.mu.Lock()
 		m := s.machine
@@ -182,6 +194,11 @@ func (s *service) launch(in protocol.Start, files map[string][]*os.File, running
 		return err
 	}
 	g := &guest{service: s, in: in, files: files, xenbus: xs}
+	if err := g.connectDisks(); err != nil {
+		xs.close()
+		return err
+	}
+	s.disks = g.disks
 	create := newQEMU
 	if in.Emulator == spec.Native {
 		create = newNative
@@ -226,6 +243,7 @@ func (s *service) launch(in protocol.Start, files map[string][]*os.File, running
 		if err := m.Close(); err != nil {
 			s.log.Warn("close", "err", err)
 		}
+		g.closeDisks()
 		s.exit = exit
 		if err := s.peer.Notify(protocol.NoticeOutcome, exit); err != nil {
 			s.log.Warn("outcome not told", "outcome", exit.Outcome, "reason", exit.Reason, "err", err)
@@ -243,6 +261,8 @@ type guest struct {
 	frontend   *frontend.Frontend // nil without a TPM
 	waitedFrom atomic.Pointer[time.Time]
 	early      []byte // an event log that came before the machine was made
+	disks      []*vhostuser.Frontend
+	memory     *os.File // of the native monitor's guest, for the disks' back ends
 }
 
 // pauseAfter: QEMU's TPM device cannot hold a processor inside an access, so its guest is

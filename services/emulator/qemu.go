@@ -58,9 +58,12 @@ func (m *qemuMachine) Run(ctx context.Context, tpm *frontend.Frontend, started f
 		Channel: one(m.g.files, protocol.FileChannel),
 		Code:    one(m.g.files, protocol.FileCode), Vars: one(m.g.files, protocol.FileVars),
 	}
-	for i, f := range m.g.files[protocol.FileDisk] {
-		files.Disks = append(files.Disks, qemu.Disk{File: f, ReadOnly: m.g.in.Disks[i].ReadOnly})
+	disks, ended, err := m.g.relayDisks(ctx)
+	if err != nil {
+		return protocol.Exit{Outcome: protocol.Crashed, Reason: err.Error()}
 	}
+	defer ended()
+	files.Disks = disks
 	if err := m.Start(ctx, files, transport(tpm)); err != nil {
 		return protocol.Exit{Outcome: protocol.Crashed, Reason: err.Error()}
 	}

@@ -21,7 +21,8 @@ const (
 	FileMemory   = "memory"   // a memfd: the guest's memory
 	FileKernel   = "kernel"
 	FileInitrd   = "initrd"
-	FileDisk     = "disk" // one each, in the order of the spec
+	FileDisk     = "disk"  // an image; one each, in the order of the spec
+	FileBlock    = "block" // a vhost-user connection between a disk's front and back end
 	FileConsole  = "console"
 	FileChannel  = "channel" // the host's end of the guest's byte channel
 	FileTPM      = "tpm"     // the TPM data channel
@@ -152,6 +153,7 @@ const (
 	EventIMA           = "ima"              // boot_aggregate was measured into PCR 10
 	EventInit          = "init"             // the kernel started the first program
 	EventReboot        = "reboot"           // the guest asked for a reboot: a new emulator process
+	EventStorage       = "storage"          // the guest's BlkBack was replaced
 	EventVTPM          = "vtpm"             // what the manager has to say of it
 	EventManufactured  = "manufactured"     // keys and certificate are there: the guest can be attested
 	EventEnded         = "ended"
@@ -191,6 +193,7 @@ const (
 	MethodPowerButton = "power-button" // nothing
 	MethodEnd         = "end"          // nothing
 	MethodReadLog     = "read-log"     // nothing → GuestLog
+	MethodDisk        = "disk"         // Disk → nothing, when the back end serves the guest
 )
 
 // Emulator → Builder.
@@ -199,7 +202,7 @@ const (
 )
 
 // Start is all an emulator learns. Files: FileMemory, FileStore, FileConsole, FileChannel, and as the guest
-// has them FileKVM, FileKernel, FileInitrd, FileTPM, FileDisk….
+// has them FileKVM, FileKernel, FileInitrd, FileTPM, FileBlock….
 type Start struct {
 	Name       string        `json:"name"`
 	Emulator   spec.Emulator `json:"emulator"` // native or qemu
@@ -208,14 +211,37 @@ type Start struct {
 	Memory     uint64        `json:"memory"`
 	Cmdline    string        `json:"cmdline"`
 	Firmware   spec.Firmware `json:"firmware"`
-	Disks      []DiskOptions `json:"disks"`
 	PauseAfter time.Duration `json:"pauseAfter"` // wait at the gate before guest and clock stop
 	Files      Files         `json:"files"`
 }
 
-// DiskOptions of one disk.
-type DiskOptions struct {
-	ReadOnly bool `json:"readOnly"`
+// Disk is a front end's way to a new back end of one of its disks, after the last one's end.
+// Files: FileBlock.
+type Disk struct {
+	Index int   `json:"index"`
+	Files Files `json:"files"`
+}
+
+// Builder → BlkBack.
+const MethodAttachDisk = "attach-disk" // AttachDisk → nothing: the front end may come
+
+// BlkBack → Builder.
+const NoticeDiskFailed = "disk-failed" // DiskFailed
+
+// AttachDisk makes BlkBack serve a disk to an emulator, in place of the last one that used it.
+// Files: FileDisk, FileMemory, FileBlock. No other memory is mapped for this disk.
+type AttachDisk struct {
+	Index    int         `json:"index"`
+	ReadOnly bool        `json:"readOnly"`
+	Domain   tree.Domain `json:"domain"`
+	Files    Files       `json:"files"`
+}
+
+// DiskFailed says that an emulator broke the rules of a disk's protocol, or the image failed.
+type DiskFailed struct {
+	Index  int         `json:"index"`
+	Domain tree.Domain `json:"domain"`
+	Reason string      `json:"reason"`
 }
 
 // GuestLog is the event log that a guest's firmware wrote.

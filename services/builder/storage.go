@@ -1,0 +1,250 @@
+package builder
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"redoubt.dev/redoubt/ipc/rpc"
+	"redoubt.dev/redoubt/process"
+	"redoubt.dev/redoubt/services/protocol"
+)
+
+// storage is a guest's BlkBack, which lives as long as the guest and is replaced when it dies.
+//
+// Each disk's connection is a pair made here: one end goes to BlkBack with the image and the
+// guest's memory, the other to the emulator. After a death the new BlkBack and the emulator get
+// new pairs; the emulator's front ends know the rest.
+type storage struct {
+	b *Builder
+	g *guest
+
+	mu     sync.Mutex // over one attachment or replacement, too
+	proc   *process.Process
+	peer   *rpc.Peer
+	run    *run     // whose emulator has the disks; nil while there is none that runs
+	memory *os.File // the run's guest memory
+	stale  bool     // BlkBack was replaced before the run could be told
+	ending bool
+	deaths []time.Time // the latest
+}
+
+// A BlkBack that dies more than maxDeaths times within deathWindow fails its guest: it is not the
+// accident that replacing is for.
+const (
+	maxDeaths   = 20
+	deathWindow = 10 * time.Second
+)
+
+// newStorage starts BlkBack for a guest that has disks; nil for one that has none.
+func (b *Builder) newStorage(g *guest) (*storage, error) {
+	if len(g.disks) == 0 {
+		return nil, nil
+	}
+	s := &storage{b: b, g: g}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.spawn(); err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+// spawn starts a BlkBack. s.mu is held.
+func (s *storage) spawn() error {
+	p, err := process.Start("redoubt-blkback", "blkback-"+s.g.build.Spec.Name, s.b.cfg.RunDir+"/"+LogDir)
+	if err != nil {
+		return err
+	}
+	peer := rpc.New(p.Control, s.fromBlkBack)
+	s.proc, s.peer = p, peer
+	s.b.wg.Go(func() { _ = peer.Run(context.Background()) })
+	s.b.wg.Go(func() {
+		<-p.Done()
+		peer.Close()
+		s.replace(p)
+	})
+	return nil
+}
+
+// attach gives a new emulator its disks: what it needs for each is returned.
+func (s *storage) attach(ctx context.Context, r *run, memory *os.File) (fronts []*os.File, err error) {
+	if s == nil {
+		return nil, nil
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	fd, err := unix.FcntlInt(memory.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("disks: %w", err)
+	}
+	s.release()
+	s.memory, s.stale = os.NewFile(uintptr(fd), "memory"), false
+	defer func() {
+		if err != nil {
+			for _, f := range fronts {
+				f.Close()
+			}
+		}
+	}()
+	for i := range s.g.disks {
+		f, err := s.connect(ctx, i, r)
+		if err != nil {
+			return fronts, fmt.Errorf("disks[%d]: %w", i, err)
+		}
+		fronts = append(fronts, f)
+	}
+	return fronts, nil
+}
+
+// connect has BlkBack serve disk i and returns the front end's end. s.mu is held.
+func (s *storage) connect(ctx context.Context, i int, r *run) (*os.File, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	back, front := os.NewFile(uintptr(fds[0]), "disk"), os.NewFile(uintptr(fds[1]), "disk")
+	defer back.Close()
+	_, err = s.peer.Call(ctx, protocol.MethodAttachDisk, protocol.AttachDisk{
+		Index: i, ReadOnly: s.g.build.Spec.Disks[i].ReadOnly, Domain: r.domain,
+		Files: protocol.Files{protocol.FileDisk, protocol.FileMemory, protocol.FileBlock},
+	}, nil, s.g.disks[i], s.memory, back)
+	if err != nil {
+		front.Close()
+		return nil, err
+	}
+	return front, nil
+}
+
+// setRun tells that the emulator which attach was for runs.
+func (s *storage) setRun(r *run) {
+	if s == nil {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.run = r
+	if s.stale {
+		s.reattach()
+	}
+}
+
+// detach tells that the emulator has ended.
+func (s *storage) detach() {
+	if s == nil {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.release()
+}
+
+func (s *storage) release() {
+	s.run = nil
+	if s.memory != nil {
+		s.memory.Close()
+		s.memory = nil
+	}
+}
+
+// replace follows a BlkBack's end.
+func (s *storage) replace(dead *process.Process) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.ending || s.proc != dead {
+		return
+	}
+	reason := "BlkBack ended without a word"
+	if err := dead.Err(); err != nil {
+		reason = err.Error()
+	}
+	s.b.log.Warn("BlkBack is replaced", "guest", s.g.build.Spec.Name, "err", reason)
+	now := time.Now()
+	s.deaths = append(s.deaths, now)
+	if n := len(s.deaths) - maxDeaths; n > 0 {
+		s.deaths = s.deaths[n:]
+		if now.Sub(s.deaths[0]) < deathWindow {
+			s.fail("storage dies again and again: " + reason)
+			return
+		}
+	}
+	if err := s.spawn(); err != nil {
+		s.fail(fmt.Sprintf("storage: %v", err))
+		return
+	}
+	s.stale = s.memory != nil
+	if s.run != nil {
+		s.reattach()
+	}
+}
+
+// reattach connects a new BlkBack with the running emulator. s.mu is held.
+func (s *storage) reattach() {
+	s.stale = false
+	start := time.Now()
+	for i := range s.g.disks {
+		front, err := s.connect(context.Background(), i, s.run)
+		if err == nil {
+			_, err = s.run.peer.Call(context.Background(), protocol.MethodDisk,
+				protocol.Disk{Index: i, Files: protocol.Files{protocol.FileBlock}}, nil, front)
+			front.Close()
+		}
+		if err != nil {
+			// Either of the two is gone or sick. The emulator's end is the guest's; a BlkBack
+			// that cannot serve is replaced, within the bound.
+			if !s.run.ended() {
+				s.b.log.Warn("disk", "guest", s.g.build.Spec.Name, "index", i, "err", err)
+				s.proc.Kill()
+			}
+			return
+		}
+	}
+	s.b.event(s.g, protocol.Event{Kind: protocol.EventStorage, Text: fmt.Sprintf("BlkBack was replaced in %v", time.Since(start).Round(10*time.Microsecond))})
+}
+
+// fail ends the guest: it must not go on without its disks. s.mu is held.
+func (s *storage) fail(reason string) {
+	if s.run != nil {
+		s.run.fail(reason)
+		return
+	}
+	s.b.log.Error("storage", "guest", s.g.build.Spec.Name, "err", reason)
+}
+
+// fromBlkBack serves BlkBack's notices.
+func (s *storage) fromBlkBack(_ context.Context, req *rpc.Request) (any, error) {
+	if req.Method != protocol.NoticeDiskFailed {
+		return nil, rpc.Errorf(rpc.Refused, "builder: no call %q from BlkBack", req.Method)
+	}
+	var f protocol.DiskFailed
+	if err := req.Decode(&f); err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.run != nil && s.run.domain == f.Domain {
+		s.fail(fmt.Sprintf("disks[%d]: %s", f.Index, clip(f.Reason, 512)))
+	}
+	return nil, nil
+}
+
+// close ends BlkBack with its guest.
+func (s *storage) close() {
+	if s == nil {
+		return
+	}
+	s.mu.Lock()
+	s.ending = true
+	s.release()
+	p := s.proc
+	s.mu.Unlock()
+	ctx, cancel := context.WithTimeout(context.Background(), stopGrace/2)
+	defer cancel()
+	if err := p.Stop(ctx); err != nil {
+		s.b.log.Warn("BlkBack ended badly", "guest", s.g.build.Spec.Name, "err", err)
+	}
+}

@@ -1,0 +1,174 @@
+package emulator
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"redoubt.dev/redoubt/ipc/rpc"
+	"redoubt.dev/redoubt/monitor"
+	"redoubt.dev/redoubt/qemu"
+	"redoubt.dev/redoubt/services/protocol"
+	"redoubt.dev/redoubt/spec"
+	"redoubt.dev/redoubt/vhostuser"
+	"redoubt.dev/redoubt/virtio"
+)
+
+// Disks are BlkBack's. This process has each one's front end, which stays while back ends come
+// and go: the native monitor's device sits on it, and QEMU's is relayed to it.
+
+// connectDisks makes the front ends and connects them.
+func (g *guest) connectDisks() (err error) {
+	defer func() {
+		if err != nil {
+			g.closeDisks()
+		}
+	}()
+	if len(g.files[protocol.FileBlock]) > 0 && g.in.Emulator == spec.Native {
+		// The monitor takes the descriptor it is given over.
+		fd, err := unix.FcntlInt(one(g.files, protocol.FileMemory).Fd(), unix.F_DUPFD_CLOEXEC, 0)
+		if err != nil {
+			return fmt.Errorf("guest memory: %w", err)
+		}
+		g.memory = os.NewFile(uintptr(fd), "memory")
+	}
+	for i, f := range g.files[protocol.FileBlock] {
+		front := vhostuser.NewFrontend(1, virtio.BlockQueueSize)
+		g.disks = append(g.disks, front)
+		if err := connect(front, f); err != nil {
+			return fmt.Errorf("disks[%d]: %w", i, err)
+		}
+		if g.in.Emulator != spec.Native {
+			continue // QEMU will tell where it has its memory
+		}
+		if err := front.SetMemory(g.regions()); err != nil {
+			return fmt.Errorf("disks[%d]: %w", i, err)
+		}
+	}
+	return nil
+}
+
+// regions is where the native monitor has the guest's memory.
+func (g *guest) regions() (all []vhostuser.Region) {
+	for _, r := range monitor.Regions(g.in.Memory) {
+		all = append(all, vhostuser.Region{Guest: r.Guest, Size: r.Size, Offset: r.Offset, File: g.memory})
+	}
+	return all
+}
+
+// connect takes f over.
+func connect(front *vhostuser.Frontend, f *os.File) error {
+	c, err := unixConn(f)
+	if err != nil {
+		return err
+	}
+	_, err = front.Connect(c)
+	return err
+}
+
+func unixConn(f *os.File) (*net.UnixConn, error) {
+	defer f.Close()
+	c, err := net.FileConn(f)
+	if err != nil {
+		return nil, err
+	}
+	u, ok := c.(*net.UnixConn)
+	if !ok {
+		return nil, errors.Join(errors.New("not a Unix socket"), c.Close())
+	}
+	return u, nil
+}
+
+func (g *guest) closeDisks() {
+	for i, d := range g.disks {
+		if err := d.Close(); err != nil {
+			g.service.log.Warn("disk", "index", i, "err", err)
+		}
+	}
+	if g.memory != nil {
+		g.memory.Close()
+	}
+}
+
+// reconnect brings a new back end to where the last one of a disk was.
+func (s *service) reconnect(i int, f *os.File) error {
+	s.mu.Lock()
+	disks := s.disks
+	s.mu.Unlock()
+	if f == nil || i < 0 || i >= len(disks) {
+		if f != nil {
+			f.Close()
+		}
+		return rpc.Errorf(rpc.Invalid, "emulator: no disk %d", i)
+	}
+	return connect(disks[i], f)
+}
+
+// relayDisks gives QEMU a socket for each disk. ended is to be called when QEMU has ended.
+func (g *guest) relayDisks(ctx context.Context) (disks []qemu.Disk, ended func(), err error) {
+	ctx, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	ended = func() { cancel(); wg.Wait() }
+	defer func() {
+		if err != nil {
+			for _, d := range disks {
+				d.Socket.Close()
+			}
+			ended()
+		}
+	}()
+	memory, err := one(g.files, protocol.FileMemory).Stat()
+	if err != nil {
+		return nil, nil, err
+	}
+	for i, front := range g.disks {
+		fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return disks, ended, fmt.Errorf("disks[%d]: %w", i, err)
+		}
+		disks = append(disks, qemu.Disk{Socket: os.NewFile(uintptr(fds[0]), "disk")})
+		c, err := unixConn(os.NewFile(uintptr(fds[1]), "disk"))
+		if err != nil {
+			return disks, ended, fmt.Errorf("disks[%d]: %w", i, err)
+		}
+		wg.Go(func() {
+			if err := vhostuser.Relay(ctx, c, front, vhostuser.Whitelist{memory}); err != nil && ctx.Err() == nil {
+				g.service.log.Warn("disk", "index", i, "err", err)
+			}
+		})
+	}
+	return disks, ended, nil
+}
+
+// remoteDisk is a disk of the native monitor.
+type remoteDisk struct{ front *vhostuser.Frontend }
+
+func (d remoteDisk) Info() virtio.Info {
+	own := d.front.Offered() &^ (virtio.FeatureIndirect | virtio.FeatureEventIdx | virtio.FeatureVersion1)
+	return virtio.Info{Name: "virtio-blk", ID: 2, Class: 0x018000, Features: own, Queues: []uint16{virtio.BlockQueueSize}}
+}
+
+func (d remoteDisk) ReadConfig(offset uint64, p []byte) { d.front.ReadConfig(offset, p) }
+
+func (d remoteDisk) Start(features uint64, queues []virtio.RemoteQueue) error {
+	if err := d.front.SetFeatures(features); err != nil {
+		return err
+	}
+	for _, q := range queues {
+		err := d.front.StartQueue(q.Index, vhostuser.QueueSetup{Size: q.Size, Areas: q.Areas, Kick: q.Kick, Call: q.Call})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (d remoteDisk) Stop() { d.front.DropQueue(0) }
+
+// Close: the front end is closed with the guest.
+func (d remoteDisk) Close() error { return nil }
