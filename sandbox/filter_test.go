@@ -79,7 +79,7 @@ func TestFilter(t *testing.T) {
 	}
 	for _, e := range entries {
 		name, _ := strings.CutSuffix(e.Name(), ".txt")
-		lists[name] = "include " + name
+		lists[name] = "write\nexit_group\ninclude " + name
 	}
 	for name, text := range lists {
 		t.Run(name, func(t *testing.T) { testFilter(t, MustParsePolicy(name, []byte(text))) })

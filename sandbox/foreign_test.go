@@ -1,6 +1,7 @@
 package sandbox_test
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/binary"
@@ -10,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -41,7 +43,7 @@ func tools(t *testing.T) *debian.Root {
 }
 
 // foreign prepares a program of the unpacked packages.
-func foreign(t *testing.T, r *debian.Root, s *sandbox.Spec, name string, args []string, files []*os.File, more ...string) (*sandbox.Guard, *bytes.Buffer) {
+func foreign(t *testing.T, r *debian.Root, s *sandbox.Spec, name string, args []string, files []*os.File, more ...string) (*running, *bytes.Buffer) {
 	t.Helper()
 	libraries := []string{
 		r.Path("usr/lib/x86_64-linux-gnu"), r.Path("lib/x86_64-linux-gnu"), r.Path("usr/lib/x86_64-linux-gnu/swtpm"),
@@ -66,14 +68,25 @@ func foreign(t *testing.T, r *debian.Root, s *sandbox.Spec, name string, args []
 	if err := g.Start(); err != nil {
 		t.Fatal(err)
 	}
-	state, err := sandbox.Observe(cmd.Process.Pid)
+	p := &running{g, sync.OnceValue(g.Wait)}
+	t.Cleanup(func() {
+		_ = g.Signal(unix.SIGKILL)
+		_ = p.wait()
+	})
+	state, err := sandbox.Observe(g.PID())
 	if err != nil {
 		t.Fatalf("%v: %v", err, out.String())
 	}
 	for _, d := range s.Declared().Differences(state) {
 		t.Errorf("%s: %s", name, d)
 	}
-	return g, out
+	return p, out
+}
+
+// running is a process that is waited for once.
+type running struct {
+	*sandbox.Guard
+	wait func() error
 }
 
 func launcher(t *testing.T) string {
@@ -87,7 +100,7 @@ func launcher(t *testing.T) string {
 	return bin
 }
 
-func report(t *testing.T, g *sandbox.Guard) {
+func report(t *testing.T, g *running) {
 	t.Helper()
 	if l := g.Learned(); len(l) > 0 {
 		for k, n := range l {
@@ -100,6 +113,9 @@ func pair(t *testing.T) (own, theirs *os.File) {
 	t.Helper()
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.SetNonblock(fds[0], true); err != nil { // for deadlines
 		t.Fatal(err)
 	}
 	own, theirs = os.NewFile(uintptr(fds[0]), "own"), os.NewFile(uintptr(fds[1]), "theirs")
@@ -136,7 +152,7 @@ func stateDir(t *testing.T) string {
 
 // startSwtpm starts swtpm in its sandbox as the product starts it: control channel and key by
 // descriptor. It returns our end of the control channel.
-func startSwtpm(t *testing.T, r *debian.Root, dir string) (*sandbox.Guard, *os.File, *bytes.Buffer, *os.File) {
+func startSwtpm(t *testing.T, r *debian.Root, dir string) (*running, *os.File, *bytes.Buffer) {
 	t.Helper()
 	own, theirs := pair(t)
 	key, w, err := os.Pipe()
@@ -160,7 +176,7 @@ func startSwtpm(t *testing.T, r *debian.Root, dir string) (*sandbox.Guard, *os.F
 		"--key", "fd=4,mode=aes-256-cbc,format=binary", "--locality", "reject-locality-4,allow-set-locality",
 	}, []*os.File{theirs, key})
 	theirs.Close()
-	return g, own, out, theirs
+	return g, own, out
 }
 
 // control makes a call of the control channel with a descriptor (or -1).
@@ -217,7 +233,7 @@ func TestSwtpm(t *testing.T) {
 	r := tools(t)
 	dir := stateDir(t)
 	for start := range 2 {
-		g, ctl, out, _ := startSwtpm(t, r, dir)
+		g, ctl, out := startSwtpm(t, r, dir)
 		data, theirData := pair(t)
 		control(t, ctl, int(theirData.Fd()), 0x10) // SET_DATAFD
 		theirData.Close()
@@ -235,7 +251,7 @@ func TestSwtpm(t *testing.T) {
 			t.Fatal(err)
 		}
 		control(t, ctl, -1, 3) // SHUTDOWN
-		if err := g.Wait(); err != nil {
+		if err := g.wait(); err != nil {
 			t.Errorf("%v: %s", err, out.String())
 		}
 		report(t, g)
@@ -286,6 +302,45 @@ func quote(t *testing.T, d tpm) {
 	}
 }
 
+// QEMU as process 1 of its namespace obeys SIGTERM, by which it is stopped.
+func TestQEMUTerminates(t *testing.T) {
+	r := tools(t)
+	qmp, theirQMP := pair(t)
+	args, err := qemu.Args(qemu.Config{
+		Name: "idle", Memory: 64 << 20, CPUs: 1, Firmware: qemu.SeaBIOS, TPM: qemu.NoTPM,
+	}, qemu.FDs{RAM: 3, QMP: 4}, r.Path("usr/share/qemu"), r.Path("usr/share/seabios"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	g, out := foreign(t, r, &sandbox.Spec{
+		UID: qemuID, GID: qemuID, Proc: true, Memory: 1 << 30,
+		Root: []sandbox.Bind{{Source: "/dev/null", Device: true, Writable: true}},
+	}, "qemu-system-x86_64", args, []*os.File{memfd(t, "ram", nil, 64<<20), theirQMP},
+		r.Path("usr/share/qemu"), r.Path("usr/share/seabios"), r.Path("usr/lib/x86_64-linux-gnu/qemu/accel-tcg-x86_64.so"))
+	theirQMP.Close()
+	// The answer to a command comes from its main loop, when it has its handlers: a SIGTERM before
+	// that does nothing to process 1.
+	if _, err := qmp.WriteString(`{"execute":"qmp_capabilities"}`); err != nil {
+		t.Fatal(err)
+	}
+	if err := qmp.SetReadDeadline(time.Now().Add(time.Minute)); err != nil {
+		t.Fatal(err)
+	}
+	answers := bufio.NewReader(qmp)
+	for line := ""; !strings.Contains(line, `"return"`); {
+		if line, err = answers.ReadString('\n'); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := g.Signal(unix.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if err := g.wait(); err != nil {
+		t.Errorf("%v: %s", err, out.String())
+	}
+	report(t, g)
+}
+
 const initScript = `#!/bin/sh
 /bin/busybox --install -s /bin
 mount -t proc p /proc
@@ -297,7 +352,7 @@ poweroff -f
 // QEMU boots a kernel to its init with a TPM, both in their sandboxes and within their lists.
 func TestQEMU(t *testing.T) {
 	r := tools(t)
-	tpmGuard, tpmControl, tpmOut, _ := startSwtpm(t, r, stateDir(t))
+	tpmGuard, tpmControl, tpmOut := startSwtpm(t, r, stateDir(t))
 
 	vmlinuz, err := r.Vmlinuz("6.1-cloud")
 	if err != nil {
@@ -343,7 +398,7 @@ func TestQEMU(t *testing.T) {
 	stop := context.AfterFunc(ctx, func() { console.Close() })
 	defer stop()
 	text, _ := io.ReadAll(console) // ends with QEMU
-	err = g.Wait()
+	err = g.wait()
 	report(t, g)
 	if err != nil || !strings.Contains(string(text), "GUEST UP ") {
 		t.Errorf("QEMU: %v: %s\nconsole: %s", err, out.String(), text)
@@ -355,7 +410,7 @@ func TestQEMU(t *testing.T) {
 	if !bytes.Contains(answers, []byte(`"status"`)) {
 		t.Errorf("QMP: %s", answers)
 	}
-	if err := tpmGuard.Wait(); err != nil {
+	if err := tpmGuard.wait(); err != nil {
 		t.Errorf("swtpm: %v: %s", err, tpmOut.String())
 	}
 	report(t, tpmGuard)

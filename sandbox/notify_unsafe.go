@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -36,11 +35,8 @@ type noteReply struct {
 var errNoMore = errors.New("no process uses the filter any more")
 
 // awaitNote takes the next call that is held. It ends with an error when no process can make one
-// any more, at the deadline (zero: none) and when f is closed.
-func awaitNote(f *os.File, deadline time.Time) (*note, error) {
-	if err := f.SetReadDeadline(deadline); err != nil {
-		return nil, fmt.Errorf("seccomp notifications: %w", err)
-	}
+// any more, at f's read deadline and when f is closed.
+func awaitNote(f *os.File) (*note, error) {
 	c, err := f.SyscallConn()
 	if err != nil {
 		return nil, err

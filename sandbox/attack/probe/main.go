@@ -50,6 +50,8 @@ func main() {
 	case "caps": // makes a packet socket, for which NET_RAW is needed
 		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW, 0)
 		fmt.Println(fd >= 0, err)
+	case "kvm":
+		kvm()
 	case "descriptors":
 		for fd := 3; fd < 64; fd++ {
 			if _, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err == nil {
@@ -102,4 +104,12 @@ func busy() {
 		_, _ = r.Read(make([]byte, 4))
 	}
 	wg.Wait()
+}
+
+// kvm asks /dev/kvm, descriptor 3, for its version, and then for what no list has.
+func kvm() {
+	v, err := unix.IoctlRetInt(3, 0xae00)
+	fmt.Println("version", v, err)
+	n, err := unix.IoctlRetInt(3, 0xae0c) // none
+	fmt.Println("allowed", n, err)
 }
