@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -49,7 +50,19 @@ func tryUserNamespaces() error {
 	if err == nil && string(bytes.TrimSpace(b)) == "0" {
 		return errors.New("switched off by user.max_user_namespaces=0")
 	}
-	return nil
+	// Made for a child that then finds nothing to execute: that failure is the good end.
+	_, err = syscall.ForkExec("", []string{""}, &syscall.ProcAttr{Sys: &syscall.SysProcAttr{
+		Cloneflags:  allSpaces,
+		UidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: 1, Size: 1}},
+		GidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: 1, Size: 1}},
+	}})
+	if err == nil || errors.Is(err, unix.ENOENT) {
+		return nil
+	}
+	if errors.Is(err, unix.EPERM) {
+		return fmt.Errorf("%w (the kernel makes none in a chroot, and for those who may not map users)", err)
+	}
+	return err
 }
 
 // tryMountAPI makes a detached mount, as for a root's entries.

@@ -230,6 +230,9 @@ func fileByHandle(v *Victim) error {
 		at = d
 	}
 	fd, err := unix.OpenByHandleAt(at, h, unix.O_RDONLY)
+	if errors.Is(err, unix.ESTALE) {
+		return nil // the right was there, only the file was not found (overlayfs)
+	}
 	if errors.Is(err, unix.EOPNOTSUPP) {
 		return fmt.Errorf("%w: %w", ErrUnavailable, err)
 	}
