@@ -91,6 +91,9 @@ type running struct {
 
 func launcher(t *testing.T) string {
 	t.Helper()
+	if bin := os.Getenv("REDOUBT_TEST_PROBE"); bin != "" {
+		return bin
+	}
 	bin := filepath.Join(t.TempDir(), "probe")
 	cmd := exec.Command("go", "build", "-o", bin, "./attack/probe")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")

@@ -181,6 +181,39 @@ func TestViolation(t *testing.T) {
 	}
 }
 
+// Without its parent, who would be told, a call outside the list is not made.
+func TestParentGone(t *testing.T) {
+	cmd := exec.Command(probe(t), "late")
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	g, err := (&Host{Launcher: probe(t)}).Prepare(cmd, &Spec{Name: "test", UID: testID, GID: testID, Policy: goPolicy(t, "")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := g.Start(); err != nil {
+		t.Fatal(err)
+	}
+	out := bufio.NewReader(stdout)
+	if line, err := out.ReadString('\n'); err != nil || line != "ready\n" {
+		t.Errorf("%q, %v", line, err)
+	}
+	g.notes.Close() // as the end of the parent does
+	<-g.watched
+	in.Close()
+	if line, err := out.ReadString('\n'); err != nil || line != "function not implemented\n" {
+		t.Errorf("%q, %v", line, err)
+	}
+	if err := g.Wait(); err != nil {
+		t.Error(err)
+	}
+}
+
 // A declared capability is there and works; it reaches no further than the process's own
 // network namespace.
 func TestCapability(t *testing.T) {

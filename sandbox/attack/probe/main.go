@@ -50,6 +50,11 @@ func main() {
 	case "caps": // makes a packet socket, for which NET_RAW is needed
 		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW, 0)
 		fmt.Println(fd >= 0, err)
+	case "late": // a call outside the list once it is told to
+		fmt.Println("ready")
+		_, _ = os.Stdin.Read(make([]byte, 1))
+		_, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)
+		fmt.Println(err)
 	case "kvm":
 		kvm()
 	case "descriptors":
