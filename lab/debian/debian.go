@@ -40,6 +40,16 @@ var toolPackages = []string{
 	"busybox-static", "syslinux", "syslinux-common", "mtools", "systemd-boot-efi",
 }
 
+// storePackages are XenStore's own clients, which the store's tests run; of what they depend on
+// the host has all but storeLibraries.
+var (
+	storePackages  = []string{"xenstore-utils", "xen-utils-4.17"}
+	storeLibraries = []string{"libxenstore4", "libxentoolcore1", "libxentoollog1"}
+)
+
+// storeSet is the directory they are unpacked into.
+const storeSet = "xenstore"
+
 // A Kernel is one Debian kernel the product must boot.
 type Kernel struct {
 	Name  string // as tests name it: "6.1", "6.1-cloud", "6.12", "6.12-cloud"
@@ -59,6 +69,7 @@ var Kernels = []Kernel{
 func List() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "Debian 12 (bookworm), as root, with: %s\n", strings.Join(toolPackages, " "))
+	fmt.Fprintf(&b, "the store's clients: %s\n", storeLabel())
 	for _, k := range Kernels {
 		fmt.Fprintf(&b, "kernel %s: %s from %s\n", k.Name, k.meta, k.suite)
 	}
@@ -115,6 +126,14 @@ func Fetch(ctx context.Context, log io.Writer) (*Root, error) {
 			return nil, err
 		}
 	}
+	if slices.Contains(missing, storeLabel()) {
+		if err := a.unpackStore(ctx, r.dir, log); err != nil {
+			return nil, err
+		}
+		if err := stamp(r.dir, storeSet, storeLabel()); err != nil {
+			return nil, err
+		}
+	}
 	for _, k := range Kernels {
 		if !slices.Contains(missing, k.label()) {
 			continue
@@ -129,7 +148,10 @@ func Fetch(ctx context.Context, log io.Writer) (*Root, error) {
 	return r, nil
 }
 
-func toolsLabel() string       { return strings.Join(toolPackages, " ") }
+func toolsLabel() string { return strings.Join(toolPackages, " ") }
+func storeLabel() string {
+	return strings.Join(slices.Concat(storePackages, storeLibraries), " ")
+}
 func (k Kernel) label() string { return k.meta + " (" + k.suite + ")" }
 
 func stampPath(dir, set string) string { return filepath.Join(dir, "."+set+".stamp") }
@@ -152,6 +174,9 @@ func (r *Root) missing() []string {
 	var m []string
 	if !stamped(r.dir, "root", toolsLabel()) {
 		m = append(m, toolsLabel())
+	}
+	if !stamped(r.dir, storeSet, storeLabel()) {
+		m = append(m, storeLabel())
 	}
 	for _, k := range Kernels {
 		if !stamped(r.dir, "kernel-"+k.Name, k.label()) {
@@ -346,6 +371,15 @@ func (a *apt) unpackClosure(ctx context.Context, names []string, dir, set string
 		return err
 	}
 	return unpack(ctx, debs, dir, set, log)
+}
+
+func (a *apt) unpackStore(ctx context.Context, dir string, log io.Writer) error {
+	all := slices.Concat(storePackages, storeLibraries)
+	debs, err := a.download(ctx, "", all, func(pkg string) bool { return slices.Contains(all, pkg) })
+	if err != nil {
+		return err
+	}
+	return unpack(ctx, debs, dir, storeSet, log)
 }
 
 func (a *apt) unpackKernel(ctx context.Context, k Kernel, dir string, log io.Writer) error {

@@ -60,6 +60,19 @@ func (r *Root) Command(ctx context.Context, name string, args ...string) *exec.C
 	return cmd
 }
 
+// XenStore runs one of XenStore's own clients (xenstore-read, test-xenstore, …) against the
+// store that listens on socket.
+func (r *Root) XenStore(ctx context.Context, socket, name string, args ...string) *exec.Cmd {
+	set := filepath.Join(r.dir, storeSet)
+	path := filepath.Join(set, "usr/bin", name)
+	if _, err := os.Stat(path); err != nil {
+		path = filepath.Join(set, "usr/lib/xen-4.17/bin", name)
+	}
+	cmd := exec.CommandContext(ctx, path, args...)
+	cmd.Env = append(os.Environ(), "XENSTORED_PATH="+socket, "LD_LIBRARY_PATH="+filepath.Join(set, "usr/lib/x86_64-linux-gnu"))
+	return cmd
+}
+
 // Vmlinuz is the boot image (bzImage) of the kernel named as in [Kernels].
 func (r *Root) Vmlinuz(kernel string) (string, error) {
 	return r.one(kernel, "boot/vmlinuz-*")

@@ -2,6 +2,7 @@
 package client
 
 import (
+	"bufio"
 	"errors"
 	"fmt"
 	"net"
@@ -52,8 +53,9 @@ func New(c net.Conn) *Client {
 
 func (c *Client) receive() {
 	defer close(c.done)
+	r := bufio.NewReaderSize(c.c, wire.HeaderSize+wire.MaxPayload)
 	for {
-		m, err := wire.ReadMessage(c.c)
+		m, err := wire.ReadMessage(r)
 		if err != nil {
 			c.err = fmt.Errorf("%w: %w", ErrClosed, err)
 			return
@@ -130,14 +132,14 @@ func (c *Client) Close() error {
 	return err
 }
 
-func (c *Client) do(t wire.Type, payload []byte) ([]byte, error) {
+func (c *Client) do(t wire.Type, tx uint32, payload []byte) ([]byte, error) {
 	if len(payload) > wire.MaxPayload {
 		return nil, tree.E2BIG
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.next++
-	m := wire.Message{Type: t, Request: c.next, Payload: payload}
+	m := wire.Message{Type: t, Request: c.next, Tx: tx, Payload: payload}
 	if _, err := c.c.Write(m.Append(nil)); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrClosed, err)
 	}
@@ -162,60 +164,14 @@ func describe(op, path string, err error) error {
 	return nil
 }
 
-// Read returns the value of a node.
-func (c *Client) Read(path string) (string, error) {
-	b, err := c.do(wire.Read, wire.Join(path))
-	return string(b), describe("read", path, err)
-}
-
-// Write sets the value of a node, creating it and its parents.
-func (c *Client) Write(path, value string) error {
-	_, err := c.do(wire.Write, append(wire.Join(path), value...))
-	return describe("write", path, err)
-}
-
-// Mkdir creates a node and its parents.
-func (c *Client) Mkdir(path string) error {
-	_, err := c.do(wire.Mkdir, wire.Join(path))
-	return describe("mkdir", path, err)
-}
-
-// Remove deletes a node and all below it.
-func (c *Client) Remove(path string) error {
-	_, err := c.do(wire.Remove, wire.Join(path))
-	return describe("remove", path, err)
-}
-
-// List returns the names of a node's children.
-func (c *Client) List(path string) ([]string, error) {
-	b, err := c.do(wire.Directory, wire.Join(path))
-	if err != nil {
-		return nil, describe("list", path, err)
-	}
-	if len(b) == 0 {
-		return nil, nil
-	}
-	return strings.Split(strings.TrimSuffix(string(b), "\x00"), "\x00"), nil
-}
-
-// SetPerms replaces a node's permissions; the first names its owner.
-func (c *Client) SetPerms(path string, perms ...tree.Perm) error {
-	args := []string{path}
-	for _, p := range perms {
-		args = append(args, p.String())
-	}
-	_, err := c.do(wire.SetPerms, wire.Join(args...))
-	return describe("set permissions of", path, err)
-}
-
 // Watch asks for an event at every change on or beneath path; one comes at once.
 func (c *Client) Watch(path, token string) error {
-	_, err := c.do(wire.Watch, wire.Join(path, token))
+	_, err := c.do(wire.Watch, 0, wire.Join(path, token))
 	return describe("watch", path, err)
 }
 
 // Unwatch ends a watch; events already on their way still arrive.
 func (c *Client) Unwatch(path, token string) error {
-	_, err := c.do(wire.Unwatch, wire.Join(path, token))
+	_, err := c.do(wire.Unwatch, 0, wire.Join(path, token))
 	return describe("unwatch", path, err)
 }

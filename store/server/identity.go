@@ -12,7 +12,7 @@ const (
 	Builder    = tree.Privileged
 	VTPM       = tree.Domain(1)
 	Toolstack  = tree.Domain(2)
-	FirstGuest = tree.Domain(16)
+	FirstGuest = tree.FirstGuest
 )
 
 // ReadyPrefix begins the name of the node that says that a vTPM works, followed by its
@@ -32,7 +32,7 @@ func ReservedNames() []tree.Reserved {
 }
 
 // DomainPath is the home of a domain.
-func DomainPath(d tree.Domain) string { return "/local/domain/" + strconv.Itoa(int(d)) }
+func DomainPath(d tree.Domain) string { return tree.Home(d) }
 
 // FrontPath is the vTPM front end's directory, which the guest's emulator owns.
 func FrontPath(d tree.Domain) string { return DomainPath(d) + "/device/vtpm/0" }

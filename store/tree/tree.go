@@ -1,12 +1,27 @@
-// Package tree is the contents of the store: a tree of named values with owners and
-// permissions, as XenStore's. It is pure: no I/O, no clock, no locks; package server gives it
-// one owner.
+// Package tree is the contents of the store: a tree of named values with owners, permissions
+// and quotas, and the transactions on it, as XenStore's (docs/misc/xenstore.txt, "Database
+// read, write and permissions operations" and "Transactions"). It is pure: no I/O, no clock,
+// no locks; package state gives it one owner.
+//
+// Nodes that were committed never change: a change copies the nodes from the root down to what
+// it concerns. So a transaction's view is one pointer, taken when it begins, and everything it
+// reads is of that moment. Each node carries three generations: of its value, of its permissions
+// and of its set of children. A transaction remembers which of them it used; it commits if none
+// of these has changed since, and answers EAGAIN otherwise. Hence two transactions that make
+// different children of one directory do not conflict, and one that lists the directory does.
+// A commit onto contents that have moved on repeats the transaction's writes there, with every
+// permission and quota checked again.
+//
+// Quotas bind guests only (domains from [FirstGuest] on); permissions bind everybody but
+// [Privileged].
 package tree
 
 import (
-	"errors"
+	"cmp"
 	"fmt"
+	"maps"
 	"slices"
+	"strconv"
 	"strings"
 
 	"redoubt.dev/redoubt/store/wire"
@@ -15,12 +30,27 @@ import (
 // A Domain identifies who asks. Connections carry it; nothing a client sends changes it.
 type Domain uint32
 
-// Errno is an error as clients see it, by name.
+const (
+	// Privileged is the domain that every permission check passes: the Builder.
+	Privileged Domain = 0
+	// FirstGuest is the first domain that is a guest; those below are services.
+	FirstGuest Domain = 16
+)
+
+// Home is a domain's directory, beneath which its relative paths are resolved
+// (GET_DOMAIN_PATH).
+func Home(d Domain) string { return "/local/domain/" + strconv.FormatUint(uint64(d), 10) }
+
+// Errno is an error as clients see it, by name (xs_wire.h, xsd_errors).
 type Errno string
 
 const (
+	EPERM  Errno = "EPERM"
 	ENOENT Errno = "ENOENT"
+	EIO    Errno = "EIO"
+	EAGAIN Errno = "EAGAIN"
 	EACCES Errno = "EACCES"
+	EBUSY  Errno = "EBUSY"
 	EINVAL Errno = "EINVAL"
 	ENOSPC Errno = "ENOSPC"
 	EEXIST Errno = "EEXIST"
@@ -47,18 +77,20 @@ type Perm struct {
 	Access Access
 }
 
-// Limits of one unprivileged domain, those of the C daemon.
+// Limits of one guest: those of the C daemon where it has one.
 const (
-	MaxNodes    = 1000
-	MaxNodeSize = 2048
+	MaxNodes    = 1000 // nodes it owns
+	MaxNodeSize = 2048 // bytes of a value
+	MaxPerms    = 5    // permissions of a node
+	// MaxTouched bounds the nodes one transaction may use, and its changes.
+	MaxTouched = 1024
 )
 
-type node struct {
-	name     string
-	value    []byte
-	perms    []Perm
-	children map[string]*node
-}
+// Special events, which are watched like paths but are no nodes ("Watches").
+const (
+	IntroduceDomain = "@introduceDomain"
+	ReleaseDomain   = "@releaseDomain"
+)
 
 // A Reserved name can be created, written or removed only by its domain: not even a
 // privileged one may.
@@ -72,19 +104,28 @@ type Reserved struct {
 // Tree is the whole store. The zero value is not usable; see New.
 type Tree struct {
 	root     *node
-	owned    map[Domain]int
+	owned    map[Domain]int // nodes by owner
+	gen      uint64         // the last generation given
 	reserved []Reserved
+	domains  map[Domain]Attributes
+	special  map[string][]Perm
 }
 
-// Privileged is the domain that every permission check passes: the Builder.
-const Privileged Domain = 0
+// Attributes are what the privileged domain said of another one ("Domain management").
+type Attributes struct {
+	Introduced bool
+	Target     Domain // this domain has also the rights of Target, unless 0 (SET_TARGET)
+}
 
 // New makes an empty tree whose root everybody may read and only [Privileged] may write.
+// Special events are told to [Privileged] and, as a service must know of guests, to services.
 func New(reserved ...Reserved) *Tree {
 	return &Tree{
-		root:     &node{name: "", perms: []Perm{{Privileged, Read}}, children: map[string]*node{}},
+		root:     &node{perms: []Perm{{Privileged, Read}}},
 		owned:    map[Domain]int{},
 		reserved: reserved,
+		domains:  map[Domain]Attributes{},
+		special:  map[string][]Perm{},
 	}
 }
 
@@ -94,250 +135,119 @@ func Check(path string) error {
 	if path == "/" {
 		return nil
 	}
-	if len(path) > wire.MaxAbsPath || !strings.HasPrefix(path, "/") || strings.HasSuffix(path, "/") || strings.Contains(path, "//") {
+	if len(path) > wire.MaxAbsPath || !strings.HasPrefix(path, "/") || strings.HasSuffix(path, "/") {
 		return EINVAL
 	}
-	for _, c := range []byte(path) {
+	last := byte(0)
+	for i := range len(path) {
+		c := path[i]
 		switch {
-		case c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z', c >= '0' && c <= '9', strings.IndexByte("-/_@", c) >= 0:
+		case c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z', c >= '0' && c <= '9', c == '-', c == '_', c == '@':
+		case c == '/' && last != '/':
 		default:
 			return EINVAL
 		}
+		last = c
 	}
 	return nil
 }
 
-func split(path string) []string {
-	if path == "/" {
-		return nil
-	}
-	return strings.Split(path[1:], "/")
-}
-
-func parentOf(path string) string {
-	if i := strings.LastIndexByte(path, '/'); i > 0 {
-		return path[:i]
-	}
-	return "/"
-}
-
-func (t *Tree) find(path string) *node {
-	n := t.root
-	for _, c := range split(path) {
-		if n = n.children[c]; n == nil {
-			return nil
-		}
-	}
-	return n
-}
-
-func (n *node) allows(d Domain, want Access) bool {
-	if d == Privileged || n.perms[0].Domain == d {
+// allows reports whether d has the rights want by the permissions perms.
+func (t *Tree) allows(perms []Perm, d Domain, want Access) bool {
+	if d == Privileged || granted(perms, d)&want == want {
 		return true
 	}
-	have := n.perms[0].Access
-	for _, p := range n.perms[1:] {
+	target := t.domains[d].Target
+	return target != Privileged && granted(perms, target)&want == want
+}
+
+func granted(perms []Perm, d Domain) Access {
+	if perms[0].Domain == d {
+		return Both
+	}
+	for _, p := range perms[1:] {
 		if p.Domain == d {
-			have = p.Access
-			break
+			return p.Access
 		}
 	}
-	return have&want == want
+	return perms[0].Access
+}
+
+func (t *Tree) owns(perms []Perm, d Domain) bool {
+	return perms[0].Domain == d || (t.domains[d].Target != Privileged && perms[0].Domain == t.domains[d].Target)
 }
 
 func (t *Tree) denied(d Domain, path string) bool {
 	for _, r := range t.reserved {
-		if r.Match(path) && r.Only != d {
+		if r.Only != d && r.Match(path) {
 			return true
 		}
 	}
 	return false
 }
 
-// existing finds a node that d may use as want says. Where the node is missing, ENOENT is
-// told only to who may read its nearest ancestor, as XenStore does.
-func (t *Tree) existing(d Domain, path string, want Access) (*node, error) {
-	if err := Check(path); err != nil {
-		return nil, err
-	}
-	n := t.find(path)
-	if n == nil {
-		p := path
-		for n == nil {
-			p = parentOf(p)
-			n = t.find(p)
-		}
-		if !n.allows(d, Read) {
-			return nil, EACCES
-		}
-		return nil, ENOENT
-	}
-	if !n.allows(d, want) {
-		return nil, EACCES
-	}
-	return n, nil
-}
-
-// Read returns a node's value.
-func (t *Tree) Read(d Domain, path string) ([]byte, error) {
-	n, err := t.existing(d, path, Read)
-	if err != nil {
-		return nil, err
-	}
-	return slices.Clone(n.value), nil
-}
-
-// Readable reports whether d may learn of path: the node, or where it is missing its
-// nearest ancestor.
-func (t *Tree) Readable(d Domain, path string) bool {
-	_, err := t.existing(d, path, Read)
-	return err == nil || errors.Is(err, ENOENT)
-}
-
-// List returns the names of a node's children, sorted.
-func (t *Tree) List(d Domain, path string) ([]string, error) {
-	n, err := t.existing(d, path, Read)
-	if err != nil {
-		return nil, err
-	}
-	names := make([]string, 0, len(n.children))
-	for c := range n.children {
-		names = append(names, c)
-	}
-	slices.Sort(names)
-	return names, nil
-}
-
-// Write sets a value, creating the node and missing parents.
-func (t *Tree) Write(d Domain, path string, value []byte) error {
-	if len(value) > MaxNodeSize && d != Privileged {
-		return E2BIG
-	}
-	n, err := t.reach(d, path)
-	if err != nil {
-		return err
-	}
-	n.value = slices.Clone(value)
-	return nil
-}
-
-// Mkdir creates a node with an empty value, and missing parents; an existing one stays.
-func (t *Tree) Mkdir(d Domain, path string) error {
-	_, err := t.reach(d, path)
-	return err
-}
-
-// reach finds or creates the node at path for writing. Nothing is changed when it fails.
-func (t *Tree) reach(d Domain, path string) (*node, error) {
-	if err := Check(path); err != nil {
-		return nil, err
-	}
-	if t.denied(d, path) {
-		return nil, EACCES
-	}
-	parts := split(path)
-	n, i := t.root, 0
-	for ; i < len(parts); i++ {
-		c := n.children[parts[i]]
-		if c == nil {
-			break
-		}
-		n = c
-	}
-	// A reserved name is its domain's by rule: the parent's permissions do not matter then.
-	if !n.allows(d, Write) && !t.ownsByRule(d, path) {
-		return nil, EACCES
-	}
-	if d != Privileged && t.owned[d]+len(parts)-i > MaxNodes {
-		return nil, ENOSPC
-	}
-	for ; i < len(parts); i++ {
-		perms := slices.Clone(n.perms)
-		if d != Privileged {
-			perms[0].Domain = d // XenStore: a new node is its creator's, unless privileged
-		}
-		c := &node{name: parts[i], perms: perms, children: map[string]*node{}}
-		n.children[parts[i]] = c
-		t.owned[perms[0].Domain]++
-		n = c
-	}
-	return n, nil
-}
-
+// ownsByRule: a reserved name is its domain's by rule; the parent's permissions do not matter.
 func (t *Tree) ownsByRule(d Domain, path string) bool {
 	for _, r := range t.reserved {
-		if r.Match(path) && r.Only == d {
+		if r.Only == d && r.Match(path) {
 			return true
 		}
 	}
 	return false
 }
 
-// Remove deletes a node and all below it. A node that is missing is no error unless its
-// parent is missing too.
-func (t *Tree) Remove(d Domain, path string) error {
-	if err := Check(path); err != nil {
+// Owned is how many nodes d owns.
+func (t *Tree) Owned(d Domain) int { return t.owned[d] }
+
+// Domain is what is known of d.
+func (t *Tree) Domain(d Domain) Attributes { return t.domains[d] }
+
+// SetDomain changes it, once persist has kept the change.
+func (t *Tree) SetDomain(d Domain, a Attributes, persist Persist) error {
+	if err := persist.keep([]Change{{Path: domainKey(d), Removed: a == Attributes{}, Value: a.encode()}}); err != nil {
 		return err
 	}
-	if path == "/" {
-		return EINVAL
+	if a == (Attributes{}) {
+		delete(t.domains, d)
+	} else {
+		t.domains[d] = a
 	}
-	parent := t.find(parentOf(path))
-	if parent == nil {
-		return ENOENT
-	}
-	name := path[strings.LastIndexByte(path, '/')+1:]
-	n := parent.children[name]
-	if n == nil {
-		if !parent.allows(d, Write) && !t.ownsByRule(d, path) {
-			return EACCES
-		}
-		return nil
-	}
-	if !n.allows(d, Write) || t.denied(d, path) {
-		return EACCES
-	}
-	t.disown(n)
-	delete(parent.children, name)
 	return nil
 }
 
-func (t *Tree) disown(n *node) {
-	owner := n.perms[0].Domain
-	if t.owned[owner]--; t.owned[owner] <= 0 {
-		delete(t.owned, owner)
+// SpecialPerms are the permissions of a special event: who may read is told.
+func (t *Tree) SpecialPerms(name string) ([]Perm, error) {
+	if name != IntroduceDomain && name != ReleaseDomain {
+		return nil, ENOENT
 	}
-	for _, c := range n.children {
-		t.disown(c)
+	if p := t.special[name]; p != nil {
+		return slices.Clone(p), nil
 	}
+	return []Perm{{Privileged, None}}, nil
 }
 
-// Perms returns a node's permissions.
-func (t *Tree) Perms(d Domain, path string) ([]Perm, error) {
-	n, err := t.existing(d, path, Read)
-	if err != nil {
-		return nil, err
-	}
-	return slices.Clone(n.perms), nil
-}
-
-// SetPerms replaces a node's permissions. Only its owner may, and only the privileged domain
-// may give it to another owner.
-func (t *Tree) SetPerms(d Domain, path string, perms []Perm) error {
-	n, err := t.existing(d, path, None)
-	if err != nil {
+// SetSpecialPerms replaces them; only [Privileged] may.
+func (t *Tree) SetSpecialPerms(d Domain, name string, perms []Perm, persist Persist) error {
+	if _, err := t.SpecialPerms(name); err != nil {
 		return err
 	}
-	if len(perms) == 0 || len(perms) > 5 {
-		return EINVAL
-	}
-	if t.denied(d, path) || d != Privileged && (n.perms[0].Domain != d || perms[0].Domain != d) {
+	if d != Privileged {
 		return EACCES
 	}
-	t.owned[n.perms[0].Domain]--
-	t.owned[perms[0].Domain]++
-	n.perms = slices.Clone(perms)
+	if len(perms) == 0 {
+		return EINVAL
+	}
+	if err := persist.keep([]Change{{Path: name, Perms: perms}}); err != nil {
+		return err
+	}
+	t.special[name] = slices.Clone(perms)
 	return nil
+}
+
+// MayHear reports whether d is told of a special event.
+func (t *Tree) MayHear(d Domain, name string) bool {
+	perms, err := t.SpecialPerms(name)
+	return err == nil && (d < FirstGuest || t.allows(perms, d, Read))
 }
 
 // ParsePerm reads one permission as clients write it: n, r, w or b and a domain.
@@ -345,25 +255,47 @@ func ParsePerm(s string) (Perm, error) {
 	if s == "" {
 		return Perm{}, EINVAL
 	}
-	var a Access
-	switch s[0] {
-	case 'n':
-		a = None
-	case 'r':
-		a = Read
-	case 'w':
-		a = Write
-	case 'b':
-		a = Both
-	default:
+	a := strings.IndexByte("nrwb", s[0])
+	d, err := strconv.ParseUint(s[1:], 10, 32)
+	if a < 0 || err != nil || strconv.FormatUint(d, 10) != s[1:] {
 		return Perm{}, EINVAL
 	}
-	var d uint32
-	if n, err := fmt.Sscanf(s[1:], "%d", &d); n != 1 || err != nil || fmt.Sprint(d) != s[1:] {
-		return Perm{}, EINVAL
-	}
-	return Perm{Domain(d), a}, nil
+	return Perm{Domain(d), Access(a)}, nil
 }
 
 // String is the form ParsePerm reads.
 func (p Perm) String() string { return string("nrwb"[p.Access&Both]) + fmt.Sprint(uint32(p.Domain)) }
+
+// Verify counts everything anew and reports the first thing that does not fit; it is for tests
+// and for CONTROL's "check".
+func (t *Tree) Verify() error {
+	owned := map[Domain]int{}
+	var walk func(path string, n *node) error
+	walk = func(path string, n *node) error {
+		if len(n.perms) == 0 {
+			return fmt.Errorf("%s has no owner", path)
+		}
+		if path != "" {
+			owned[n.perms[0].Domain]++
+		}
+		if !slices.IsSortedFunc(n.kids, func(a, b *node) int { return cmp.Compare(a.name, b.name) }) {
+			return fmt.Errorf("%s: children out of order", path)
+		}
+		for _, k := range n.kids {
+			if max(k.valueGen, k.permsGen, k.kidsGen) > t.gen {
+				return fmt.Errorf("%s/%s is of a generation to come", path, k.name)
+			}
+			if err := walk(path+"/"+k.name, k); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	if err := walk("", t.root); err != nil {
+		return err
+	}
+	if !maps.Equal(owned, t.owned) {
+		return fmt.Errorf("nodes by owner are %v, counted as %v", owned, t.owned)
+	}
+	return nil
+}

@@ -4,6 +4,7 @@
 package wire
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -13,19 +14,49 @@ import (
 // Type of a message.
 type Type uint32
 
+// The types of XenStore (xs_wire.h, enum xsd_sockmsg_type). A reply has its request's type, or
+// Error.
 const (
-	Directory  Type = 1
-	Read       Type = 2
-	GetPerms   Type = 3
-	Watch      Type = 4
-	Unwatch    Type = 5
-	Write      Type = 11
-	Mkdir      Type = 12
-	Remove     Type = 13
-	SetPerms   Type = 14
-	WatchEvent Type = 15
-	Error      Type = 16
+	Control            Type = 0
+	Directory          Type = 1
+	Read               Type = 2
+	GetPerms           Type = 3
+	Watch              Type = 4
+	Unwatch            Type = 5
+	TransactionStart   Type = 6
+	TransactionEnd     Type = 7
+	Introduce          Type = 8
+	Release            Type = 9
+	GetDomainPath      Type = 10
+	Write              Type = 11
+	Mkdir              Type = 12
+	Remove             Type = 13
+	SetPerms           Type = 14
+	WatchEvent         Type = 15
+	Error              Type = 16
+	IsDomainIntroduced Type = 17
+	Resume             Type = 18
+	SetTarget          Type = 19
+	ResetWatches       Type = 21
+	DirectoryPart      Type = 22
 )
+
+var names = map[Type]string{
+	Control: "CONTROL", Directory: "DIRECTORY", Read: "READ", GetPerms: "GET_PERMS", Watch: "WATCH",
+	Unwatch: "UNWATCH", TransactionStart: "TRANSACTION_START", TransactionEnd: "TRANSACTION_END",
+	Introduce: "INTRODUCE", Release: "RELEASE", GetDomainPath: "GET_DOMAIN_PATH", Write: "WRITE",
+	Mkdir: "MKDIR", Remove: "RM", SetPerms: "SET_PERMS", WatchEvent: "WATCH_EVENT", Error: "ERROR",
+	IsDomainIntroduced: "IS_DOMAIN_INTRODUCED", Resume: "RESUME", SetTarget: "SET_TARGET",
+	ResetWatches: "RESET_WATCHES", DirectoryPart: "DIRECTORY_PART",
+}
+
+// String is the type's name in XenStore's protocol document.
+func (t Type) String() string {
+	if s, ok := names[t]; ok {
+		return s
+	}
+	return fmt.Sprintf("type %d", uint32(t))
+}
 
 const (
 	// HeaderSize is the length of a header in bytes.
@@ -85,26 +116,32 @@ func (m Message) Append(b []byte) []byte {
 // Split cuts a payload into n NUL-terminated strings; the last may go without its NUL when
 // rest is true (WRITE's value is raw).
 func Split(payload []byte, n int, rest bool) ([]string, error) {
-	var out []string
+	out := make([]string, 0, n)
 	off := 0
 	for len(out) < n {
 		if rest && len(out) == n-1 {
 			return append(out, string(payload[off:])), nil
 		}
-		end := off
-		for end < len(payload) && payload[end] != 0 {
-			end++
-		}
-		if end == len(payload) {
+		end := bytes.IndexByte(payload[off:], 0)
+		if end < 0 {
 			return nil, fmt.Errorf("%w: string %d at offset %d has no end", ErrMessage, len(out), off)
 		}
-		out = append(out, string(payload[off:end]))
-		off = end + 1
+		out = append(out, string(payload[off:off+end]))
+		off += end + 1
 	}
 	if off != len(payload) {
 		return nil, fmt.Errorf("%w: %d bytes too many at offset %d", ErrMessage, len(payload)-off, off)
 	}
 	return out, nil
+}
+
+// SplitAll cuts a payload into all its NUL-terminated strings; at least least of them.
+func SplitAll(payload []byte, least int) ([]string, error) {
+	n := bytes.Count(payload, []byte{0})
+	if n < least {
+		return nil, fmt.Errorf("%w: %d strings at offset 0, at least %d belong there", ErrMessage, n, least)
+	}
+	return Split(payload, n, false)
 }
 
 // Join makes a payload of NUL-terminated strings.

@@ -1,0 +1,42 @@
+package logic
+
+import (
+	"errors"
+	"fmt"
+
+	"golang.org/x/sys/unix"
+)
+
+// Serve is a worker: it answers requests from the SOCK_SEQPACKET socket fd until the other end
+// is closed. It makes blocking system calls itself, without the poller of package net, because
+// a worker's start and its one answer are what a client waits for.
+func Serve(fd int) error {
+	in, out := make([]byte, MaxMessage), make([]byte, 0, MaxMessage)
+	for {
+		n, err := unix.Read(fd, in)
+		switch {
+		case errors.Is(err, unix.EINTR):
+			continue
+		case err != nil:
+			return fmt.Errorf("receive: %w", err)
+		case n == 0:
+			return nil
+		}
+		seq, r, err := ParseRequest(in[:n])
+		if err != nil {
+			return err
+		}
+		out = AppendAnswer(out[:0], seq, Decide(r))
+		for {
+			if _, err = unix.Write(fd, out); !errors.Is(err, unix.EINTR) {
+				break
+			}
+		}
+		if err != nil {
+			if errors.Is(err, unix.EPIPE) {
+				return nil
+			}
+			return fmt.Errorf("answer: %w", err)
+		}
+	}
+}

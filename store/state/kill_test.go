@@ -1,0 +1,3 @@
+package state_test
+
+func child() {}
