@@ -7,18 +7,25 @@
 // by its last write, of one of two checksummed pages that name the root, so a process killed in
 // between leaves the contents of the commit before.
 //
-// A file that does not check out is refused and left as it is.
+// A file that does not check out is refused and left as it is. To check out, both root pages
+// must be whole (no process's death damages one), each record must have its checksum, and their
+// number and the sum of their checksums must be those that the last commit noted. A file that
+// does is read once and then written anew beside it and put in its place by a rename, so that
+// nothing but its records is relied upon, and a file that exists is always whole.
 package disk
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"os"
+	"path/filepath"
+	"runtime/debug"
 	"time"
 
 	bolt "go.etcd.io/bbolt"
-	berrors "go.etcd.io/bbolt/errors"
 	"golang.org/x/sys/unix"
 
 	"redoubt.dev/redoubt/store/tree"
@@ -40,154 +47,254 @@ var (
 	nodesBucket  = []byte("nodes")
 	formatBucket = []byte("format")
 	versionKey   = []byte("version")
+	sumKey       = []byte("sum")
 	version      = []byte("1")
 )
 
 // DB is an open file.
-type DB struct{ db *bolt.DB }
+type DB struct {
+	db   *bolt.DB
+	lock *os.File // the directory, locked
+	sum  sum
+}
+
+// sum is what all records add up to.
+type sum struct{ records, checksums uint64 }
+
+func (s sum) encode() []byte {
+	return binary.LittleEndian.AppendUint64(binary.LittleEndian.AppendUint64(nil, s.records), s.checksums)
+}
+
+// replace takes one record (nil: none) for another (nil: none).
+func (s *sum) replace(old, new []byte) {
+	if old != nil {
+		s.records--
+		s.checksums -= uint64(binary.LittleEndian.Uint32(old))
+	}
+	if new != nil {
+		s.records++
+		s.checksums += uint64(binary.LittleEndian.Uint32(new))
+	}
+}
 
 // Open opens or makes the file in the open directory dir and loads what it holds into t, which
-// must be new. It needs dir only until it returns.
-func Open(dir *os.File, t *tree.Tree) (*DB, error) {
-	path := dir.Name() + "/" + File
-	var db *bolt.DB
-	err := guard(func() (err error) {
-		db, err = bolt.Open(path, 0o600, &bolt.Options{
-			Timeout:         time.Millisecond, // the lock is free or it is an error
-			NoSync:          true,
-			NoGrowSync:      true,
-			NoFreelistSync:  true,
-			FreelistType:    bolt.FreelistMapType,
-			InitialMmapSize: 64 << 20,
-			OpenFile: func(_ string, flag int, mode os.FileMode) (*os.File, error) {
-				fd, err := unix.Openat(int(dir.Fd()), File, flag|unix.O_CLOEXEC|unix.O_NOFOLLOW, uint32(mode))
-				if err != nil {
-					return nil, err
-				}
-				return os.NewFile(uintptr(fd), path), nil
-			},
-		})
-		return err
-	})
-	switch {
-	case errors.Is(err, berrors.ErrTimeout):
-		return nil, fmt.Errorf("%w: %s", ErrInUse, path)
-	case errors.Is(err, berrors.ErrInvalid), errors.Is(err, berrors.ErrChecksum), errors.Is(err, berrors.ErrVersionMismatch), errors.Is(err, ErrCorrupt):
-		return nil, fmt.Errorf("%w: %s: %w; nothing was changed: remove it to start empty, once no guest runs", ErrCorrupt, path, err)
-	case err != nil:
-		return nil, fmt.Errorf("store: %s: %w", path, err)
+// must be new. The directory is locked until Close: of two processes the second is refused.
+func Open(dir *os.File, t *tree.Tree) (_ *DB, err error) {
+	path := filepath.Join(dir.Name(), File)
+	fail := func(err error) error { return fmt.Errorf("store: %s: %w", path, err) }
+	// Locks belong to the open file, and dir's is shared with whoever handed it over.
+	fd, err := unix.Openat(int(dir.Fd()), ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fail(err)
 	}
-	d := &DB{db: db}
-	if err := guard(func() error { return d.load(t) }); err != nil {
-		d.db = nil
-		_ = guard(db.Close)
+	d := &DB{lock: os.NewFile(uintptr(fd), dir.Name())}
+	defer func() {
+		if err != nil {
+			d.lock.Close()
+		}
+	}()
+	if err := unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+		return nil, fmt.Errorf("%w: %s", ErrInUse, path)
+	} else if err != nil {
+		return nil, fail(err)
+	}
+	err = d.load(t)
+	var no unix.Errno
+	switch {
+	case errors.Is(err, unix.ENOENT):
+	case errors.As(err, &no):
+		return nil, fail(err)
+	case err != nil:
 		return nil, fmt.Errorf("%w: %s: %w; nothing was changed: remove it to start empty, once no guest runs", ErrCorrupt, path, err)
+	}
+	if err := d.create(t); err != nil {
+		return nil, fail(err)
 	}
 	return d, nil
 }
 
-// guard turns the panics by which bbolt answers some damage into errors.
+// create writes the contents into a new file and puts it in place.
+func (d *DB) create(t *tree.Tree) (err error) {
+	const fresh = File + ".new"
+	dir := int(d.lock.Fd())
+	if err := unix.Unlinkat(dir, fresh, 0); err != nil && !errors.Is(err, unix.ENOENT) {
+		return err
+	}
+	if d.db, err = bolt.Open(fresh, 0o600, d.options(fresh)); err != nil {
+		return err
+	}
+	d.sum = sum{}
+	err = d.db.Update(func(tx *bolt.Tx) error {
+		format, err := tx.CreateBucket(formatBucket)
+		if err != nil {
+			return err
+		}
+		nodes, err := tx.CreateBucket(nodesBucket)
+		if err != nil {
+			return err
+		}
+		for c := range t.All {
+			v := encode(c)
+			d.sum.replace(nil, v)
+			if err := nodes.Put([]byte(c.Path), v); err != nil {
+				return err
+			}
+		}
+		return errors.Join(format.Put(versionKey, version), format.Put(sumKey, d.sum.encode()))
+	})
+	if err == nil {
+		err = unix.Renameat(dir, fresh, dir, File)
+	}
+	if err != nil {
+		return errors.Join(err, d.db.Close())
+	}
+	return nil
+}
+
+func (d *DB) options(name string) *bolt.Options {
+	return &bolt.Options{
+		Timeout:         time.Second, // nobody else has the directory's lock, so nobody has the file's
+		NoSync:          true,
+		NoGrowSync:      true,
+		NoFreelistSync:  true,
+		NoStatistics:    true,
+		FreelistType:    bolt.FreelistMapType,
+		InitialMmapSize: 64 << 20, // room to grow without mapping anew
+		OpenFile: func(_ string, flag int, mode os.FileMode) (*os.File, error) {
+			fd, err := unix.Openat(int(d.lock.Fd()), name, flag|unix.O_CLOEXEC|unix.O_NOFOLLOW, uint32(mode))
+			if err != nil {
+				return nil, err
+			}
+			return os.NewFile(uintptr(fd), name), nil
+		},
+	}
+}
+
+// guard makes errors of the panics and faults by which bbolt, which maps the file, answers some
+// damage.
 func guard(f func() error) (err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
 		if r := recover(); r != nil {
-			err = fmt.Errorf("%w: %v", ErrCorrupt, r)
+			err = fmt.Errorf("damage: %v", r)
 		}
 	}()
 	return f()
 }
 
+// load reads a file into t. It uses bbolt read-only, which then looks at nothing but the pages
+// on the way to records, and in this goroutine only.
 func (d *DB) load(t *tree.Tree) error {
-	fresh := false
-	err := d.db.View(func(tx *bolt.Tx) error {
-		if fresh = tx.Bucket(formatBucket) == nil; fresh {
-			if k, _ := tx.Cursor().First(); k != nil {
-				return fmt.Errorf("a file of another program: it has %q", k)
-			}
-			return nil
-		}
-		if v := tx.Bucket(formatBucket).Get(versionKey); string(v) != string(version) {
-			return fmt.Errorf("format %q, this program knows %q", v, version)
-		}
-		for err := range tx.Check() {
-			return err // the first says enough; the others are read by nobody
-		}
-		b := tx.Bucket(nodesBucket)
-		if b == nil {
-			return errors.New("no nodes")
-		}
-		return b.ForEach(func(k, v []byte) error {
-			c, err := decode(v)
-			if err != nil {
-				return fmt.Errorf("%q: %w", k, err)
-			}
-			c.Path = string(k)
-			return t.Load(c)
-		})
-	})
-	if err != nil || !fresh {
+	if err := preflight(d.lock); err != nil {
 		return err
 	}
-	return d.db.Update(func(tx *bolt.Tx) error {
-		b, err := tx.CreateBucket(formatBucket)
-		if err == nil {
-			err = b.Put(versionKey, version)
+	return guard(func() error {
+		o := d.options(File)
+		o.ReadOnly = true
+		db, err := bolt.Open(File, 0o600, o)
+		if err != nil {
+			return err
 		}
-		if err == nil {
-			_, err = tx.CreateBucket(nodesBucket)
-		}
-		return err
+		defer func() { _ = guard(db.Close) }()
+		return db.View(func(tx *bolt.Tx) error { return read(tx, t) })
 	})
+}
+
+func read(tx *bolt.Tx, t *tree.Tree) error {
+	format, nodes := tx.Bucket(formatBucket), tx.Bucket(nodesBucket)
+	if format == nil || nodes == nil {
+		return errors.New("a file of another program")
+	}
+	if v := format.Get(versionKey); string(v) != string(version) {
+		return fmt.Errorf("format %q, this program knows %q", v, version)
+	}
+	var s sum
+	if err := nodes.ForEach(func(k, v []byte) error {
+		c, err := decode(string(k), v)
+		if err != nil {
+			return fmt.Errorf("%q: %w", k, err)
+		}
+		s.replace(nil, v)
+		return t.Load(c)
+	}); err != nil {
+		return err
+	}
+	if !bytes.Equal(s.encode(), format.Get(sumKey)) {
+		return fmt.Errorf("%d records, and they are not those of the last commit", s.records)
+	}
+	return nil
 }
 
 // Keep is a tree.Persist.
 func (d *DB) Keep(changes []tree.Change) error {
-	return d.db.Update(func(tx *bolt.Tx) error {
+	sum := d.sum
+	err := d.db.Update(func(tx *bolt.Tx) error {
 		b := tx.Bucket(nodesBucket)
 		for _, c := range changes {
+			key, old := []byte(c.Path), b.Get([]byte(c.Path))
 			var err error
 			if c.Removed {
-				err = b.Delete([]byte(c.Path))
+				sum.replace(old, nil)
+				err = b.Delete(key)
 			} else {
-				err = b.Put([]byte(c.Path), encode(c))
+				v := encode(c)
+				sum.replace(old, v)
+				err = b.Put(key, v)
 			}
 			if err != nil {
 				return fmt.Errorf("keep %q: %w", c.Path, err)
 			}
 		}
-		return nil
+		return tx.Bucket(formatBucket).Put(sumKey, sum.encode())
 	})
+	if err == nil {
+		d.sum = sum
+	}
+	return err
 }
 
-// Close lets the file go.
-func (d *DB) Close() error { return d.db.Close() }
+// Close lets the file and its directory go.
+func (d *DB) Close() error { return errors.Join(d.db.Close(), d.lock.Close()) }
 
-// encode makes the value of a key: the number of permissions, each as a domain and a byte of
-// access, then the node's value.
+// encode makes the value of a key: a checksum of key and rest, the number of permissions, each
+// as a domain and a byte of access, then the node's value.
 func encode(c tree.Change) []byte {
-	b := binary.LittleEndian.AppendUint16(make([]byte, 0, 2+5*len(c.Perms)+len(c.Value)), uint16(len(c.Perms)))
+	b := make([]byte, 4, 6+5*len(c.Perms)+len(c.Value))
+	b = binary.LittleEndian.AppendUint16(b, uint16(len(c.Perms)))
 	for _, p := range c.Perms {
 		b = append(binary.LittleEndian.AppendUint32(b, uint32(p.Domain)), byte(p.Access))
 	}
-	return append(b, c.Value...)
+	b = append(b, c.Value...)
+	binary.LittleEndian.PutUint32(b, checksum(c.Path, b[4:]))
+	return b
+}
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+func checksum(key string, rest []byte) uint32 {
+	return crc32.Update(crc32.Checksum([]byte(key), castagnoli), castagnoli, rest)
 }
 
 // decode copies: bbolt's memory is not ours to keep.
-func decode(b []byte) (tree.Change, error) {
-	var c tree.Change
-	if len(b) < 2 {
+func decode(key string, b []byte) (tree.Change, error) {
+	c := tree.Change{Path: key}
+	if len(b) < 6 {
 		return c, errors.New("cut off at offset 0")
 	}
-	n := int(binary.LittleEndian.Uint16(b))
-	if len(b) < 2+5*n {
-		return c, fmt.Errorf("%d permissions at offset 2 of %d bytes", n, len(b))
+	if binary.LittleEndian.Uint32(b) != checksum(key, b[4:]) {
+		return c, errors.New("wrong checksum at offset 0")
+	}
+	n := int(binary.LittleEndian.Uint16(b[4:]))
+	if len(b) < 6+5*n {
+		return c, fmt.Errorf("%d permissions at offset 4 of %d bytes", n, len(b))
 	}
 	for i := range n {
-		p := b[2+5*i:]
+		p := b[6+5*i:]
 		if p[4]&^byte(tree.Both) != 0 {
-			return c, fmt.Errorf("access %#x at offset %d", p[4], 2+5*i+4)
+			return c, fmt.Errorf("access %#x at offset %d", p[4], 6+5*i+4)
 		}
 		c.Perms = append(c.Perms, tree.Perm{Domain: tree.Domain(binary.LittleEndian.Uint32(p)), Access: tree.Access(p[4])})
 	}
-	c.Value = append([]byte(nil), b[2+5*n:]...)
+	c.Value = append([]byte(nil), b[6+5*n:]...)
 	return c, nil
 }

@@ -51,8 +51,8 @@ func behaving(tb testing.TB, serve func(fd int) error) state.Workers {
 	})
 }
 
-// programs starts a program for each worker.
-func programs(tb testing.TB, path string, env ...string) state.Workers {
+// programs starts a program for each worker, and tells started of it.
+func programs(tb testing.TB, path string, started func(*os.Process), env ...string) state.Workers {
 	var wg sync.WaitGroup
 	tb.Cleanup(wg.Wait)
 	return state.WorkersFunc(func(context.Context) (*state.Worker, error) {
@@ -70,6 +70,7 @@ func programs(tb testing.TB, path string, env ...string) state.Workers {
 			c.Close()
 			return nil, err
 		}
+		started(cmd.Process)
 		wg.Go(func() { _ = cmd.Wait() })
 		return &state.Worker{Conn: c, Kill: func() { _ = cmd.Process.Kill() }}, nil
 	})
@@ -77,5 +78,5 @@ func programs(tb testing.TB, path string, env ...string) state.Workers {
 
 // self starts the test binary as workers.
 func self(tb testing.TB) state.Workers {
-	return programs(tb, "/proc/self/exe", "STORE_TEST_ROLE=logic")
+	return programs(tb, "/proc/self/exe", func(*os.Process) {}, "STORE_TEST_ROLE=logic")
 }
