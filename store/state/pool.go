@@ -84,8 +84,8 @@ func newPool(ctx context.Context, log *slog.Logger, o Options) *pool {
 	return p
 }
 
-// close ends all workers and waits for the pool's goroutines. Its context must have ended. A
-// request that was just starting a worker can leave one behind, for a second call.
+// close ends all workers, and so the requests under way, and waits for the pool's goroutines. Its
+// context must have ended: a worker that is started later ends at once.
 func (p *pool) close() {
 	p.wg.Wait()
 	p.all.Range(func(w, _ any) bool { p.retire(w.(*served)); return true })
@@ -120,10 +120,17 @@ func (p *pool) start() (*served, error) {
 	}
 	s := &served{Worker: w, in: make([]byte, logic.MaxMessage)}
 	p.all.Store(s, nil)
+	if err := p.ctx.Err(); err != nil { // close may have looked before
+		p.retire(s)
+		return nil, err
+	}
 	return s, nil
 }
 
 func (p *pool) get() (*served, error) {
+	if err := p.ctx.Err(); err != nil {
+		return nil, err
+	}
 	select {
 	case w := <-p.idle:
 		return w, nil

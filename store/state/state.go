@@ -130,8 +130,7 @@ func (s *State) Run(ctx context.Context, accept <-chan Client) {
 	}
 	s.mu.Unlock()
 	if s.pool != nil {
-		s.pool.close() // ends requests under way
-		defer s.pool.close()
+		s.pool.close()
 	}
 	s.wg.Wait()
 }
