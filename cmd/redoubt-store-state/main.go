@@ -1,4 +1,4 @@
-// Command redoubt-store-state is the store.
+// Command redoubt-store-state is the store: it owns the contents and the sockets of clients.
 package main
 
 import (

@@ -1,62 +1,220 @@
-// Package store is the store service: it holds the tree and hands out connections only to
-// those the Builder names (one program for now; state and logic part with the services).
+// Package store is the store service (program redoubt-store-state): package store/state, whose
+// directory, worker processes, listening socket and clients' connections the Builder hands in.
+// The service itself opens nothing but a file in that directory and starts nothing.
+//
+// The Builder calls [MethodConfigure] once, then [MethodConnect] for every client, and serves
+// [MethodWorker] and [NoticeRetired] (type [Spawner] does). When the service dies, the Builder
+// starts it again, configures it with the same directory and makes every client's connection
+// anew; the contents are those that were acknowledged.
 package store
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"net"
+	"os"
+	"sync"
+
+	"golang.org/x/sys/unix"
 
 	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/ipc/rpc"
+	"redoubt.dev/redoubt/store/disk"
 	"redoubt.dev/redoubt/store/server"
+	"redoubt.dev/redoubt/store/state"
 	"redoubt.dev/redoubt/store/tree"
 )
 
-// MethodConnect is the call by which the Builder gives a connection (a stream socket beside
-// it) an identity.
-const MethodConnect = "connect"
+// Builder → store.
+const (
+	// MethodConfigure gives the service its directory and how often its workers are replaced.
+	// It comes first and once; its answer means that the contents are loaded. Damaged contents
+	// are an error of kind rpc.Unavailable with the reason. Descriptor: the open directory.
+	MethodConfigure = "configure" // Configure → nothing
+	// MethodConnect gives a connection an identity. Descriptor: a stream socket. A service that
+	// was not configured before keeps its contents in memory and parses requests itself.
+	MethodConnect = "connect" // Connect → nothing
+	// MethodListen makes the service accept XenStore's own clients, those of root as domain 0.
+	// Descriptor: a listening Unix stream socket.
+	MethodListen = "listen" // nothing → nothing
+)
 
-// Connect is its argument.
+// Store → Builder.
+const (
+	// MethodWorker asks for a fresh redoubt-store-logic. Descriptor of the answer: the other end
+	// of its descriptor 3.
+	MethodWorker = "worker" // nothing → Worker
+	// NoticeRetired says that a worker is done with; if it still runs, it is to be killed.
+	NoticeRetired = "worker-retired" // Worker
+)
+
+// Configure is MethodConfigure's argument.
+type Configure struct {
+	// Reset is the number of responses after which a worker is replaced, 0 for each response,
+	// -1 for never.
+	Reset int `json:"reset,omitempty"`
+	// Dir names the directory in messages; it is not opened.
+	Dir string `json:"dir,omitempty"`
+}
+
+// Connect is MethodConnect's argument.
 type Connect struct {
 	Domain tree.Domain `json:"domain"`
+}
+
+// Worker names a worker process.
+type Worker struct {
+	ID uint64 `json:"id"`
+}
+
+type service struct {
+	ctx    context.Context
+	log    *slog.Logger
+	peer   *rpc.Peer
+	accept chan state.Client
+	wg     sync.WaitGroup
+
+	mu      sync.Mutex
+	db      *disk.DB
+	running bool
 }
 
 // Serve runs the service until its control connection or ctx ends.
 func Serve(ctx context.Context, log *slog.Logger, control *ipc.Conn) error {
 	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	clients := make(chan server.Client)
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		server.New(log, server.ReservedNames()...).Run(ctx, clients)
-	}()
-	err := rpc.New(control, func(ctx context.Context, r *rpc.Request) (any, error) {
-		var in Connect
-		if r.Method != MethodConnect || len(r.Files) != 1 {
-			for _, f := range r.Files {
-				f.Close()
-			}
-			return nil, rpc.Errorf(rpc.Invalid, "store: %s with %d descriptors", r.Method, len(r.Files))
+	s := &service{ctx: ctx, log: log, accept: make(chan state.Client)}
+	s.peer = rpc.New(control, s.handle)
+	err := s.peer.Run(ctx)
+	cancel()
+	s.wg.Wait()
+	if s.db != nil {
+		if cerr := s.db.Close(); err == nil {
+			err = cerr
 		}
-		defer r.Files[0].Close()
+	}
+	return err
+}
+
+func (s *service) handle(_ context.Context, r *rpc.Request) (any, error) {
+	defer func() {
+		for _, f := range r.Files {
+			f.Close()
+		}
+	}()
+	if len(r.Files) != 1 {
+		return nil, rpc.Errorf(rpc.Invalid, "store: %s with %d descriptors", r.Method, len(r.Files))
+	}
+	switch r.Method {
+	case MethodConfigure:
+		var in Configure
 		if err := r.Decode(&in); err != nil {
 			return nil, err
 		}
-		c, err := net.FileConn(r.Files[0])
-		if err != nil {
-			return nil, rpc.Errorf(rpc.Invalid, "store: %v", err)
+		return struct{}{}, s.configure(in, r.Files[0])
+	case MethodConnect:
+		var in Connect
+		if err := r.Decode(&in); err != nil {
+			return nil, err
 		}
-		select {
-		case clients <- server.Client{Conn: c, Domain: in.Domain}:
-			return struct{}{}, nil
-		case <-ctx.Done():
-			c.Close()
-			return nil, ctx.Err()
+		return struct{}{}, s.connect(in, r.Files[0])
+	case MethodListen:
+		return struct{}{}, s.listen(r.Files[0])
+	}
+	return nil, rpc.Errorf(rpc.Invalid, "store: no method %q", r.Method)
+}
+
+func (s *service) configure(in Configure, dir *os.File) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.running {
+		return rpc.Errorf(rpc.Exists, "store: it runs already")
+	}
+	if in.Reset < int(state.ResetOff) {
+		return rpc.Errorf(rpc.Invalid, "store: workers replaced after %d responses", in.Reset)
+	}
+	t := tree.New(server.ReservedNames()...)
+	fd, err := unix.FcntlInt(dir.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("store: %w", err)
+	}
+	named := os.NewFile(uintptr(fd), in.Dir)
+	defer named.Close()
+	db, err := disk.Open(named, t)
+	if err != nil {
+		return rpc.Errorf(rpc.Unavailable, "%v", err)
+	}
+	s.db = db
+	s.run(state.Options{Tree: t, Persist: db.Keep, Workers: state.WorkersFunc(s.worker), Reset: state.Reset(in.Reset)})
+	return nil
+}
+
+// run starts the store; s.mu is held.
+func (s *service) run(o state.Options) {
+	s.running = true
+	s.wg.Go(func() { state.New(s.log, o).Run(s.ctx, s.accept) })
+}
+
+func (s *service) ensure() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.running && s.ctx.Err() == nil {
+		s.log.Warn("store was not configured: contents in memory, requests parsed in this process")
+		s.run(state.Options{Tree: tree.New(server.ReservedNames()...)})
+	}
+}
+
+// worker asks the Builder for a worker.
+func (s *service) worker(ctx context.Context) (*state.Worker, error) {
+	var w Worker
+	files, err := s.peer.Call(ctx, MethodWorker, struct{}{}, &w)
+	if err != nil {
+		return nil, err
+	}
+	if len(files) != 1 {
+		for _, f := range files {
+			f.Close()
 		}
-	}).Run(ctx)
-	cancel()
-	<-done
-	return err
+		return nil, fmt.Errorf("worker %d with %d descriptors", w.ID, len(files))
+	}
+	c, err := ipc.FromFile(files[0])
+	if err != nil {
+		return nil, err
+	}
+	return &state.Worker{Conn: c, Kill: func() { _ = s.peer.Notify(NoticeRetired, w) }}, nil
+}
+
+func (s *service) connect(in Connect, f *os.File) error {
+	c, err := net.FileConn(f)
+	if err != nil {
+		return rpc.Errorf(rpc.Invalid, "store: %v", err)
+	}
+	s.ensure()
+	select {
+	case s.accept <- state.Client{Conn: c, Domain: in.Domain}:
+		return nil
+	case <-s.ctx.Done():
+		c.Close()
+		return s.ctx.Err()
+	}
+}
+
+func (s *service) listen(f *os.File) error {
+	l, err := net.FileListener(f)
+	if err != nil {
+		return rpc.Errorf(rpc.Invalid, "store: %v", err)
+	}
+	u, ok := l.(*net.UnixListener)
+	if !ok {
+		l.Close()
+		return rpc.Errorf(rpc.Invalid, "store: %v is no Unix socket", l.Addr())
+	}
+	u.SetUnlinkOnClose(false)
+	s.ensure()
+	s.wg.Go(func() {
+		if err := state.Listen(s.ctx, s.log, u, s.accept); err != nil {
+			s.log.Error("store no longer accepts XenStore's clients", "err", err)
+		}
+	})
+	return nil
 }
