@@ -4,10 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/store/logic"
@@ -67,10 +70,15 @@ type pool struct {
 // served is a worker and how much it has done.
 type served struct {
 	*Worker
+	socket  *os.File // Conn's, for blocking system calls
+	fd      int
 	answers int
 	seq     uint64
 	in      []byte
 	out     []byte
+
+	mu     sync.Mutex
+	closed bool
 }
 
 func newPool(ctx context.Context, log *slog.Logger, o Options) *pool {
@@ -84,11 +92,22 @@ func newPool(ctx context.Context, log *slog.Logger, o Options) *pool {
 	return p
 }
 
-// close ends all workers, and so the requests under way, and waits for the pool's goroutines. Its
-// context must have ended: a worker that is started later ends at once.
+// interrupt ends the requests under way. The pool's context must have ended.
+func (p *pool) interrupt() {
+	p.all.Range(func(w, _ any) bool { w.(*served).shutdown(); return true })
+}
+
+// close ends all workers and waits for the pool's goroutines. No request may be under way.
 func (p *pool) close() {
 	p.wg.Wait()
-	p.all.Range(func(w, _ any) bool { p.retire(w.(*served)); return true })
+	for {
+		select {
+		case w := <-p.idle:
+			p.retire(w)
+		default:
+			return
+		}
+	}
 }
 
 // refill starts a worker beside whatever else goes on, if there is a slot.
@@ -119,8 +138,14 @@ func (p *pool) start() (*served, error) {
 		return nil, fmt.Errorf("start: %w", err)
 	}
 	s := &served{Worker: w, in: make([]byte, logic.MaxMessage)}
+	if err := s.prepare(p.timeout); err != nil {
+		w.Conn.Close()
+		w.Kill()
+		<-p.slots
+		return nil, fmt.Errorf("start: %w", err)
+	}
 	p.all.Store(s, nil)
-	if err := p.ctx.Err(); err != nil { // close may have looked before
+	if err := p.ctx.Err(); err != nil { // interrupt may have looked before
 		p.retire(s)
 		return nil, err
 	}
@@ -147,11 +172,14 @@ func (p *pool) get() (*served, error) {
 }
 
 func (p *pool) retire(w *served) {
-	if _, there := p.all.LoadAndDelete(w); there {
-		w.Conn.Close()
-		w.Kill()
-		<-p.slots
-	}
+	p.all.Delete(w)
+	w.mu.Lock()
+	w.closed = true
+	w.socket.Close()
+	w.Conn.Close()
+	w.mu.Unlock()
+	w.Kill()
+	<-p.slots
 }
 
 // decide asks a worker what a request means. What the worker does wrong is the request's
@@ -161,7 +189,7 @@ func (p *pool) decide(r logic.Request) (logic.Action, error) {
 	if err != nil {
 		return logic.Action{}, fmt.Errorf("%w: %w", errWorker, err)
 	}
-	a, err := w.ask(p.timeout, r)
+	a, err := w.ask(r)
 	if err == nil {
 		err = a.Check(r.Type, r.Domain)
 	}
@@ -178,34 +206,65 @@ func (p *pool) decide(r logic.Request) (logic.Action, error) {
 	return a, err
 }
 
-func (w *served) ask(timeout time.Duration, r logic.Request) (logic.Action, error) {
+// prepare makes the socket ready for blocking calls with a bound. A request and its answer take
+// less time than it takes the runtime's poller to hand a goroutine over twice, and as many
+// threads as there are workers are what it costs.
+func (w *served) prepare(timeout time.Duration) (err error) {
+	if w.socket, err = w.Conn.File(); err != nil {
+		return err
+	}
+	w.fd = int(w.socket.Fd()) // blocking from here on
+	tv := unix.NsecToTimeval(timeout.Nanoseconds())
+	err = errors.Join(
+		unix.SetNonblock(w.fd, false),
+		unix.SetsockoptTimeval(w.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv),
+		unix.SetsockoptTimeval(w.fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &tv),
+	)
+	if err != nil {
+		w.socket.Close()
+	}
+	return err
+}
+
+func (w *served) shutdown() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !w.closed {
+		_ = unix.Shutdown(w.fd, unix.SHUT_RDWR)
+	}
+}
+
+func (w *served) ask(r logic.Request) (logic.Action, error) {
 	w.seq++
 	w.out = logic.AppendRequest(w.out[:0], w.seq, r)
-	// One deadline serves both ways: a worker that takes nothing is as stuck as one that says
-	// nothing.
-	deadline := time.Now().Add(timeout)
-	if err := w.Conn.SetWriteDeadline(deadline); err != nil {
-		return logic.Action{}, err
+	if err := again(func() error { return unix.Send(w.fd, w.out, unix.MSG_NOSIGNAL) }); err != nil {
+		return logic.Action{}, fmt.Errorf("ask: %w", err)
 	}
-	if err := w.Conn.SetReadDeadline(deadline); err != nil {
-		return logic.Action{}, err
+	// Descriptors that a worker sends find no room and are gone.
+	var n, flags int
+	if err := again(func() (err error) {
+		n, _, flags, _, err = unix.Recvmsg(w.fd, w.in, nil, 0)
+		return err
+	}); err != nil {
+		return logic.Action{}, fmt.Errorf("answer: %w", err)
 	}
-	if err := w.Conn.Send(w.out); err != nil {
-		return logic.Action{}, err
-	}
-	n, files, err := w.Conn.ReceiveInto(w.in)
-	if err != nil {
-		if errors.Is(err, os.ErrDeadlineExceeded) {
-			err = fmt.Errorf("no answer within %v", timeout)
-		}
-		return logic.Action{}, err
-	}
-	for _, f := range files {
-		f.Close()
+	if n == 0 {
+		return logic.Action{}, fmt.Errorf("answer: %w", io.EOF)
 	}
 	seq, a, err := logic.ParseAnswer(w.in[:n])
-	if err == nil && (seq != w.seq || len(files) > 0) {
-		err = fmt.Errorf("%w: answer %d with %d descriptors to request %d", logic.ErrAnswer, seq, len(files), w.seq)
+	if err == nil && (seq != w.seq || flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0) {
+		err = fmt.Errorf("%w: answer %d (flags %#x) to request %d", logic.ErrAnswer, seq, flags, w.seq)
 	}
 	return a, err
+}
+
+func again(f func() error) error {
+	for {
+		if err := f(); !errors.Is(err, unix.EINTR) {
+			if errors.Is(err, unix.EAGAIN) {
+				return os.ErrDeadlineExceeded
+			}
+			return err
+		}
+	}
 }

@@ -130,7 +130,8 @@ func (s *State) Run(ctx context.Context, accept <-chan Client) {
 	}
 	s.mu.Unlock()
 	if s.pool != nil {
-		s.pool.close()
+		s.pool.interrupt()
+		defer s.pool.close()
 	}
 	s.wg.Wait()
 }
