@@ -10,19 +10,18 @@
 // A file that does not check out is refused and left as it is. To check out, both root pages
 // must be whole (no process's death damages one), each record must have its checksum, and their
 // number and the sum of their checksums must be those that the last commit noted. A file that
-// does is read once and then written anew beside it and put in its place by a rename, so that
+// does is read once (parse.go) and then written anew beside it and put in its place by a rename, so that
 // nothing but its records is relied upon, and a file that exists is always whole.
 package disk
 
 import (
-	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"io"
 	"os"
 	"path/filepath"
-	"runtime/debug"
 	"time"
 
 	bolt "go.etcd.io/bbolt"
@@ -170,57 +169,52 @@ func (d *DB) options(name string) *bolt.Options {
 	}
 }
 
-// guard makes errors of the panics and faults by which bbolt, which maps the file, answers some
-// damage.
-func guard(f func() error) (err error) {
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	defer func() {
-		if r := recover(); r != nil {
-			err = fmt.Errorf("damage: %v", r)
-		}
-	}()
-	return f()
-}
+// maxSize bounds a file that is read: a hundred times what quotas let a host's guests fill.
+const maxSize = 1 << 30
 
-// load reads a file into t. It uses bbolt read-only, which then looks at nothing but the pages
-// on the way to records, and in this goroutine only.
+// load reads a file into t.
 func (d *DB) load(t *tree.Tree) error {
-	if err := preflight(d.lock); err != nil {
+	fd, err := unix.Openat(int(d.lock.Fd()), File, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
+	if err != nil {
 		return err
 	}
-	return guard(func() error {
-		o := d.options(File)
-		o.ReadOnly = true
-		db, err := bolt.Open(File, 0o600, o)
-		if err != nil {
-			return err
-		}
-		defer func() { _ = guard(db.Close) }()
-		return db.View(func(tx *bolt.Tx) error { return read(tx, t) })
-	})
+	f := os.NewFile(uintptr(fd), File)
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, maxSize+1))
+	if err != nil {
+		return err
+	}
+	if len(b) > maxSize {
+		return fmt.Errorf("more than %d bytes", maxSize)
+	}
+	return read(b, t)
 }
 
-func read(tx *bolt.Tx, t *tree.Tree) error {
-	format, nodes := tx.Bucket(formatBucket), tx.Bucket(nodesBucket)
-	if format == nil || nodes == nil {
-		return errors.New("a file of another program")
-	}
-	if v := format.Get(versionKey); string(v) != string(version) {
-		return fmt.Errorf("format %q, this program knows %q", v, version)
-	}
-	var s sum
-	if err := nodes.ForEach(func(k, v []byte) error {
-		c, err := decode(string(k), v)
-		if err != nil {
-			return fmt.Errorf("%q: %w", k, err)
+func read(b []byte, t *tree.Tree) error {
+	var have sum
+	format := map[string]string{}
+	err := parse(b, os.Getpagesize(), func(bucket string, key, value []byte) error {
+		switch bucket {
+		case string(formatBucket):
+			format[string(key)] = string(value)
+			return nil
+		case string(nodesBucket):
+			c, err := decode(string(key), value)
+			if err != nil {
+				return fmt.Errorf("%q: %w", key, err)
+			}
+			have.replace(nil, value)
+			return t.Load(c)
 		}
-		s.replace(nil, v)
-		return t.Load(c)
-	}); err != nil {
+		return fmt.Errorf("a file of another program: bucket %q", bucket)
+	})
+	switch {
+	case err != nil:
 		return err
-	}
-	if !bytes.Equal(s.encode(), format.Get(sumKey)) {
-		return fmt.Errorf("%d records, and they are not those of the last commit", s.records)
+	case format[string(versionKey)] != string(version):
+		return fmt.Errorf("format %q, this program knows %q", format[string(versionKey)], version)
+	case format[string(sumKey)] != string(have.encode()):
+		return fmt.Errorf("%d records, and they are not those of the last commit", have.records)
 	}
 	return nil
 }

@@ -178,6 +178,37 @@ func FuzzDecode(f *testing.F) {
 	})
 }
 
+// FuzzParse: whatever a file holds, it is refused or makes contents that hold together.
+func FuzzParse(f *testing.F) {
+	dir := f.TempDir()
+	d, tr, err := open(f, dir)
+	must(f, err)
+	for i := range 60 {
+		commit(f, d, tr, func(x *tree.Tx) error { return x.Write(fmt.Sprintf("/a/%d", i), bytes.Repeat([]byte{'x'}, 90)) })
+	}
+	must(f, d.Close())
+	good, err := os.ReadFile(filepath.Join(dir, File))
+	must(f, err)
+	// Where to damage the good file, and with what.
+	f.Add([]byte{0, 0, 0, 0})
+	for page := range len(good) / 4096 {
+		f.Add([]byte{byte(page), 0, 10, 0xff})
+	}
+	f.Fuzz(func(t *testing.T, edits []byte) {
+		b := bytes.Clone(good)
+		for ; len(edits) >= 4; edits = edits[4:] {
+			b[(int(edits[0])*4096+int(edits[1])<<8+int(edits[2]))%len(b)] = edits[3]
+		}
+		tr := tree.New()
+		if err := read(b, tr); err == nil {
+			if err := tr.Verify(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		_ = read(edits, tree.New())
+	})
+}
+
 func BenchmarkKeep(b *testing.B) {
 	d, tr, err := open(b, b.TempDir())
 	must(b, err)
@@ -210,7 +241,7 @@ func TestRandomDamage(t *testing.T) {
 	want := contents(tr)
 	rng := rand.New(rand.NewPCG(7, 7))
 	refused := 0
-	for range 150 {
+	for range 400 {
 		b := bytes.Clone(good)
 		for range 1 + rng.IntN(8) {
 			at := rng.IntN(len(b) - 8)

@@ -130,8 +130,8 @@ func FuzzClients(f *testing.F) {
 		for _, s := range who {
 			tab.close(s)
 		}
-		if len(tab.core.watches) > 0 || len(tab.core.domains) > 0 || len(tab.core.sessions) > 0 {
-			t.Fatalf("left: %v %v %v", tab.core.watches, tab.core.domains, tab.core.sessions)
+		if len(tab.watches) > 0 || len(tab.domains) > 0 || len(tab.core.sessions) > 0 {
+			t.Fatalf("left: %v %v %v", tab.watches, tab.domains, tab.core.sessions)
 		}
 	})
 }

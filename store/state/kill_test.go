@@ -160,6 +160,10 @@ func TestKill(t *testing.T) {
 			}
 		}
 		clients := []*client.Client{v.dial(), v.dial(), v.dial()}
+		for _, c := range clients { // accepted: else it would wait for the next store
+			_, err := c.List("/")
+			must(t, err)
+		}
 		var wg sync.WaitGroup
 		wg.Go(func() {
 			for i := 0; ; i++ {
