@@ -54,6 +54,8 @@ type Configure struct {
 	// Reset is the number of responses after which a worker is replaced, 0 for each response,
 	// -1 for never.
 	Reset int `json:"reset,omitempty"`
+	// Workers is how many are kept, most of them as spares for a burst of requests; 0: eight.
+	Workers int `json:"workers,omitempty"`
 	// Dir names the directory in messages; it is not opened.
 	Dir string `json:"dir,omitempty"`
 }
@@ -130,8 +132,11 @@ func (s *service) configure(in Configure, dir *os.File) error {
 	if s.running {
 		return rpc.Errorf(rpc.Exists, "store: it runs already")
 	}
-	if in.Reset < int(state.ResetOff) {
-		return rpc.Errorf(rpc.Invalid, "store: workers replaced after %d responses", in.Reset)
+	if in.Reset < int(state.ResetOff) || in.Workers < 0 || in.Workers > maxWorkers/2 {
+		return rpc.Errorf(rpc.Invalid, "store: %d workers, replaced after %d responses", in.Workers, in.Reset)
+	}
+	if in.Workers == 0 {
+		in.Workers = 8
 	}
 	t := tree.New(server.ReservedNames()...)
 	fd, err := unix.FcntlInt(dir.Fd(), unix.F_DUPFD_CLOEXEC, 0)
@@ -145,7 +150,7 @@ func (s *service) configure(in Configure, dir *os.File) error {
 		return rpc.Errorf(rpc.Unavailable, "%v", err)
 	}
 	s.db = db
-	s.run(state.Options{Tree: t, Persist: db.Keep, Workers: state.WorkersFunc(s.worker), Reset: state.Reset(in.Reset)})
+	s.run(state.Options{Tree: t, Persist: db.Keep, Workers: state.WorkersFunc(s.worker), Reset: state.Reset(in.Reset), Size: in.Workers})
 	return nil
 }
 

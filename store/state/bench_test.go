@@ -3,6 +3,7 @@ package state_test
 import (
 	"context"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -20,6 +21,7 @@ import (
 	"redoubt.dev/redoubt/store/server"
 	"redoubt.dev/redoubt/store/state"
 	"redoubt.dev/redoubt/store/tree"
+	"redoubt.dev/redoubt/store/wire"
 )
 
 // logicProgram builds the worker, once.
@@ -50,7 +52,7 @@ func running(b *testing.B, reset state.Reset) *store {
 	b.Cleanup(func() { must(b, db.Close()) })
 	return start(b, state.Options{
 		Tree: t, Persist: db.Keep, Reset: reset,
-		Workers: programs(b, path, func(*os.Process) {}, "GOMAXPROCS=1", "GOGC=off"),
+		Workers: programs(b, path, func(*os.Process) {}),
 	})
 }
 
@@ -149,6 +151,43 @@ func BenchmarkStoreWatchLatency(b *testing.B) {
 	}
 }
 
+// BenchmarkSocketEcho is the peer of the others: messages of the same size to and fro over a
+// Unix socket with nothing done between, two hand-overs where a read of the store takes four.
+func BenchmarkSocketEcho(b *testing.B) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	must(b, err)
+	var ends [2]net.Conn
+	for i, fd := range fds {
+		f := os.NewFile(uintptr(fd), "echo")
+		ends[i], err = net.FileConn(f)
+		must(b, err)
+		f.Close()
+	}
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for {
+			m, err := wire.ReadMessage(ends[1])
+			if err != nil {
+				return
+			}
+			if _, err := ends[1].Write(m.Append(nil)); err != nil {
+				return
+			}
+		}
+	})
+	c := client.New(ends[0])
+	b.ResetTimer()
+	for range b.N {
+		if _, err := c.Read("/bench/node"); err != nil {
+			b.Fatal(err)
+		}
+	}
+	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "reads/s")
+	c.Close()
+	wg.Wait()
+	ends[1].Close()
+}
+
 // BenchmarkWorkerStart: from nothing to a worker's first answer, what a replacement costs; and
 // the same of the smallest C program there is on every host, for comparison.
 func BenchmarkWorkerStart(b *testing.B) {
@@ -159,7 +198,7 @@ func BenchmarkWorkerStart(b *testing.B) {
 			c, f, err := ipc.Pair()
 			must(b, err)
 			cmd := exec.Command(path)
-			cmd.Env = []string{"GOMAXPROCS=1", "GOGC=off"}
+			cmd.Env = []string{}
 			cmd.ExtraFiles = []*os.File{f}
 			cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
 			must(b, cmd.Start())

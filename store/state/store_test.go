@@ -364,3 +364,30 @@ func TestNeverReading(t *testing.T) {
 	c.Close()
 	<-done
 }
+
+// TestNeverReadingEvents: a guest that never reads what it watches is cut off, and nobody else
+// notices.
+func TestNeverReadingEvents(t *testing.T) {
+	s := start(t, state.Options{})
+	home := s.home(guest)
+	b := s.dial(builder)
+	c := s.connect(guest)
+	if r := raw(t, c, wire.Message{Type: wire.Watch, Payload: wire.Join(home, string(bytesOf('t', 1000)))}); r.Type != wire.Watch {
+		t.Fatalf("%q", r.Payload)
+	}
+	w := s.dial(server.VTPM)
+	must(t, b.SetPerms(home, tree.Perm{Domain: guest}, tree.Perm{Domain: server.VTPM, Access: tree.Read}))
+	must(t, w.Watch(home, "t"))
+	for i := range 1500 {
+		must(t, b.Write(fmt.Sprintf("%s/n%d", home, i), ""))
+	}
+	for {
+		if _, err := wire.ReadMessage(c); err != nil {
+			break // cut off, or this waits for ever
+		}
+	}
+	next(t, w)
+	if v, err := w.Read(home + "/n1499"); v != "" || err != nil {
+		t.Fatalf("%q %v", v, err)
+	}
+}
