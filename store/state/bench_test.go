@@ -24,12 +24,16 @@ import (
 	"redoubt.dev/redoubt/store/wire"
 )
 
+// built is the directory logicProgram has built in.
+var built string
+
 // logicProgram builds the worker, once.
 var logicProgram = sync.OnceValues(func() (string, error) {
 	dir, err := os.MkdirTemp("", "store")
 	if err != nil {
 		return "", err
 	}
+	built = dir
 	path := filepath.Join(dir, "redoubt-store-logic")
 	out, err := exec.Command("go", "build", "-o", path, "redoubt.dev/redoubt/cmd/redoubt-store-logic").CombinedOutput()
 	if err != nil {
