@@ -54,10 +54,11 @@ type Builder struct {
 	cfg Config
 	log *slog.Logger
 
-	store     *client.Client
-	storePeer *rpc.Peer
-	vtpm      *rpc.Peer
-	toolstack *rpc.Peer
+	store        *client.Client
+	storeWorkers *storesvc.Spawner
+	storePeer    *rpc.Peer
+	vtpm         *rpc.Peer
+	toolstack    *rpc.Peer
 
 	mu      sync.Mutex
 	guests  map[string]*guest
@@ -88,6 +89,7 @@ func Run(ctx context.Context, cfg Config) error {
 
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	b.storeWorkers = storesvc.NewSpawner(logs)
 	var services []*process.Process
 	defer func() {
 		// The toolstack first, so that nothing new is asked for; then guests; then the rest.
@@ -108,6 +110,7 @@ func Run(ctx context.Context, cfg Config) error {
 			end(services[i])
 		}
 		b.wg.Wait()
+		b.storeWorkers.Close()
 		if b.store != nil {
 			b.store.Close()
 		}
@@ -156,7 +159,10 @@ func Run(ctx context.Context, cfg Config) error {
 
 func (b *Builder) startServices(ctx context.Context, spawn func(string, rpc.Handler) (*rpc.Peer, error)) error {
 	var err error
-	if b.storePeer, err = spawn("redoubt-store-state", nil); err != nil {
+	if b.storePeer, err = spawn("redoubt-store-state", b.storeWorkers.Handle); err != nil {
+		return err
+	}
+	if err := b.configureStore(ctx); err != nil {
 		return err
 	}
 	own, err := b.connectStore(ctx, server.Builder)
@@ -187,7 +193,8 @@ func (b *Builder) startServices(ctx context.Context, spawn func(string, rpc.Hand
 	if err != nil {
 		return fmt.Errorf("vTPM manager: %w", err)
 	}
-	l, err := listen(filepath.Join(b.cfg.RunDir, APISocket))
+	// Root and the group redoubt's members may use the API.
+	l, err := listen(filepath.Join(b.cfg.RunDir, APISocket), 0o660)
 	if err != nil {
 		return err
 	}
@@ -201,6 +208,41 @@ func (b *Builder) startServices(ctx context.Context, spawn func(string, rpc.Hand
 	}, nil, l)
 	if err != nil {
 		return fmt.Errorf("toolstack: %w", err)
+	}
+	return nil
+}
+
+// Names in the run directory that are the store's.
+const (
+	StoreDir    = "store"     // its contents
+	StoreSocket = "xenstored" // where XenStore's own clients, if root's, are served
+)
+
+// configureStore gives the store its directory, which it finds empty: what another Builder left
+// there is of guests that ended with it.
+func (b *Builder) configureStore(ctx context.Context) error {
+	path := filepath.Join(b.cfg.RunDir, StoreDir)
+	if err := os.RemoveAll(path); err != nil {
+		return err
+	}
+	if err := os.Mkdir(path, 0o700); err != nil {
+		return err
+	}
+	dir, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	if _, err := b.storePeer.Call(ctx, storesvc.MethodConfigure, storesvc.Configure{Dir: path}, nil, dir); err != nil {
+		return fmt.Errorf("store: %w", err)
+	}
+	l, err := listen(filepath.Join(b.cfg.RunDir, StoreSocket), 0o600)
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	if _, err := b.storePeer.Call(ctx, storesvc.MethodListen, struct{}{}, nil, l); err != nil {
+		return fmt.Errorf("store: %w", err)
 	}
 	return nil
 }
@@ -230,8 +272,8 @@ func (b *Builder) connectStore(ctx context.Context, d tree.Domain) (*os.File, er
 	return ours, nil
 }
 
-// listen makes the API's socket, which root and the group redoubt's members may use.
-func listen(path string) (*os.File, error) {
+// listen makes a socket with a name.
+func listen(path string, mode os.FileMode) (*os.File, error) {
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
 	}
@@ -241,7 +283,7 @@ func listen(path string) (*os.File, error) {
 	}
 	l.SetUnlinkOnClose(false)
 	defer l.Close()
-	if err := os.Chmod(path, 0o660); err != nil {
+	if err := os.Chmod(path, mode); err != nil {
 		return nil, err
 	}
 	return l.File()
