@@ -47,6 +47,7 @@ demo: fetch build
 bench: fetch build guest
 	@$(GO) run ./lab/cmd/peers
 	REDOUBT_LAB_LATER=1 $(GO) test -run '^$$' -bench '$(BENCH)' -benchtime 5x -timeout 60m ./vtpm/... ./e2e
+	$(GO) test -run '^$$' -bench '$(BENCH)' -benchtime 1s ./store/...
 	$(LAB) test -timeout 60m -bench '$(BENCH)' ./e2e
 
 soak: fetch build guest

@@ -218,6 +218,14 @@ const (
 	StoreSocket = "xenstored" // where XenStore's own clients, if root's, are served
 )
 
+// The store's worker is kept for good so far. Replacing it after each response, as the source of
+// the partition does, adds a process's start to each of the some 30 requests of a guest's start:
+// it comes once a start makes fewer requests.
+const (
+	storeReset   = -1
+	storeWorkers = 2
+)
+
 // configureStore gives the store its directory, which it finds empty: what another Builder left
 // there is of guests that ended with it.
 func (b *Builder) configureStore(ctx context.Context) error {
@@ -233,7 +241,7 @@ func (b *Builder) configureStore(ctx context.Context) error {
 		return err
 	}
 	defer dir.Close()
-	if _, err := b.storePeer.Call(ctx, storesvc.MethodConfigure, storesvc.Configure{Dir: path}, nil, dir); err != nil {
+	if _, err := b.storePeer.Call(ctx, storesvc.MethodConfigure, storesvc.Configure{Dir: path, Reset: storeReset, Workers: storeWorkers}, nil, dir); err != nil {
 		return fmt.Errorf("store: %w", err)
 	}
 	l, err := listen(filepath.Join(b.cfg.RunDir, StoreSocket), 0o600)
