@@ -46,8 +46,10 @@ type WorkersFunc func(ctx context.Context) (*Worker, error)
 func (f WorkersFunc) Start(ctx context.Context) (*Worker, error) { return f(ctx) }
 
 const (
-	defaultTimeout = time.Second // for one request, which takes microseconds
-	defaultSize    = 4           // workers that live, busy ones and spares
+	// defaultTimeout is for one request, which takes microseconds: so long that only a worker
+	// that hangs reaches it, never one that an overloaded machine keeps waiting.
+	defaultTimeout = 10 * time.Second
+	defaultSize    = 4 // workers that live, busy ones and spares
 )
 
 // errWorker says that a request failed because its worker did.

@@ -47,7 +47,7 @@ type Options struct {
 	// Workers parse requests. Nil: this process does, which is for tests of what uses a store.
 	Workers Workers
 	Reset   Reset         // 0: ResetEach
-	Timeout time.Duration // of a worker, for one request; 0: a second
+	Timeout time.Duration // of a worker, for one request; 0: ten seconds
 	Size    int           // workers that live; 0: four
 }
 
