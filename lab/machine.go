@@ -23,8 +23,9 @@ type Job struct {
 	Dir    string    // working directory; "" is this process's
 	Env    []string  // KEY=VALUE; nil is this process's environment
 	Output io.Writer // standard output and error, streamed
-	// MemoryMiB and CPUs are L1's; 0: 6144 and 1. Software emulation is both steadier and, on a
-	// small host, faster with one: its processors wait for each other all the time.
+	// MemoryMiB and CPUs are L1's; 0: 6144 and 1. With two, nested guests now and then crash
+	// early (a triple fault, an XCR0 that is not what they set), and on a small host it is slower;
+	// with one they have not. Why is not known.
 	MemoryMiB, CPUs int
 	// Modules are kernel modules to load beyond the usual.
 	Modules []string
