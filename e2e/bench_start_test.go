@@ -6,8 +6,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"slices"
 	"testing"
 	"time"
@@ -68,16 +66,8 @@ func (s starter) follow(name, kind string) map[string]time.Duration {
 	s.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 2*bootTime)
 	defer cancel()
-	c := exec.CommandContext(ctx, filepath.Join(programsDir, "redoubt"), "events", name, "--follow", "--json")
-	c.Env = append(os.Environ(), "REDOUBT_RUN_DIR="+s.path("run"))
-	out, err := c.StdoutPipe()
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	if err := c.Start(); err != nil {
-		s.t.Fatal(err)
-	}
-	defer func() { cancel(); _ = c.Wait() }()
+	out, end := s.stream(ctx, "events", name, "--follow", "--json")
+	defer end()
 	at := map[string]time.Duration{}
 	var zero time.Time
 	for lines := bufio.NewScanner(out); lines.Scan(); {

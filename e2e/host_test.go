@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -179,12 +180,10 @@ func (h *host) console(name string) string {
 	return strings.ReplaceAll(string(b), "\r", "")
 }
 
-// await follows the console until it holds want, or the guest is down.
-func (h *host) await(name, want string, limit time.Duration) string {
+// stream runs the CLI for what it prints as it goes. end ends it.
+func (h *host) stream(ctx context.Context, args ...string) (out io.Reader, end func()) {
 	h.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), limit)
-	defer cancel()
-	c := exec.CommandContext(ctx, filepath.Join(programsDir, "redoubt"), "logs", name, "--follow")
+	c := exec.CommandContext(ctx, filepath.Join(programsDir, "redoubt"), args...)
 	c.Env = append(os.Environ(), "REDOUBT_RUN_DIR="+h.path("run"))
 	out, err := c.StdoutPipe()
 	if err != nil {
@@ -193,7 +192,16 @@ func (h *host) await(name, want string, limit time.Duration) string {
 	if err := c.Start(); err != nil {
 		h.t.Fatal(err)
 	}
-	defer func() { _ = c.Process.Kill(); _ = c.Wait() }()
+	return out, func() { _ = c.Process.Kill(); _ = c.Wait() }
+}
+
+// await follows the console until it holds want, or the guest is down.
+func (h *host) await(name, want string, limit time.Duration) string {
+	h.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	out, end := h.stream(ctx, "logs", name, "--follow")
+	defer end()
 	var seen strings.Builder
 	buf := make([]byte, 4096)
 	for {

@@ -3,9 +3,6 @@ package e2e
 import (
 	"bufio"
 	"context"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -53,16 +50,8 @@ func storage(t *testing.T, emulator string) {
 func (h *host) followEvents(name string) (next func(kind string, limit time.Duration)) {
 	h.t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
-	c := exec.CommandContext(ctx, filepath.Join(programsDir, "redoubt"), "events", name, "--follow", "--json")
-	c.Env = append(os.Environ(), "REDOUBT_RUN_DIR="+h.path("run"))
-	out, err := c.StdoutPipe()
-	if err != nil {
-		h.t.Fatal(err)
-	}
-	if err := c.Start(); err != nil {
-		h.t.Fatal(err)
-	}
-	h.t.Cleanup(func() { cancel(); _ = c.Wait() })
+	out, end := h.stream(ctx, "events", name, "--follow", "--json")
+	h.t.Cleanup(func() { cancel(); end() })
 	lines := bufio.NewScanner(out)
 	return func(kind string, limit time.Duration) {
 		h.t.Helper()

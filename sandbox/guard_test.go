@@ -206,7 +206,7 @@ func TestParentGone(t *testing.T) {
 	g.notes.Close() // as the end of the parent does
 	<-g.watched
 	in.Close()
-	if line, err := out.ReadString('\n'); err != nil || line != "function not implemented\n" {
+	if line, err := out.ReadString('\n'); err != nil || line != unix.ENOSYS.Error()+"\n" {
 		t.Errorf("%q, %v", line, err)
 	}
 	if err := g.Wait(); err != nil {

@@ -60,7 +60,7 @@ func TestKVMList(t *testing.T) {
 func TestKVMRequests(t *testing.T) {
 	f, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
 	if err != nil {
-		t.Skipf("no /dev/kvm here: %v (a host with KVM, or the lab, runs this)", err)
+		t.Skipf("needs /dev/kvm, of any KVM: %v", err)
 	}
 	defer f.Close()
 	cmd := exec.Command(probe(t), "kvm")

@@ -153,3 +153,28 @@ func (c *conn) answer(m *message, payload []byte, err error) error {
 	}
 	return err
 }
+
+// agree takes in the protocol features that the front end chose from those offered.
+func (c *conn) agree(m *message, offered uint64) error {
+	v, err := parseU64(m.payload)
+	if err != nil {
+		return err
+	}
+	if v&^offered != 0 {
+		return fmt.Errorf("%w: protocol features %#x of %#x", ErrProtocol, v, offered)
+	}
+	c.protocol = v
+	return nil
+}
+
+// config answers GET_CONFIG with what read gives.
+func config(m *message, read func(offset uint64, p []byte)) ([]byte, error) {
+	offset, size, err := parseConfig(m.payload)
+	if err != nil {
+		return nil, err
+	}
+	answer := append([]byte(nil), m.payload...)
+	clear(answer[configHead:])
+	read(uint64(offset), answer[configHead:configHead+size])
+	return answer, nil
+}

@@ -149,15 +149,7 @@ func (s *session) perform(m *message) ([]byte, error) {
 	case getProtocolFeatures:
 		return u64(protoOffered), nil
 	case setProtocolFeatures:
-		v, err := parseU64(m.payload)
-		if err == nil && v&^uint64(protoOffered) != 0 {
-			err = fmt.Errorf("%w: protocol features %#x of %#x", ErrProtocol, v, uint64(protoOffered))
-		}
-		if err != nil {
-			return nil, err
-		}
-		s.protocol = v
-		return nil, nil
+		return nil, s.agree(m, protoOffered)
 	case setOwner:
 		return nil, nil
 	case resetOwner: // deprecated: all rings stop
@@ -168,14 +160,7 @@ func (s *session) perform(m *message) ([]byte, error) {
 	case setMemTable:
 		return nil, s.setMemory(m)
 	case getConfig:
-		offset, size, err := parseConfig(m.payload)
-		if err != nil {
-			return nil, err
-		}
-		answer := append([]byte(nil), m.payload...)
-		clear(answer[configHead:])
-		s.backend.ReadConfig(uint64(offset), answer[configHead:configHead+size])
-		return answer, nil
+		return config(m, s.backend.ReadConfig)
 	case getInflight:
 		return nil, s.giveInflight(m)
 	case setInflight:

@@ -44,7 +44,7 @@ const guestMemory = 256 << 20
 // and while a new one is being told. It sees pauses and nothing else.
 func TestQEMUGuestSurvivesKills(t *testing.T) {
 	if testing.Short() {
-		t.Skip("boots a guest")
+		t.Skip("boots a guest: needs a run without -short, as `make test` is")
 	}
 	root, err := debian.Open()
 	if err != nil {

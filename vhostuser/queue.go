@@ -148,6 +148,9 @@ func (q *queue) setFile(r request, f *os.File) error {
 		q.mu.Lock()
 		old := q.call
 		q.call = next
+		if next != nil && q.ring != nil {
+			next.signal() // as above: what the old one said may be lost
+		}
 		q.mu.Unlock()
 		if old != nil {
 			return old.f.Close()
@@ -268,6 +271,13 @@ func (q *queue) start() error {
 			return err
 		}
 	}
+	// A back end that was killed between a used entry and its interrupt leaves the guest waiting
+	// for good. One interrupt too many harms nobody.
+	q.mu.Lock()
+	if q.call != nil {
+		q.call.signal()
+	}
+	q.mu.Unlock()
 	go q.run(q.kick, q.ended)
 	if s.onStart != nil {
 		s.onStart()
@@ -347,14 +357,10 @@ func (q *queue) take() (*virtio.Chain, error) {
 	if r == nil {
 		return nil, nil
 	}
-	c, err := r.Take()
-	if c == nil && err == nil && r.Rearm() {
-		c, err = r.Take()
-	}
+	c, err := r.Next()
 	if c == nil || err != nil {
 		return nil, err
 	}
-	r.Hush()
 	q.taken.Add(1)
 	c.OnDone(func(c *virtio.Chain, written uint32) {
 		q.mu.Lock()

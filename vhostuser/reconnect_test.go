@@ -189,6 +189,36 @@ func TestFrontend(t *testing.T) {
 	cancel()
 }
 
+// TestInterruptAgain: a back end killed after it gave a request back and before its interrupt
+// leaves that interrupt to the next one.
+func TestInterruptAgain(t *testing.T) {
+	b := disk(t, filepath.Join(t.TempDir(), "disk"))
+	defer func() { _ = b.Close() }()
+	f, e := overFrontend(t)
+	f.setUp(e)
+	for range 2 {
+		own, theirs := socketpair(t)
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error, 1)
+		go func() { ended <- Serve(ctx, theirs, b, Options{Memory: f.whitelist()}) }()
+		if _, err := e.Connect(own); err != nil {
+			t.Fatal(err)
+		}
+		// Nothing is in flight, and no interrupt is pending but the one that each makes.
+		if err := f.call.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		var n [8]byte
+		if _, err := f.call.Read(n[:]); err != nil {
+			t.Fatalf("no interrupt from a new back end: %v", err)
+		}
+		cancel()
+		if err := <-ended; !errors.Is(err, context.Canceled) {
+			t.Errorf("ended with %v", err)
+		}
+	}
+}
+
 // TestOtherDevice: a back end with another disk is refused.
 func TestOtherDevice(t *testing.T) {
 	dir := t.TempDir()

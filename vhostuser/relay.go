@@ -100,12 +100,7 @@ func (r *relay) perform(m *message) ([]byte, error) {
 	case getProtocolFeatures:
 		return u64(relayProtocol), nil
 	case setProtocolFeatures:
-		v, err := parseU64(m.payload)
-		if err == nil && v&^uint64(relayProtocol) != 0 {
-			err = fmt.Errorf("%w: protocol features %#x of %#x", ErrProtocol, v, uint64(relayProtocol))
-		}
-		r.protocol = v
-		return nil, err
+		return nil, r.agree(m, relayProtocol)
 	case setOwner:
 		return nil, nil
 	case getQueueNum:
@@ -113,14 +108,7 @@ func (r *relay) perform(m *message) ([]byte, error) {
 	case setMemTable:
 		return nil, r.setMemory(m)
 	case getConfig:
-		offset, size, err := parseConfig(m.payload)
-		if err != nil {
-			return nil, err
-		}
-		answer := append([]byte(nil), m.payload...)
-		clear(answer[configHead:])
-		r.f.ReadConfig(uint64(offset), answer[configHead:configHead+size])
-		return answer, nil
+		return config(m, r.f.ReadConfig)
 	case setVringNum, setVringAddr, setVringBase, getVringBase, setVringKick, setVringCall, setVringErr, setVringEnable:
 		return r.vring(m)
 	}

@@ -283,14 +283,10 @@ func (d *Device) take(i int) (*Chain, error) {
 	if r == nil {
 		return nil, nil
 	}
-	c, err := r.Take()
-	if c == nil && err == nil && r.Rearm() {
-		c, err = r.Take()
-	}
+	c, err := r.Next()
 	if c == nil || err != nil {
 		return nil, err
 	}
-	r.Hush()
 	d.inflight.Add(1) // under q.mu: before quiesce takes the ring away and waits
 	c.OnDone(func(c *Chain, written uint32) {
 		q.mu.Lock()

@@ -221,6 +221,19 @@ func (r *Ring) add(c *Chain, addr uint64, length uint32, writable bool) error {
 	return nil
 }
 
+// Next is what a queue's goroutine takes: the next chain, or nil after the driver was asked to
+// notify of one to come.
+func (r *Ring) Next() (*Chain, error) {
+	c, err := r.Take()
+	if c == nil && err == nil && r.Rearm() {
+		c, err = r.Take()
+	}
+	if c != nil && err == nil {
+		r.Hush()
+	}
+	return c, err
+}
+
 // Hush asks the driver not to notify while chains are being taken anyway (§2.7.10). With event
 // indexes that is the normal state between two rearms.
 func (r *Ring) Hush() {

@@ -109,7 +109,7 @@ func TestMatrix(t *testing.T) {
 				t.Errorf("in the sandbox: %s", whole)
 			}
 			if strings.HasPrefix(off, "unavailable: ") {
-				t.Skipf("cannot be shown here: %s", off)
+				t.Skipf("denied in the sandbox; that it succeeds without one needs another kernel: %s", off)
 			}
 			if off != "allowed" {
 				t.Errorf("without a sandbox: %s: the attack is not real", off)
