@@ -136,6 +136,10 @@ func encodeSpec(req *v1.RunRequest, g *spec.Guest, base string) error {
 		if err != nil {
 			return err
 		}
+		// Redoubt follows no links in names it is given: what they lead to is settled here.
+		if file, err := filepath.EvalSymlinks(abs); err == nil {
+			abs = file
+		}
 		*p = abs
 	}
 	b, err := yaml.Marshal(g)

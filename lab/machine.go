@@ -66,13 +66,24 @@ mkdir -p /new/dev/pts /new/dev/shm
 mount -t devpts devpts /new/dev/pts; mount -t tmpfs tmpfs /new/dev/shm; mount -t tmpfs tmpfs /new/run
 mount -t cgroup2 cgroup2 /new/sys/fs/cgroup 2>/dev/null
 ifconfig lo 127.0.0.1 up
+# As udev does: KVM is a group's.
+[ -e /new/dev/kvm ] && chown 0:993 /new/dev/kvm && chmod 660 /new/dev/kvm
 # Huge pages for guests in memfds, as a host of Redoubt should have it: far fewer nested faults.
 echo advise >/new/sys/kernel/mm/transparent_hugepage/shmem_enabled
-cp /job /new/run/lab-job
+cp /job /new/run/lab-job; cp /labinit /new/run/lab-init
 out=$(echo /new/dev/vport*p1) status=$(echo /new/dev/vport*p2)
-chroot /new /bin/sh /run/lab-job >$out 2>&1 </dev/null
-echo $? >$status
-poweroff -f
+# Over the root and not only chrooted into: the kernel makes no user namespaces in a chroot.
+cd /new
+mount --move . /
+exec /bin/busybox chroot . /bin/sh /run/lab-init ${out#/new} ${status#/new}
+`
+
+// labInit runs the job where init1 leaves off, in the tree of the host.
+const labInit = `#!/bin/sh
+/bin/sh /run/lab-job >$1 2>&1 </dev/null
+echo $? >$2
+echo o >/proc/sysrq-trigger
+while :; do sleep 1; done
 `
 
 // Run boots L1, runs job in it and returns its exit status. It ends when the job ends or ctx
@@ -164,6 +175,7 @@ func buildInitrd(root *debian.Root, job Job, path string) error {
 	b := initramfs.New(root.Path("bin/busybox"), init1)
 	b.Modules(tree, append(append([]string(nil), modules...), job.Modules...)...)
 	b.File("job", []byte(script), 0o644)
+	b.File("labinit", []byte(labInit), 0o644)
 	return b.WriteFile(path)
 }
 

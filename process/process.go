@@ -24,6 +24,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"redoubt.dev/redoubt/ipc"
+	"redoubt.dev/redoubt/sandbox"
 )
 
 // controlFD is the descriptor of a child's control connection.
@@ -34,43 +35,72 @@ type Process struct {
 	Name    string
 	Control *ipc.Conn // the parent's end; the caller owns it
 	cmd     *exec.Cmd
+	guard   *sandbox.Guard // nil without a sandbox
 	tail    *tail
 	done    chan struct{}
 	err     error
 }
 
-// Start runs the program name, which lies beside the running one, with its log appended to
-// logDir/label.log. The child is not tied to ctx; it ends with its control connection, or by
-// Kill.
-func Start(name, label, logDir string, args ...string) (*Process, error) {
+// Options say what to start.
+type Options struct {
+	Program string // its name; it lies beside the running one
+	Label   string // what this instance is called, in messages and by its log; "": as Program
+	LogDir  string // where LABEL.log is appended to
+	// Sandbox confines it; nil: nothing does. The running program calls sandbox.LauncherMain, or
+	// Host names one that does.
+	Sandbox *sandbox.Spec
+	Host    sandbox.Host
+}
+
+// Start runs a program. The child is not tied to a context; it ends with its control connection,
+// or by Kill.
+func Start(o Options) (*Process, error) {
+	p, err := start(o)
+	if err != nil {
+		return nil, fmt.Errorf("start %s: %w", o.Program, err)
+	}
+	return p, nil
+}
+
+func start(o Options) (*Process, error) {
+	if o.Label == "" {
+		o.Label = o.Program
+	}
 	self, err := os.Executable()
 	if err != nil {
-		return nil, fmt.Errorf("start %s: %w", name, err)
+		return nil, err
 	}
 	ctl, child, err := ipc.Pair()
 	if err != nil {
-		return nil, fmt.Errorf("start %s: %w", name, err)
+		return nil, err
 	}
 	defer child.Close()
-	log, err := os.OpenFile(filepath.Join(logDir, label+".log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o640)
+	log, err := os.OpenFile(filepath.Join(o.LogDir, o.Label+".log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o640)
 	if err != nil {
 		ctl.Close()
-		return nil, fmt.Errorf("start %s: log: %w", name, err)
+		return nil, fmt.Errorf("log: %w", err)
 	}
-	p := &Process{Name: label, Control: ctl, tail: &tail{}, done: make(chan struct{})}
-	p.cmd = exec.Command(filepath.Join(filepath.Dir(self), name), args...)
+	p := &Process{Name: o.Label, Control: ctl, tail: &tail{}, done: make(chan struct{})}
+	p.cmd = exec.Command(filepath.Join(filepath.Dir(self), o.Program))
 	p.cmd.Env = Env()
 	p.cmd.ExtraFiles = []*os.File{child}
 	p.cmd.Stderr = io.MultiWriter(log, p.tail)
 	p.cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true}
 	p.cmd.WaitDelay = 2 * time.Second
-	if err := p.cmd.Start(); err != nil {
+	wait := p.cmd.Wait
+	if o.Sandbox == nil {
+		err = p.cmd.Start()
+	} else if p.guard, err = o.Host.Prepare(p.cmd, o.Sandbox); err == nil {
+		err = p.guard.Start()
+		wait = p.guard.Wait
+	}
+	if err != nil {
 		ctl.Close()
 		log.Close()
-		return nil, fmt.Errorf("start %s: %w", name, err)
+		return nil, err
 	}
 	go func() {
-		err := p.cmd.Wait()
+		err := wait()
 		log.Close()
 		p.err = p.describe(err)
 		close(p.done)

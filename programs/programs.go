@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 )
 
 // Root is the directory the programs' packages are unpacked beneath; "" means the host's own.
@@ -37,12 +38,19 @@ func Find(name string) (string, error) {
 	return "", fmt.Errorf("%s is not beneath REDOUBT_TOOLS=%s", name, Root())
 }
 
+// Libraries are the directories of the programs' libraries; none means the host's own.
+func Libraries() []string {
+	if Root() == "" {
+		return nil
+	}
+	return []string{Path("usr/lib/x86_64-linux-gnu"), Path("lib/x86_64-linux-gnu"), Path("usr/lib/x86_64-linux-gnu/swtpm")}
+}
+
 // Env is the environment a program needs, and no more.
 func Env() []string {
 	env := []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C"}
-	if Root() != "" {
-		env = append(env, fmt.Sprintf("LD_LIBRARY_PATH=%s:%s:%s",
-			Path("usr/lib/x86_64-linux-gnu"), Path("lib/x86_64-linux-gnu"), Path("usr/lib/x86_64-linux-gnu/swtpm")))
+	if l := Libraries(); l != nil {
+		env = append(env, "LD_LIBRARY_PATH="+strings.Join(l, ":"))
 	}
 	return env
 }

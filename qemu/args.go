@@ -5,6 +5,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"redoubt.dev/redoubt/programs"
 )
 
 // Firmware is what the guest's first instruction belongs to.
@@ -53,6 +55,8 @@ type Config struct {
 	CommandLine string        // of the kernel; Direct only
 	BootMenu    time.Duration // how long firmware offers its boot menu; 0: not at all
 	TPM         TPMDevice     // "": CRB
+
+	Starter programs.Starter // of QEMU; nil: as a child. It makes no difference to the guest
 }
 
 // FDs are the descriptors of a machine, numbered as QEMU sees them; 0 means absent.

@@ -14,20 +14,20 @@ const (
 
 // NewVars is the content of a fresh variable store for OVMF, to be copied for each guest.
 func NewVars() ([]byte, error) {
-	b, err := os.ReadFile(programs.Path(ovmfVars))
+	b, err := os.ReadFile(VarsTemplate())
 	if err != nil {
 		return nil, fmt.Errorf("OVMF (Debian package ovmf): %w", err)
 	}
 	return b, nil
 }
 
-// dataDirs: QEMU looks beneath the prefix it was built for unless it is told.
-func dataDirs() []string {
-	if programs.Root() == "" {
-		return nil
-	}
+// DataDirs are the directories of QEMU's firmware and option ROMs.
+func DataDirs() []string {
 	return []string{programs.Path("/usr/share/qemu"), programs.Path("/usr/share/seabios")}
 }
+
+// VarsTemplate is the file that [NewVars] reads.
+func VarsTemplate() string { return programs.Path(ovmfVars) }
 
 // FirmwareImage is the path of the image that a firmware's guests start from: what a host
 // measures. It is empty for direct boot.

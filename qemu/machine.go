@@ -6,8 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
-	"runtime"
 	"sync"
 	"time"
 
@@ -42,6 +40,9 @@ type Hooks struct {
 	FirstTPM func()      // the guest's first TPM command has arrived
 	Event    func(Event) // every QMP event
 }
+
+// Program is QEMU's name.
+const Program = "qemu-system-x86_64"
 
 // stopGrace is how long QEMU has to end after SIGTERM before it is killed.
 const stopGrace = 5 * time.Second
@@ -178,7 +179,7 @@ func (m *Machine) prepare(files *Files, transport Transport) (*start, error) {
 			return s, err
 		}
 	}
-	s.args, err = Args(m.config, fd, dataDirs()...)
+	s.args, err = Args(m.config, fd, DataDirs()...)
 	return s, err
 }
 
@@ -207,31 +208,29 @@ func checkRAM(f *os.File, want uint64) error {
 
 // launch starts the process and connects to it.
 func (m *Machine) launch(ctx context.Context, s *start, transport Transport) error {
-	cmd, err := programs.Command(ctx, "qemu-system-x86_64", s.args...)
-	if err != nil {
-		return err
-	}
-	cmd.ExtraFiles = s.children
-	cmd.Stderr = &m.stderr
-	cmd.Cancel = func() error { return cmd.Process.Signal(unix.SIGTERM) }
-	cmd.WaitDelay = stopGrace
-	// QEMU without its TPM and its console is of no use to anybody: it dies with us.
-	cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
 	ram, err := unix.FcntlInt(s.memoryFile.Fd(), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("guest memory: %w", err)
 	}
 	m.setRAM(os.NewFile(uintptr(ram), "guest-memory"))
 
-	started, exited := make(chan error, 1), make(chan error, 1)
-	go run(cmd, started, exited)
-	if err := <-started; err != nil {
+	starter := m.config.Starter
+	if starter == nil {
+		starter = programs.Direct{}
+	}
+	proc, err := starter.Start(ctx, programs.Program{
+		Name: Program, Files: s.children, Output: &m.stderr,
+		Args: func(string) []string { return s.args },
+	})
+	if err != nil {
 		m.setRAM(nil)
 		return err
 	}
 	if m.onStart != nil {
-		m.onStart(cmd.Process.Pid)
+		m.onStart(proc.PID())
 	}
+	exited := make(chan error, 1)
+	go func() { exited <- m.end(ctx, proc) }() // ends with QEMU
 	// Our copies of QEMU's descriptors must be gone, or the end of QEMU would not be seen.
 	for _, f := range s.children {
 		_ = f.Close()
@@ -284,16 +283,30 @@ func (m *Machine) setRAM(f *os.File) {
 	m.ram = f
 }
 
-// run owns the process. The parent-death signal is tied to the thread that made the child, so
-// this goroutine keeps its thread until the child is gone.
-func run(cmd *exec.Cmd, started, exited chan<- error) {
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	err := cmd.Start()
-	started <- err
-	if err == nil {
-		exited <- cmd.Wait()
+// end waits for the end of QEMU and sees to it once ctx has ended.
+func (m *Machine) end(ctx context.Context, proc programs.Running) error {
+	exited := make(chan error, 1)
+	go func() { exited <- proc.Wait() }()
+	select {
+	case err := <-exited:
+		return err
+	case <-ctx.Done():
 	}
+	select {
+	case <-m.ready:
+		proc.Terminate()
+	default:
+		proc.Kill() // it may not take the signal yet
+	}
+	grace := time.NewTimer(stopGrace)
+	defer grace.Stop()
+	select {
+	case err := <-exited:
+		return err
+	case <-grace.C:
+	}
+	proc.Kill()
+	return <-exited
 }
 
 // supervise ends the machine: when the process ends, or when its TPM has failed.

@@ -75,7 +75,7 @@ func (g *Guard) prepare(h *Host) error {
 		Root: spec.Root, Proc: spec.Proc, UID: spec.UID, GID: spec.GID, Groups: spec.Groups,
 		Capabilities: spec.Capabilities,
 		Files:        orDefault(spec.Files, DefaultFiles), Processes: orDefault(spec.Processes, DefaultProcesses),
-		OwnUTS: !spec.shares(UTS),
+		OwnUTS: !spec.shares(UTS), Umask: spec.umask(), EndsWithParent: spec.EndsWithParent,
 	}
 	if _, err := landlockABI(); err != nil {
 		if !spec.optional(Landlock) {

@@ -51,6 +51,8 @@ type launchSpec struct {
 	Files, Processes uint64
 	DataLimit        uint64
 	NoLandlock       bool
+	Umask            int
+	EndsWithParent   bool
 	OwnUTS           bool
 	OwnNet           bool
 }
@@ -111,7 +113,7 @@ func launch(base int) error {
 			return fmt.Errorf("host name: %w", err)
 		}
 	}
-	unix.Umask(0o077)
+	unix.Umask(s.Umask)
 	var domain int
 	if !s.NoLandlock {
 		// Before the capabilities go: it opens the root's entries.
@@ -127,6 +129,11 @@ func launch(base int) error {
 	}
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("no_new_privs: %w", err)
+	}
+	if s.EndsWithParent { // late: a change of user clears it, prctl(2)
+		if err := unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0, 0, 0); err != nil {
+			return fmt.Errorf("parent-death signal: %w", err)
+		}
 	}
 	if !s.NoLandlock {
 		if err := landlockRestrict(domain); err != nil {

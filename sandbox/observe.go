@@ -22,7 +22,8 @@ type State struct {
 	Capabilities []Capability // in any of the five sets of any thread
 	NoNewPrivs   bool
 	Seccomp      string // "filter", "strict" or "off"
-	Init         bool   // process 1 of its PID namespace
+	Umask        int
+	Init         bool // process 1 of its PID namespace
 	Own          []Namespace
 	Mounts       []MountPoint
 	Files        uint64
@@ -33,6 +34,13 @@ type State struct {
 	Uneven []string
 }
 
+func (s *Spec) umask() int {
+	if s.GroupReads {
+		return 0o027
+	}
+	return 0o077
+}
+
 // Unlimited is a limit that is none.
 const Unlimited = ^uint64(0)
 
@@ -41,7 +49,7 @@ func (s *Spec) Declared() State {
 	d := State{
 		UID: s.UID, GID: s.GID, Groups: slices.Sorted(slices.Values(s.Groups)),
 		Capabilities: slices.Sorted(slices.Values(s.Capabilities)),
-		NoNewPrivs:   true, Seccomp: "filter", Init: !s.shares(PID),
+		NoNewPrivs:   true, Umask: s.umask(), Seccomp: "filter", Init: !s.shares(PID),
 		Files: orDefault(s.Files, DefaultFiles), Processes: orDefault(s.Processes, DefaultProcesses),
 		Memory: s.Memory &^ uint64(os.Getpagesize()-1),
 	}
@@ -191,6 +199,11 @@ func (s *State) status(text string) error {
 		}
 	}
 	s.NoNewPrivs = f["NoNewPrivs"] == "1"
+	umask, err := strconv.ParseUint(f["Umask"], 8, 16)
+	if err != nil {
+		return fmt.Errorf("status: Umask: %w", err)
+	}
+	s.Umask = int(umask)
 	switch f["Seccomp"] {
 	case "0":
 		s.Seccomp = "off"
@@ -284,6 +297,7 @@ func (s State) Differences(other State) (out []string) {
 	differ("groups", s.Groups, other.Groups)
 	differ("capabilities", s.Capabilities, other.Capabilities)
 	differ("no_new_privs", s.NoNewPrivs, other.NoNewPrivs)
+	differ("umask", fmt.Sprintf("%04o", s.Umask), fmt.Sprintf("%04o", other.Umask))
 	differ("seccomp", s.Seccomp, other.Seccomp)
 	differ("init of its PID namespace", s.Init, other.Init)
 	differ("own namespaces", s.Own, other.Own)

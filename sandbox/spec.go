@@ -44,6 +44,12 @@ type Spec struct {
 	// takes the defaults [DefaultFiles] and [DefaultProcesses]. There are no core dumps.
 	Files, Processes uint64
 
+	// GroupReads lets files that it makes be read by its group; else they are its user's alone.
+	GroupReads bool
+	// EndsWithParent has the kernel end it with its parent, for a program that has no connection
+	// whose end would tell it.
+	EndsWithParent bool
+
 	// Optional ingredients are left out where the host has them not; all others must be had, or
 	// the program does not start.
 	Optional []Ingredient

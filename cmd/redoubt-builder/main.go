@@ -11,17 +11,22 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"redoubt.dev/redoubt/sandbox"
 	"redoubt.dev/redoubt/services/builder"
 )
 
 func main() {
+	sandbox.LauncherMain() // a process on its way into its sandbox goes no further
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil)).With("service", "redoubt-builder")
 	cfg := builder.Config{Log: log}
 	flag.StringVar(&cfg.RunDir, "run-dir", "/run/redoubt", "sockets, logs, lock")
 	flag.StringVar(&cfg.StateDir, "state-dir", "/var/lib/redoubt", "guests and their vTPMs")
 	flag.StringVar(&cfg.HostTPM, "host-tpm", "", "the host's TPM: a device or a socket; empty for none")
+	flag.StringVar(&cfg.Pool, "pool", "/", "directory beneath which kernels and disks of guests must lie")
+	users := flag.Uint("users", builder.DefaultUsers, "the first of 65536 user ids for services, of nobody else")
 	ready := flag.Int("ready-fd", -1, "descriptor to write a line to once the API is served")
 	flag.Parse()
+	cfg.Users = uint32(*users)
 	cfg.Ready = func() {
 		if *ready >= 0 {
 			f := os.NewFile(uintptr(*ready), "ready")

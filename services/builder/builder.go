@@ -26,6 +26,7 @@ import (
 
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/process"
+	"redoubt.dev/redoubt/services"
 	"redoubt.dev/redoubt/services/protocol"
 	storesvc "redoubt.dev/redoubt/services/store"
 	"redoubt.dev/redoubt/store/client"
@@ -38,6 +39,8 @@ type Config struct {
 	RunDir   string // sockets, logs and the lock; lost at a reboot
 	StateDir string // what must outlive the host's reboot
 	HostTPM  string // device or socket of the host's TPM; "" for none
+	Pool     string // beneath which files that specs name must lie; "": /
+	Users    uint32 // the first of 65536 user ids for services; 0: DefaultUsers
 	Log      *slog.Logger
 	Ready    func() // called once the API is served
 }
@@ -51,8 +54,9 @@ const (
 
 // Builder is the running service.
 type Builder struct {
-	cfg Config
-	log *slog.Logger
+	cfg   Config
+	log   *slog.Logger
+	procs *processes
 
 	store        *client.Client
 	storeWorkers *storesvc.Spawner
@@ -76,6 +80,9 @@ const stopGrace = 10 * time.Second
 func Run(ctx context.Context, cfg Config) error {
 	b := &Builder{cfg: cfg, log: cfg.Log, guests: map[string]*guest{}, next: server.FirstGuest, toolstackDone: make(chan struct{})}
 	logs := filepath.Join(cfg.RunDir, LogDir)
+	if b.cfg.Pool == "" {
+		b.cfg.Pool = "/"
+	}
 	for _, d := range []string{cfg.RunDir, logs, cfg.StateDir} {
 		if err := os.MkdirAll(d, 0o711); err != nil {
 			return err
@@ -89,8 +96,11 @@ func Run(ctx context.Context, cfg Config) error {
 
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	b.storeWorkers = storesvc.NewSpawner(logs)
-	var services []*process.Process
+	b.procs = newProcesses(logs, cfg.Users)
+	b.storeWorkers = storesvc.NewSpawner(func() (*process.Process, error) {
+		return b.procs.start(services.StoreLogic, "", "", 0)
+	})
+	var running []*process.Process
 	defer func() {
 		// The toolstack first, so that nothing new is asked for; then guests; then the rest.
 		end := func(p *process.Process) {
@@ -101,29 +111,30 @@ func Run(ctx context.Context, cfg Config) error {
 			}
 		}
 		if b.toolstack != nil {
-			end(services[len(services)-1])
-			services = services[:len(services)-1]
+			end(running[len(running)-1])
+			running = running[:len(running)-1]
 			<-b.toolstackDone
 		}
 		b.endGuests()
-		for i := len(services) - 1; i >= 0; i-- {
-			end(services[i])
+		for i := len(running) - 1; i >= 0; i-- {
+			end(running[i])
 		}
 		b.wg.Wait()
 		b.storeWorkers.Close()
+		b.procs.wg.Wait()
 		if b.store != nil {
 			b.store.Close()
 		}
 	}()
-	spawn := func(name string, h rpc.Handler) (*rpc.Peer, error) {
-		p, err := process.Start(name, name, logs)
+	spawn := func(name, dir string, h rpc.Handler) (*rpc.Peer, error) {
+		p, err := b.procs.start(name, "", dir, 0)
 		if err != nil {
 			return nil, err
 		}
-		services = append(services, p)
+		running = append(running, p)
 		peer := rpc.New(p.Control, h)
 		b.wg.Go(func() {
-			if name == "redoubt-toolstack" {
+			if name == services.Toolstack {
 				defer close(b.toolstackDone)
 			}
 			if err := peer.Run(context.Background()); err != nil {
@@ -157,12 +168,21 @@ func Run(ctx context.Context, cfg Config) error {
 	return nil
 }
 
-func (b *Builder) startServices(ctx context.Context, spawn func(string, rpc.Handler) (*rpc.Peer, error)) error {
-	var err error
-	if b.storePeer, err = spawn("redoubt-store-state", b.storeWorkers.Handle); err != nil {
+func (b *Builder) startServices(ctx context.Context, spawn func(name, dir string, h rpc.Handler) (*rpc.Peer, error)) error {
+	storeDir, err := b.emptyStore()
+	if err != nil {
 		return err
 	}
-	if err := b.configureStore(ctx); err != nil {
+	vtpmDir, guestsDir := b.vtpmDir(), filepath.Join(b.cfg.StateDir, "guests")
+	for _, d := range []string{vtpmDir, guestsDir} {
+		if err := os.MkdirAll(d, 0o700); err != nil {
+			return err
+		}
+	}
+	if b.storePeer, err = spawn(services.StoreState, storeDir, b.storeWorkers.Handle); err != nil {
+		return err
+	}
+	if err := b.configureStore(ctx, storeDir); err != nil {
 		return err
 	}
 	own, err := b.connectStore(ctx, server.Builder)
@@ -178,18 +198,25 @@ func (b *Builder) startServices(ctx context.Context, spawn func(string, rpc.Hand
 	if err := b.layout(); err != nil {
 		return err
 	}
-	if b.vtpm, err = spawn("redoubt-vtpm", b.fromVTPM); err != nil {
+	if b.vtpm, err = spawn(services.VTPM, vtpmDir, b.fromVTPM); err != nil {
 		return err
 	}
 	sock, err := b.connectStore(ctx, server.VTPM)
 	if err != nil {
 		return err
 	}
-	_, err = b.vtpm.Call(ctx, protocol.MethodConfigure, protocol.ConfigureVTPM{
-		StateDir: filepath.Join(b.cfg.StateDir, "vtpm"), HostTPM: b.cfg.HostTPM,
-		Files: protocol.Files{protocol.FileStore},
-	}, nil, sock)
-	sock.Close()
+	files := []*os.File{sock}
+	msg := protocol.ConfigureVTPM{StateDir: services.StateDir, HostTPM: b.cfg.HostTPM, Files: protocol.Files{protocol.FileStore}}
+	if b.cfg.HostTPM != "" {
+		tpm, err := openHostTPM(b.cfg.HostTPM)
+		if err != nil {
+			sock.Close()
+			return fmt.Errorf("vTPM manager: the host's TPM %s: %w", b.cfg.HostTPM, err)
+		}
+		files, msg.Files = append(files, tpm), append(msg.Files, protocol.FileHostTPM)
+	}
+	_, err = b.vtpm.Call(ctx, protocol.MethodConfigure, msg, nil, files...)
+	closeAll(files)
 	if err != nil {
 		return fmt.Errorf("vTPM manager: %w", err)
 	}
@@ -199,18 +226,20 @@ func (b *Builder) startServices(ctx context.Context, spawn func(string, rpc.Hand
 		return err
 	}
 	defer l.Close()
-	if b.toolstack, err = spawn("redoubt-toolstack", b.fromToolstack); err != nil {
+	if b.toolstack, err = spawn(services.Toolstack, guestsDir, b.fromToolstack); err != nil {
 		return err
 	}
 	_, err = b.toolstack.Call(ctx, protocol.MethodConfigure, protocol.ConfigureToolstack{
-		StateDir: filepath.Join(b.cfg.StateDir, "guests"), LogDir: filepath.Join(b.cfg.RunDir, LogDir),
-		Files: protocol.Files{protocol.FileListener},
+		StateDir: services.StateDir, Files: protocol.Files{protocol.FileListener},
 	}, nil, l)
 	if err != nil {
 		return fmt.Errorf("toolstack: %w", err)
 	}
 	return nil
 }
+
+// vtpmDir is the vTPM service's directory.
+func (b *Builder) vtpmDir() string { return filepath.Join(b.cfg.StateDir, "vtpm") }
 
 // Names in the run directory that are the store's.
 const (
@@ -226,22 +255,19 @@ const (
 	storeWorkers = 2
 )
 
-// configureStore gives the store its directory, which it finds empty: what another Builder left
-// there is of guests that ended with it.
-func (b *Builder) configureStore(ctx context.Context) error {
+// emptyStore makes the store's directory anew: what another Builder left there is of guests that
+// ended with it.
+func (b *Builder) emptyStore() (string, error) {
 	path := filepath.Join(b.cfg.RunDir, StoreDir)
 	if err := os.RemoveAll(path); err != nil {
-		return err
+		return "", err
 	}
-	if err := os.Mkdir(path, 0o700); err != nil {
-		return err
-	}
-	dir, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	if _, err := b.storePeer.Call(ctx, storesvc.MethodConfigure, storesvc.Configure{Dir: path, Reset: storeReset, Workers: storeWorkers}, nil, dir); err != nil {
+	return path, os.Mkdir(path, 0o700)
+}
+
+// configureStore gives the store its directory and its socket.
+func (b *Builder) configureStore(ctx context.Context, path string) error {
+	if _, err := b.storePeer.Call(ctx, storesvc.MethodConfigure, storesvc.Configure{Dir: services.StateDir, Name: path, Reset: storeReset, Workers: storeWorkers}, nil); err != nil {
 		return fmt.Errorf("store: %w", err)
 	}
 	l, err := listen(filepath.Join(b.cfg.RunDir, StoreSocket), 0o600)

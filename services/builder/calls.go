@@ -9,6 +9,8 @@ import (
 
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/qemu"
+	"redoubt.dev/redoubt/services"
+	"redoubt.dev/redoubt/services/foreign"
 	"redoubt.dev/redoubt/services/protocol"
 	"redoubt.dev/redoubt/spec"
 )
@@ -81,6 +83,20 @@ func (b *Builder) fromToolstack(ctx context.Context, r *rpc.Request) (any, error
 			return nil, err
 		}
 		return forward(ctx, b, r.Method, in, &protocol.Activated{})
+	case protocol.MethodOpen:
+		return b.handFile(ctx, r)
+	case protocol.MethodVars:
+		f, err := os.Open(qemu.VarsTemplate())
+		if err != nil {
+			return nil, rpc.Errorf(rpc.Unavailable, "boot.firmware: OVMF (Debian package ovmf): %v", err)
+		}
+		return rpc.WithFiles{Value: struct{}{}, Files: []*os.File{f}}, nil
+	case protocol.MethodConsole:
+		var in protocol.MakeConsole
+		if err := r.Decode(&in); err != nil {
+			return nil, err
+		}
+		return b.console(in)
 	}
 	return nil, rpc.Errorf(rpc.Refused, "builder: no call %q", r.Method)
 }
@@ -114,9 +130,18 @@ func forward[T any](ctx context.Context, b *Builder, method string, in any, out 
 	return out, err
 }
 
-// fromVTPM serves the vTPM service's notices.
+// fromVTPM serves the vTPM service.
 func (b *Builder) fromVTPM(_ context.Context, r *rpc.Request) (any, error) {
 	switch r.Method {
+	case foreign.Method:
+		// Its group is the manager's, which looks into the directory.
+		manager, err := services.Find(services.VTPM)
+		if err != nil {
+			return nil, err
+		}
+		return b.procs.program(r, services.SWTPM, services.Instance{
+			Label: services.SWTPM, GID: b.procs.user(manager), StateDir: b.vtpmDir(),
+		})
 	case protocol.NoticeEvent:
 		var e protocol.Event
 		if err := r.Decode(&e); err != nil {
@@ -141,6 +166,11 @@ func (b *Builder) fromVTPM(_ context.Context, r *rpc.Request) (any, error) {
 func (b *Builder) fromEmulator(g *guest, r *run) rpc.Handler {
 	return func(_ context.Context, req *rpc.Request) (any, error) {
 		switch req.Method {
+		case foreign.Method:
+			if g.emulator != spec.QEMU {
+				break
+			}
+			return r.startQEMU(b, g, req)
 		case protocol.NoticeEvent:
 			var e protocol.Event
 			if err := req.Decode(&e); err != nil {

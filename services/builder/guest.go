@@ -15,6 +15,7 @@ import (
 	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/process"
+	"redoubt.dev/redoubt/services"
 	"redoubt.dev/redoubt/services/protocol"
 	"redoubt.dev/redoubt/spec"
 	"redoubt.dev/redoubt/store/server"
@@ -49,6 +50,7 @@ type run struct {
 	proc   *process.Process
 	peer   *rpc.Peer
 	heard  chan struct{} // closed when all the emulator said was taken in
+	qemu   bool          // its QEMU was asked for; beneath mu
 
 	mu     sync.Mutex
 	exit   *protocol.Exit // the emulator's own word
@@ -78,7 +80,7 @@ func (b *Builder) start(ctx context.Context, g *guest) (_ *run, err error) {
 	msg := protocol.Start{
 		Name: g.build.Spec.Name, Emulator: g.emulator, Domain: d, CPUs: g.build.Spec.CPUs,
 		Memory: uint64(g.build.Spec.Memory), Cmdline: g.build.Spec.Boot.Cmdline,
-		Firmware: g.build.Spec.Boot.Firmware, PauseAfter: pauseAfter,
+		Firmware: g.build.Spec.Boot.Firmware, PauseAfter: pauseAfter, KVM: haveKVM(),
 	}
 	var give, own []*os.File
 	defer func() {
@@ -114,7 +116,7 @@ func (b *Builder) start(ctx context.Context, g *guest) (_ *run, err error) {
 		own = append(own, f)
 		add(protocol.FileBlock, f)
 	}
-	if g.emulator == spec.Native || haveKVM() {
+	if g.emulator == spec.Native {
 		kvm, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
 		if err != nil {
 			return nil, err
@@ -159,7 +161,7 @@ func (b *Builder) start(ctx context.Context, g *guest) (_ *run, err error) {
 			return nil, err
 		}
 	}
-	r.proc, err = process.Start("redoubt-emulator", "emulator-"+g.build.Spec.Name, b.cfg.RunDir+"/"+LogDir)
+	r.proc, err = b.procs.start(services.Emulator, g.build.Spec.Name, "", uint64(g.build.Spec.Memory))
 	if err != nil {
 		return nil, err
 	}
@@ -183,6 +185,31 @@ func (b *Builder) start(ctx context.Context, g *guest) (_ *run, err error) {
 	}
 	g.storage.setRun(r)
 	return r, nil
+}
+
+// startQEMU starts the QEMU of an emulator that asks for it, once.
+func (r *run) startQEMU(b *Builder, g *guest, req *rpc.Request) (any, error) {
+	r.mu.Lock()
+	again := r.qemu
+	r.qemu = true
+	r.mu.Unlock()
+	if again {
+		closeAll(req.Files)
+		return nil, rpc.Errorf(rpc.Refused, "builder: an emulator has one QEMU")
+	}
+	i := services.Instance{Label: services.QEMU + "-" + g.build.Spec.Name, Memory: uint64(g.build.Spec.Memory), KVM: haveKVM()}
+	if i.KVM {
+		st, err := os.Stat("/dev/kvm")
+		if err != nil {
+			closeAll(req.Files)
+			return nil, err
+		}
+		if i.KVMGroup = owner(st)[1]; i.KVMGroup == 0 || st.Mode().Perm()&0o060 != 0o060 {
+			closeAll(req.Files)
+			return nil, rpc.Errorf(rpc.Unavailable, "/dev/kvm belongs to no group: give it one, as udev does (chgrp kvm /dev/kvm; chmod 660 /dev/kvm)")
+		}
+	}
+	return b.procs.program(req, services.QEMU, i)
 }
 
 // startError prefers the emulator's own last words to the broken connection they caused.

@@ -11,6 +11,7 @@ import (
 
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/process"
+	"redoubt.dev/redoubt/services"
 	"redoubt.dev/redoubt/services/protocol"
 )
 
@@ -56,7 +57,7 @@ func (b *Builder) newStorage(g *guest) (*storage, error) {
 
 // spawn starts a BlkBack. s.mu is held.
 func (s *storage) spawn() error {
-	p, err := process.Start("redoubt-blkback", "blkback-"+s.g.build.Spec.Name, s.b.cfg.RunDir+"/"+LogDir)
+	p, err := s.b.procs.start(services.BlkBack, s.g.build.Spec.Name, "", uint64(s.g.build.Spec.Memory))
 	if err != nil {
 		return err
 	}

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"redoubt.dev/redoubt/qemu"
+	"redoubt.dev/redoubt/services/foreign"
 	"redoubt.dev/redoubt/services/protocol"
 	"redoubt.dev/redoubt/spec"
 	"redoubt.dev/redoubt/vtpm/frontend"
@@ -19,9 +20,9 @@ type qemuMachine struct {
 func newQEMU(g *guest) (machine, error) {
 	c := qemu.Config{
 		Name: g.in.Name, Memory: g.in.Memory, CPUs: g.in.CPUs, Accel: qemu.TCG,
-		CommandLine: g.in.Cmdline,
+		CommandLine: g.in.Cmdline, Starter: foreign.Starter{Builder: g.service.peer},
 	}
-	if accel, _ := qemu.ChooseAccel(); accel == qemu.KVM {
+	if g.in.KVM {
 		c.Accel = qemu.KVM
 	}
 	switch g.in.Firmware {

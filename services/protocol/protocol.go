@@ -24,10 +24,11 @@ const (
 	FileDisk     = "disk"  // an image; one each, in the order of the spec
 	FileBlock    = "block" // a vhost-user connection between a disk's front and back end
 	FileConsole  = "console"
-	FileChannel  = "channel" // the host's end of the guest's byte channel
-	FileTPM      = "tpm"     // the TPM data channel
-	FileCode     = "code"    // the firmware image, for OVMF
-	FileVars     = "vars"    // the guest's own variable store, for OVMF
+	FileChannel  = "channel"  // the host's end of the guest's byte channel
+	FileTPM      = "tpm"      // the TPM data channel
+	FileCode     = "code"     // the firmware image, for OVMF
+	FileHostTPM  = "host-tpm" // the host's TPM, open
+	FileVars     = "vars"     // the guest's own variable store, for OVMF
 )
 
 // Files names the descriptors beside a message.
@@ -52,17 +53,16 @@ func (names Files) Take(r *rpc.Request) (map[string][]*os.File, error) {
 // Configure is the Builder's first call to a service.
 const MethodConfigure = "configure"
 
-// ConfigureVTPM configures the vTPM service. Files: FileStore.
+// ConfigureVTPM configures the vTPM service. Files: FileStore, and FileHostTPM where there is one.
 type ConfigureVTPM struct {
 	StateDir string `json:"stateDir"`
-	HostTPM  string `json:"hostTPM,omitempty"` // device or socket that seals the root key
+	HostTPM  string `json:"hostTPM,omitempty"` // its name, for messages
 	Files    Files  `json:"files"`
 }
 
 // ConfigureToolstack configures the toolstack. Files: FileListener.
 type ConfigureToolstack struct {
 	StateDir string `json:"stateDir"`
-	LogDir   string `json:"logDir"`
 	Files    Files  `json:"files"`
 }
 
@@ -73,7 +73,26 @@ const (
 	MethodDestroy  = "destroy"  // Destroy → nothing
 	MethodQuote    = "quote"    // Quote → Quoted
 	MethodActivate = "activate" // Activate → Activated
+	// MethodOpen opens a file of a spec. Descriptor of the answer: the file.
+	MethodOpen = "open" // Open → nothing
+	// MethodVars opens the template of OVMF's variable store. Descriptor of the answer: the file.
+	MethodVars = "vars" // nothing → nothing
+	// MethodConsole makes a guest's console. Descriptors of the answer: the console's two ends,
+	// the channel's two ends, the console's log; of each pair the toolstack keeps the first.
+	MethodConsole = "console" // MakeConsole → nothing
 )
+
+// Open names a file.
+type Open struct {
+	Field string `json:"field"` // of the spec, for messages
+	Path  string `json:"path"`  // absolute, beneath the tenant's pool, without links
+	Write bool   `json:"write,omitempty"`
+}
+
+// MakeConsole names the guest.
+type MakeConsole struct {
+	Name string `json:"name"`
+}
 
 // Build asks for a guest. Files: FileConsole, FileChannel, FileKernel, FileInitrd, FileDisk….
 type Build struct {
@@ -212,6 +231,7 @@ type Start struct {
 	Cmdline    string        `json:"cmdline"`
 	Firmware   spec.Firmware `json:"firmware"`
 	PauseAfter time.Duration `json:"pauseAfter"` // wait at the gate before guest and clock stop
+	KVM        bool          `json:"kvm"`        // QEMU only: the guest runs on /dev/kvm
 	Files      Files         `json:"files"`
 }
 

@@ -18,8 +18,8 @@ const maxWorkers = 64
 // Spawner is the Builder's side of [MethodWorker] and [NoticeRetired]: it starts workers and
 // kills those that are retired. A worker whose store is gone ends by itself.
 type Spawner struct {
-	logDir string
-	wg     sync.WaitGroup
+	spawn func() (*process.Process, error)
+	wg    sync.WaitGroup
 
 	mu      sync.Mutex
 	next    uint64
@@ -27,9 +27,9 @@ type Spawner struct {
 	closed  bool
 }
 
-// NewSpawner makes a Spawner whose workers log into logDir.
-func NewSpawner(logDir string) *Spawner {
-	return &Spawner{logDir: logDir, workers: map[uint64]*process.Process{}}
+// NewSpawner makes a Spawner whose workers are started by spawn.
+func NewSpawner(spawn func() (*process.Process, error)) *Spawner {
+	return &Spawner{spawn: spawn, workers: map[uint64]*process.Process{}}
 }
 
 // Handle is the rpc.Handler for the store's control connection.
@@ -61,7 +61,7 @@ func (s *Spawner) start() (any, error) {
 	if s.closed || len(s.workers) >= maxWorkers {
 		return nil, rpc.Errorf(rpc.Unavailable, "store: %d workers run", len(s.workers))
 	}
-	p, err := process.Start(LogicProgram, LogicProgram, s.logDir)
+	p, err := s.spawn()
 	if err != nil {
 		return nil, err
 	}

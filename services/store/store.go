@@ -30,7 +30,7 @@ import (
 const (
 	// MethodConfigure gives the service its directory and how often its workers are replaced.
 	// It comes first and once; its answer means that the contents are loaded. Damaged contents
-	// are an error of kind rpc.Unavailable with the reason. Descriptor: the open directory.
+	// are an error of kind rpc.Unavailable with the reason.
 	MethodConfigure = "configure" // Configure → nothing
 	// MethodConnect gives a connection an identity. Descriptor: a stream socket. A service that
 	// was not configured before keeps its contents in memory and parses requests itself.
@@ -56,8 +56,9 @@ type Configure struct {
 	Reset int `json:"reset,omitempty"`
 	// Workers is how many are kept, most of them as spares for a burst of requests; 0: eight.
 	Workers int `json:"workers,omitempty"`
-	// Dir names the directory in messages; it is not opened.
-	Dir string `json:"dir,omitempty"`
+	// Dir is the directory, as the service sees it, and Name what it is called in messages.
+	Dir  string `json:"dir"`
+	Name string `json:"name,omitempty"`
 }
 
 // Connect is MethodConnect's argument.
@@ -104,7 +105,11 @@ func (s *service) handle(_ context.Context, r *rpc.Request) (any, error) {
 			f.Close()
 		}
 	}()
-	if len(r.Files) != 1 {
+	want := 1
+	if r.Method == MethodConfigure {
+		want = 0
+	}
+	if len(r.Files) != want {
 		return nil, rpc.Errorf(rpc.Invalid, "store: %s with %d descriptors", r.Method, len(r.Files))
 	}
 	switch r.Method {
@@ -113,7 +118,7 @@ func (s *service) handle(_ context.Context, r *rpc.Request) (any, error) {
 		if err := r.Decode(&in); err != nil {
 			return nil, err
 		}
-		return struct{}{}, s.configure(in, r.Files[0])
+		return struct{}{}, s.configure(in)
 	case MethodConnect:
 		var in Connect
 		if err := r.Decode(&in); err != nil {
@@ -126,7 +131,7 @@ func (s *service) handle(_ context.Context, r *rpc.Request) (any, error) {
 	return nil, rpc.Errorf(rpc.Invalid, "store: no method %q", r.Method)
 }
 
-func (s *service) configure(in Configure, dir *os.File) error {
+func (s *service) configure(in Configure) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.running {
@@ -139,11 +144,14 @@ func (s *service) configure(in Configure, dir *os.File) error {
 		in.Workers = 8
 	}
 	t := tree.New(server.ReservedNames()...)
-	fd, err := unix.FcntlInt(dir.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	fd, err := unix.Open(in.Dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return fmt.Errorf("store: %w", err)
+		return fmt.Errorf("store: %s: %w", in.Dir, err)
 	}
-	named := os.NewFile(uintptr(fd), in.Dir)
+	if in.Name == "" {
+		in.Name = in.Dir
+	}
+	named := os.NewFile(uintptr(fd), in.Name)
 	defer named.Close()
 	db, err := disk.Open(named, t)
 	if err != nil {

@@ -58,8 +58,10 @@ type service struct {
 
 func start(t *testing.T, logs string) *service {
 	t.Helper()
-	spawner := store.NewSpawner(logs)
-	p, err := process.Start(stateProgram, stateProgram, logs)
+	spawner := store.NewSpawner(func() (*process.Process, error) {
+		return process.Start(process.Options{Program: store.LogicProgram, LogDir: logs})
+	})
+	p, err := process.Start(process.Options{Program: stateProgram, LogDir: logs})
 	must(t, err)
 	s := &service{t: t, p: p, peer: rpc.New(p.Control, spawner.Handle)}
 	var wg sync.WaitGroup
@@ -81,17 +83,17 @@ func must(t *testing.T, err error) {
 	}
 }
 
-func (s *service) call(method string, in any, f *os.File) error {
-	defer f.Close()
-	_, err := s.peer.Call(s.t.Context(), method, in, nil, f)
+func (s *service) call(method string, in any, f ...*os.File) error {
+	_, err := s.peer.Call(s.t.Context(), method, in, nil, f...)
+	for _, f := range f {
+		f.Close()
+	}
 	return err
 }
 
 func (s *service) configure(dir string, reset int) error {
 	s.t.Helper()
-	f, err := os.Open(dir)
-	must(s.t, err)
-	return s.call(store.MethodConfigure, store.Configure{Reset: reset, Dir: dir}, f)
+	return s.call(store.MethodConfigure, store.Configure{Reset: reset, Dir: dir})
 }
 
 func (s *service) connect(d tree.Domain) *client.Client {

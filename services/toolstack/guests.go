@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -20,10 +21,8 @@ import (
 
 	"github.com/google/renameio/v2"
 	"github.com/google/uuid"
-	"golang.org/x/sys/unix"
 
 	"redoubt.dev/redoubt/ipc/rpc"
-	"redoubt.dev/redoubt/qemu"
 	"redoubt.dev/redoubt/services/protocol"
 	"redoubt.dev/redoubt/spec"
 )
@@ -75,7 +74,6 @@ func (g *guest) up() bool { return g.state == Starting || g.state == Running || 
 type Toolstack struct {
 	log     *slog.Logger
 	dir     string
-	logDir  string
 	builder *rpc.Peer
 	events  *broadcast[protocol.Event]
 
@@ -257,69 +255,64 @@ func (t *Toolstack) forget(g *guest) {
 func (t *Toolstack) launch(ctx context.Context, g *guest, opt protocol.Options) error {
 	s := g.saved.Spec
 	msg := protocol.Build{UUID: g.saved.UUID, Spec: s, Options: opt}
-	var files []*os.File
+	var files, own []*os.File // for the Builder, and ours
 	defer func() {
-		for _, f := range files {
+		for _, f := range append(files, own...) {
 			f.Close()
 		}
 	}()
-	add := func(name, field, path string, flags int) error {
-		f, err := os.OpenFile(path, flags|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
-		if err != nil {
-			var pe *os.PathError
-			if errors.As(err, &pe) {
-				err = pe.Err
-			}
-			return rpc.Errorf(rpc.Invalid, "%s: %s: %v", field, path, err)
-		}
-		files = append(files, f)
-		if st, err := f.Stat(); err != nil || !st.Mode().IsRegular() {
-			return rpc.Errorf(rpc.Invalid, "%s: %s: not a regular file", field, path)
+	add := func(name, field, path string, write bool) error {
+		got, err := t.builder.Call(ctx, protocol.MethodOpen, protocol.Open{Field: field, Path: path, Write: write}, nil)
+		files = append(files, got...)
+		if err == nil && len(got) != 1 {
+			err = fmt.Errorf("%s: %d descriptors", field, len(got))
 		}
 		msg.Files = append(msg.Files, name)
-		return nil
+		return err
 	}
 	if s.Boot.Kernel != "" {
-		if err := add(protocol.FileKernel, "boot.kernel", s.Boot.Kernel, os.O_RDONLY); err != nil {
+		if err := add(protocol.FileKernel, "boot.kernel", s.Boot.Kernel, false); err != nil {
 			return err
 		}
 	}
 	if s.Boot.Initrd != "" {
-		if err := add(protocol.FileInitrd, "boot.initrd", s.Boot.Initrd, os.O_RDONLY); err != nil {
+		if err := add(protocol.FileInitrd, "boot.initrd", s.Boot.Initrd, false); err != nil {
 			return err
 		}
 	}
 	if s.Boot.Firmware == spec.OVMF {
 		path := t.varsPath(s.Name)
-		if err := makeVars(path); err != nil {
+		if err := t.makeVars(ctx, path); err != nil {
 			return err
 		}
-		if err := add(protocol.FileVars, "boot.firmware", path, os.O_RDWR); err != nil {
+		f, err := os.OpenFile(path, os.O_RDWR, 0)
+		if err != nil {
 			return err
 		}
+		files = append(files, f)
+		msg.Files = append(msg.Files, protocol.FileVars)
 	}
 	for i, d := range s.Disks {
-		mode := os.O_RDWR
-		if d.ReadOnly {
-			mode = os.O_RDONLY
-		}
-		if err := add(protocol.FileDisk, fmt.Sprintf("disks[%d].path", i), d.Path, mode); err != nil {
+		if err := add(protocol.FileDisk, fmt.Sprintf("disks[%d].path", i), d.Path, !d.ReadOnly); err != nil {
 			return err
 		}
 	}
-	var ends [2]net.Conn
-	for i, name := range []string{protocol.FileConsole, protocol.FileChannel} {
-		ours, theirs, err := streamPair()
-		if err != nil {
-			return errors.Join(err, closeConns(ends[:i]))
-		}
-		ends[i] = ours
-		files = append(files, theirs)
-		msg.Files = append(msg.Files, name)
+	made, err := t.builder.Call(ctx, protocol.MethodConsole, protocol.MakeConsole{Name: s.Name}, nil)
+	if err == nil && len(made) != 5 {
+		err = fmt.Errorf("console: %d descriptors", len(made))
 	}
-	logFile, err := os.OpenFile(filepath.Join(t.logDir, "console-"+s.Name+".log"), os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
 	if err != nil {
-		return errors.Join(err, closeConns(ends[:]))
+		own = append(own, made...)
+		return err
+	}
+	own, files = append(own, made[0], made[2]), append(files, made[1], made[3])
+	logFile := made[4]
+	msg.Files = append(msg.Files, protocol.FileConsole, protocol.FileChannel)
+	var ends [2]net.Conn
+	for i := range ends {
+		if ends[i], err = net.FileConn(made[2*i]); err != nil {
+			return errors.Join(err, logFile.Close(), closeConns(ends[:i]))
+		}
 	}
 	g.channel.attach(ends[1], nil, nil)
 	g.console.attach(ends[0], logFile, func(kind string) {
@@ -343,12 +336,29 @@ func (t *Toolstack) launch(ctx context.Context, g *guest, opt protocol.Options) 
 
 func (t *Toolstack) varsPath(name string) string { return filepath.Join(t.dir, name+".vars") }
 
+// maxVars bounds a variable store in bytes; OVMF's have 540,672.
+const maxVars = 16 << 20
+
+func closeFiles(files []*os.File) {
+	for _, f := range files {
+		f.Close()
+	}
+}
+
 // makeVars makes a guest's UEFI variable store, unless it has one.
-func makeVars(path string) error {
+func (t *Toolstack) makeVars(ctx context.Context, path string) error {
 	if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	fresh, err := qemu.NewVars()
+	template, err := t.builder.Call(ctx, protocol.MethodVars, struct{}{}, nil)
+	if err != nil {
+		return err
+	}
+	defer closeFiles(template)
+	if len(template) != 1 {
+		return fmt.Errorf("boot.firmware: %d descriptors", len(template))
+	}
+	fresh, err := io.ReadAll(io.LimitReader(template[0], maxVars))
 	if err != nil {
 		return fmt.Errorf("boot.firmware: %w", err)
 	}
@@ -361,30 +371,6 @@ func closeConns(conns []net.Conn) error {
 		errs = append(errs, c.Close())
 	}
 	return errors.Join(errs...)
-}
-
-// consoleBuffer is the room of a console's socket in the kernel's own count of bytes.
-const consoleBuffer = 16 << 20
-
-func streamPair() (net.Conn, *os.File, error) {
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return nil, nil, fmt.Errorf("console: %w", err)
-	}
-	for _, fd := range fds {
-		// QEMU writes a console byte by byte and drops what the socket does not take; each
-		// such byte counts for the better part of a KiB.
-		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, consoleBuffer)
-	}
-	own := os.NewFile(uintptr(fds[0]), "console")
-	defer own.Close()
-	theirs := os.NewFile(uintptr(fds[1]), "console")
-	c, err := net.FileConn(own)
-	if err != nil {
-		theirs.Close()
-		return nil, nil, err
-	}
-	return c, theirs, nil
 }
 
 // event records one moment of a guest and tells those who follow.

@@ -81,7 +81,7 @@ func (t *Toolstack) configure(r *rpc.Request) (net.Listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	t.dir, t.logDir = in.StateDir, in.LogDir
+	t.dir = in.StateDir
 	if err := t.load(); err != nil {
 		l.Close()
 		return nil, fmt.Errorf("guests: %w", err)

@@ -22,9 +22,11 @@ import (
 
 	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/ipc/rpc"
+	"redoubt.dev/redoubt/services/foreign"
 	"redoubt.dev/redoubt/services/protocol"
 	"redoubt.dev/redoubt/store/client"
 	"redoubt.dev/redoubt/vtpm/backend"
+	"redoubt.dev/redoubt/vtpm/keys"
 	"redoubt.dev/redoubt/vtpm/manager"
 )
 
@@ -130,7 +132,15 @@ func (s *service) configure(r *rpc.Request) error {
 	if err != nil {
 		return err
 	}
-	m, err := manager.Open(manager.Options{Dir: filepath.Join(in.StateDir, "manager"), TPM: in.HostTPM})
+	var host *keys.Host
+	if tpm := files[protocol.FileHostTPM]; len(tpm) == 1 {
+		defer tpm[0].Close()
+		host = keys.HostOver(in.HostTPM, tpm[0])
+	}
+	m, err := manager.Open(manager.Options{
+		Dir: filepath.Join(in.StateDir, "manager"), TPM: host,
+		Starter: foreign.Starter{Builder: s.peer, Dir: in.StateDir},
+	})
 	if err != nil {
 		c.Close()
 		return err

@@ -21,7 +21,6 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -60,8 +59,8 @@ type Config struct {
 	Key      [KeySize]byte // encrypts the state
 	Existing bool          // state must be there already; otherwise there must be none
 
-	// command prepares the program with its arguments; nil means swtpm.
-	command func(ctx context.Context, args ...string) (*exec.Cmd, error)
+	Starter programs.Starter // of swtpm; nil: as a child
+
 	// commandLimit and controlLimit replace the constants where they are not zero.
 	commandLimit, controlLimit time.Duration
 }
@@ -181,30 +180,30 @@ func spawn(cfg *Config, ctl *os.File) (*process, error) {
 		return nil, fmt.Errorf("key: %w", err)
 	}
 	defer key.Close()
-	command := cfg.command
-	if command == nil {
-		command = func(ctx context.Context, args ...string) (*exec.Cmd, error) {
-			return programs.Command(ctx, "swtpm", args...)
-		}
+	starter := cfg.Starter
+	if starter == nil {
+		starter = programs.Direct{}
 	}
-	// The process outlives the start, so no context: it is ended by its owner.
-	cmd, err := command(context.Background(), "socket", "--tpm2", "--terminate",
-		"--tpmstate", "dir="+cfg.Dir+",mode=0600",
-		"--ctrl", "type=unixio,clientfd=3",
-		"--key", "fd=4,mode=aes-256-cbc,format=binary",
-		"--locality", "reject-locality-4,allow-set-locality")
-	if err != nil {
-		return nil, err
-	}
-	cmd.ExtraFiles = []*os.File{ctl, key}
-	return start(cmd)
+	return start(starter, programs.Program{
+		Name: "swtpm", Files: []*os.File{ctl, key}, Dir: cfg.Dir,
+		Args: func(dir string) []string {
+			return []string{
+				"socket", "--tpm2", "--terminate",
+				// Its group, the manager's, may read the file, which is encrypted, to sync it.
+				"--tpmstate", "dir=" + dir + ",mode=0640",
+				"--ctrl", "type=unixio,clientfd=3",
+				"--key", "fd=4,mode=aes-256-cbc,format=binary",
+				"--locality", "reject-locality-4,allow-set-locality",
+			}
+		},
+	})
 }
 
 // handshake hands over the data channel and initialises the TPM.
 func (e *Engine) handshake(ctx context.Context, dataFile *os.File, existing bool) error {
 	limit := time.Now().Add(e.controlLimit)
 	// A context that ends cuts the wait short by ending what is waited for.
-	cancelled := context.AfterFunc(ctx, func() { _ = e.proc.cmd.Process.Kill() })
+	cancelled := context.AfterFunc(ctx, func() { e.proc.Kill() })
 	defer cancelled()
 	fail := func(err error) error {
 		if ctx.Err() != nil {
@@ -256,12 +255,12 @@ func (e *Engine) explain(err error) error {
 	var r *resultError
 	end := ""
 	if !errors.As(err, &r) { // else it ran on until now
-		end = ", " + e.proc.end
+		end = ", " + e.proc.Exit()
 	}
 	if l := e.proc.log.String(); l != "" {
 		end += ", its log: " + l
 	}
-	return fmt.Errorf("%w (swtpm process %d%s)", err, e.proc.cmd.Process.Pid, end)
+	return fmt.Errorf("%w (swtpm process %d%s)", err, e.proc.PID(), end)
 }
 
 // work owns the channels: it serves requests until the engine fails or is shut down.
@@ -466,7 +465,7 @@ func (e *Engine) Shutdown(ctx context.Context) error {
 func (e *Engine) Kill() {
 	e.stopOnce.Do(func() { close(e.stop) })
 	// The worker may be inside a command: ending the process ends its read.
-	_ = e.proc.cmd.Process.Kill()
+	e.proc.Kill()
 	<-e.done
 }
 
@@ -487,4 +486,4 @@ func (e *Engine) Err() error {
 func (e *Engine) Log() string { return e.proc.log.String() }
 
 // Pid is the process number of the engine, for reports.
-func (e *Engine) Pid() int { return e.proc.cmd.Process.Pid }
+func (e *Engine) Pid() int { return e.proc.PID() }

@@ -9,15 +9,17 @@ import (
 	"os"
 	"os/exec"
 	"syscall"
+
+	"redoubt.dev/redoubt/programs"
 )
 
-// fakeCommand runs this test binary in place of swtpm, to misbehave in the way mode says.
-func fakeCommand(mode string) func(context.Context, ...string) (*exec.Cmd, error) {
-	return func(ctx context.Context, args ...string) (*exec.Cmd, error) {
-		cmd := exec.CommandContext(ctx, os.Args[0], args...)
-		cmd.Env = append(os.Environ(), "REDOUBT_TEST_FAKE_ENGINE="+mode)
-		return cmd, nil
-	}
+// fakeStarter runs this test binary in place of swtpm, to misbehave in the way it says.
+type fakeStarter string
+
+func (f fakeStarter) Start(_ context.Context, p programs.Program) (programs.Running, error) {
+	cmd := exec.Command(os.Args[0], p.Args(p.Dir)...)
+	cmd.Env = append(os.Environ(), "REDOUBT_TEST_FAKE_ENGINE="+string(f))
+	return programs.StartChild(cmd, p)
 }
 
 // fakeEngine speaks swtpm's control protocol on descriptor 3, a byte at a time.

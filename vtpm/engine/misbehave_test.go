@@ -18,7 +18,7 @@ import (
 // fake runs this test binary as the engine.
 func fake(t *testing.T, mode string) Config {
 	t.Helper()
-	cfg := Config{Dir: t.TempDir(), command: fakeCommand(mode)}
+	cfg := Config{Dir: t.TempDir(), Starter: fakeStarter(mode)}
 	switch mode { // only where nothing else ends the wait
 	case "mute":
 		cfg.controlLimit = 100 * time.Millisecond

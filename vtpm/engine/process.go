@@ -1,14 +1,15 @@
 package engine
 
 import (
+	"context"
 	"fmt"
 	"net"
 	"os"
-	"os/exec"
-	"runtime"
 	"strings"
 	"sync"
 	"syscall"
+
+	"redoubt.dev/redoubt/programs"
 )
 
 // socketpair makes a connected pair of stream sockets: ours, and the engine's as a file to
@@ -78,68 +79,28 @@ func (t *logTail) String() string {
 
 // process owns the running engine.
 type process struct {
-	cmd  *exec.Cmd
+	programs.Running
 	log  logTail
-	done chan struct{} // closed once the process is reaped; state is set before
-	end  string        // how it ended, for messages
+	done chan struct{} // closed once the process is gone
 }
 
-// start runs cmd, which must carry its descriptors, and returns once it is running. cmd's
-// output goes to the log tail. One goroutine owns the process: it starts it on a thread that
-// lives until the process is reaped, because the kernel ties the parent-death signal to the
-// starting thread (prctl(2), PR_SET_PDEATHSIG), not to the program.
-func start(cmd *exec.Cmd) (*process, error) {
-	r, w, err := os.Pipe()
-	if err != nil {
+// start starts the engine's program; its output goes to the log tail.
+func start(starter programs.Starter, p programs.Program) (*process, error) {
+	e := &process{done: make(chan struct{})}
+	p.Output = &e.log
+	var err error
+	if e.Running, err = starter.Start(context.Background(), p); err != nil {
 		return nil, err
 	}
-	p := &process{cmd: cmd, done: make(chan struct{})}
-	cmd.Stdout, cmd.Stderr = w, w
-	cmd.SysProcAttr = &syscall.SysProcAttr{
-		Pdeathsig: syscall.SIGKILL,
-		Setpgid:   true, // an interrupt typed at the terminal is ours to handle, not the engine's
-	}
-	started := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread()
-		defer runtime.UnlockOSThread()
-		err := cmd.Start()
-		w.Close()
-		started <- err
-		if err != nil {
-			r.Close()
-			return
-		}
-		drained := make(chan struct{})
-		go func() { // ends with the last writer, the process
-			defer close(drained)
-			defer r.Close()
-			b := make([]byte, 1024)
-			for {
-				n, err := r.Read(b)
-				_, _ = p.log.Write(b[:n])
-				if err != nil {
-					return
-				}
-			}
-		}()
-		err = cmd.Wait()
-		<-drained
-		p.end = cmd.ProcessState.String()
-		if err != nil && cmd.ProcessState == nil {
-			p.end = err.Error()
-		}
-		close(p.done)
+	go func() { // ends with the program
+		defer close(e.done)
+		_ = e.Wait() // Exit tells
 	}()
-	if err := <-started; err != nil {
-		return nil, err
-	}
-	return p, nil
+	return e, nil
 }
 
-// kill ends the process for certain and waits for it to be reaped.
+// kill ends the process for certain and waits for its end.
 func (p *process) kill() {
-	// The only failure is that the process is already gone.
-	_ = p.cmd.Process.Kill()
+	p.Kill()
 	<-p.done
 }

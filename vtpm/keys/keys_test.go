@@ -16,11 +16,11 @@ import (
 )
 
 func TestWrapIsBound(t *testing.T) {
-	r, err := Create(filepath.Join(t.TempDir(), "root.key"), "")
+	r, err := Create(filepath.Join(t.TempDir(), "root.key"), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	other, err := Create(filepath.Join(t.TempDir(), "root.key"), "")
+	other, err := Create(filepath.Join(t.TempDir(), "root.key"), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -52,14 +52,14 @@ func TestWrapIsBound(t *testing.T) {
 
 func TestFileRoot(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "root.key")
-	r, err := Create(file, "")
+	r, err := Create(file, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if st, err := os.Stat(file); err != nil || st.Mode().Perm() != 0o600 {
 		t.Fatalf("mode %v, %v", st.Mode(), err)
 	}
-	again, err := Open(file, "")
+	again, err := Open(file, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -70,12 +70,12 @@ func TestFileRoot(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Create(file, ""); err == nil || !strings.Contains(err.Error(), "never replaced") {
+	if _, err := Create(file, nil); err == nil || !strings.Contains(err.Error(), "never replaced") {
 		t.Errorf("create over it: %v", err)
 	}
 	refused := func(name, want string) {
 		t.Helper()
-		if _, err := Open(file, ""); err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), file) {
+		if _, err := Open(file, nil); err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), file) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -170,12 +170,12 @@ func run(t *testing.T, cmd *exec.Cmd) {
 func TestSealedRoot(t *testing.T) {
 	tpm := hostTPM(t)
 	file := filepath.Join(t.TempDir(), "root.key")
-	r, err := Create(file, tpm)
+	r, err := Create(file, HostAt(tpm))
 	if err != nil {
 		t.Fatal(err)
 	}
 	for range 4 { // more often than a TPM has room for objects that are not flushed
-		again, err := Open(file, tpm)
+		again, err := Open(file, HostAt(tpm))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -183,13 +183,13 @@ func TestSealedRoot(t *testing.T) {
 			t.Errorf("reopened: %v, sealed %v", err, again.Sealed())
 		}
 	}
-	if _, err := Open(file, ""); err == nil || !strings.Contains(err.Error(), "sealed to a TPM") {
+	if _, err := Open(file, nil); err == nil || !strings.Contains(err.Error(), "sealed to a TPM") {
 		t.Errorf("without a TPM: %v", err)
 	}
-	if _, err := Open(file, hostTPM(t)); err == nil || !strings.Contains(err.Error(), "another TPM") {
+	if _, err := Open(file, HostAt(hostTPM(t))); err == nil || !strings.Contains(err.Error(), "another TPM") {
 		t.Errorf("another TPM: %v", err)
 	}
-	if _, err := Open(file, file); err == nil {
+	if _, err := Open(file, HostAt(file)); err == nil {
 		t.Error("a file was taken for a TPM")
 	}
 	b, err := os.ReadFile(file)

@@ -25,9 +25,9 @@ const (
 	rootFileMode = 0o600
 )
 
-// Open reads the root key's file. A sealed key needs the TPM that sealed it: a device such as
-// /dev/tpmrm0, or the Unix socket of an emulator; "" where the host has none.
-func Open(file, tpm string) (*Root, error) {
+// Open reads the root key's file. A sealed key needs the TPM that sealed it; nil where the host has
+// none.
+func Open(file string, tpm *Host) (*Root, error) {
 	r, err := open(file, tpm)
 	if err != nil {
 		return nil, fmt.Errorf("root key %s: %w", file, err)
@@ -35,7 +35,7 @@ func Open(file, tpm string) (*Root, error) {
 	return r, nil
 }
 
-func open(file, tpm string) (*Root, error) {
+func open(file string, tpm *Host) (*Root, error) {
 	b, err := ReadFile(file, maxRootFile)
 	if err != nil {
 		return nil, err
@@ -47,7 +47,7 @@ func open(file, tpm string) (*Root, error) {
 	if p.kind == kindPlain {
 		return newRoot(p.key, false)
 	}
-	if tpm == "" {
+	if tpm == nil {
 		return nil, errors.New("it is sealed to a TPM: name this host's TPM")
 	}
 	key, err := unseal(tpm, p.public, p.private)
@@ -57,9 +57,9 @@ func open(file, tpm string) (*Root, error) {
 	return newRoot(key, true)
 }
 
-// Create makes a root key, sealed to tpm if that is not "", and writes its file durably. It fails
+// Create makes a root key, sealed to tpm if that is not nil, and writes its file durably. It fails
 // if there is a file already.
-func Create(file, tpm string) (*Root, error) {
+func Create(file string, tpm *Host) (*Root, error) {
 	r, err := create(file, tpm)
 	if err != nil {
 		return nil, fmt.Errorf("create root key %s: %w", file, err)
@@ -67,7 +67,7 @@ func Create(file, tpm string) (*Root, error) {
 	return r, nil
 }
 
-func create(file, tpm string) (*Root, error) {
+func create(file string, tpm *Host) (*Root, error) {
 	if _, err := os.Lstat(file); err == nil {
 		return nil, errors.New("the file is there: a root key is never replaced")
 	} else if !errors.Is(err, os.ErrNotExist) {
@@ -75,7 +75,7 @@ func create(file, tpm string) (*Root, error) {
 	}
 	key := New()
 	p := rootFile{kind: kindPlain, key: key[:]}
-	if tpm != "" {
+	if tpm != nil {
 		pub, priv, err := seal(tpm, key[:])
 		if err != nil {
 			return nil, fmt.Errorf("seal to the TPM %s: %w", tpm, err)
@@ -85,7 +85,7 @@ func create(file, tpm string) (*Root, error) {
 	if err := WriteFile(file, p.encode()); err != nil {
 		return nil, err
 	}
-	return newRoot(key[:], tpm != "")
+	return newRoot(key[:], tpm != nil)
 }
 
 // WriteFile replaces a private file durably: it has the old contents or the new ones whatever

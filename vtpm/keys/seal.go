@@ -11,7 +11,29 @@ import (
 	"github.com/google/go-tpm/tpm2/transport/linuxudstpm"
 )
 
-// openTPM reaches the host's TPM by the path of its device or of an emulator's socket.
+// A Host is the host's TPM; nil is none.
+type Host struct {
+	name string
+	open func() (transport.TPMCloser, error)
+}
+
+// String names it.
+func (h *Host) String() string { return h.name }
+
+// HostAt is the TPM with the path of its device or of an emulator's socket; "": none.
+func HostAt(path string) *Host {
+	if path == "" {
+		return nil
+	}
+	return &Host{path, func() (transport.TPMCloser, error) { return openTPM(path) }}
+}
+
+// HostOver is the TPM at the other end of f, an open device or a connected socket, which belongs
+// to the Host and serves for one Create or Open.
+func HostOver(name string, f *os.File) *Host {
+	return &Host{name, func() (transport.TPMCloser, error) { return transport.FromReadWriteCloser(f), nil }}
+}
+
 func openTPM(path string) (transport.TPMCloser, error) {
 	st, err := os.Stat(path)
 	switch {
@@ -50,8 +72,8 @@ func withSRK(tpm transport.TPM, f func(srk *tpm2.CreatePrimaryResponse, public t
 }
 
 // seal makes a sealed object of key under the storage root key.
-func seal(path string, key []byte) (public, private []byte, err error) {
-	tpm, err := openTPM(path)
+func seal(host *Host, key []byte) (public, private []byte, err error) {
+	tpm, err := host.open()
 	if err != nil {
 		return nil, nil, err
 	}
@@ -80,8 +102,8 @@ func seal(path string, key []byte) (public, private []byte, err error) {
 }
 
 // unseal opens what seal made.
-func unseal(path string, public, private []byte) (key []byte, err error) {
-	tpm, err := openTPM(path)
+func unseal(host *Host, public, private []byte) (key []byte, err error) {
+	tpm, err := host.open()
 	if err != nil {
 		return nil, err
 	}

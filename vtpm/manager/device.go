@@ -70,7 +70,7 @@ func (m *Manager) startDevice(ctx context.Context, rec *record, fresh bool, even
 	}()
 	d := &Device{m: m, rec: rec, turn: make(chan struct{}, 1), manufactured: make(chan struct{})}
 	if d.eng, err = engine.Start(ctx, engine.Config{
-		Dir: filepath.Join(dir, tpmDir), Key: rec.key, Existing: !fresh,
+		Dir: filepath.Join(dir, tpmDir), Key: rec.key, Existing: !fresh, Starter: m.starter,
 	}); err != nil {
 		return nil, err
 	}
@@ -109,7 +109,11 @@ func (m *Manager) makeGuestDir(guest string) error {
 	}
 	err := os.WriteFile(filepath.Join(dir, newMarker), nil, 0o600)
 	if err == nil {
-		err = os.Mkdir(filepath.Join(dir, tpmDir), 0o700)
+		err = os.Mkdir(filepath.Join(dir, tpmDir), 0o770)
+	}
+	if err == nil {
+		// Where the engine has a user of its own, the two of them share the group.
+		err = os.Chmod(filepath.Join(dir, tpmDir), 0o770) // whatever the umask
 	}
 	if err != nil {
 		err = errors.Join(err, os.RemoveAll(dir))

@@ -31,6 +31,7 @@ import (
 
 	"github.com/google/uuid"
 	"redoubt.dev/redoubt/attest/eventlog"
+	"redoubt.dev/redoubt/programs"
 	"redoubt.dev/redoubt/vtpm/keys"
 )
 
@@ -55,17 +56,20 @@ var (
 
 // Options say where the saved data is.
 type Options struct {
-	Dir    string // made if missing; belongs to this manager alone
-	TPM    string // the host's TPM (device, or socket of an emulator); "" where there is none
-	HostID string // names the host in a new CA; "" takes a random one
+	Dir    string     // made if missing; belongs to this manager alone
+	TPM    *keys.Host // the host's TPM; nil where there is none
+	HostID string     // names the host in a new CA; "" takes a random one
+
+	Starter programs.Starter // of the engines; nil: as children
 }
 
 // A Manager serves the vTPMs of one state directory. Its methods may be called concurrently.
 type Manager struct {
-	dir  string
-	lock *os.File
-	root *keys.Root
-	ca   *authority
+	dir     string
+	starter programs.Starter
+	lock    *os.File
+	root    *keys.Root
+	ca      *authority
 
 	mu           sync.Mutex // guards what follows
 	records      map[string]*record
@@ -90,7 +94,7 @@ func open(o Options) (_ *Manager, err error) {
 		return nil, err
 	}
 	m := &Manager{
-		dir:     o.Dir,
+		dir: o.Dir, starter: o.Starter,
 		records: make(map[string]*record), broken: make(map[string]error), running: make(map[string]*Device),
 		nextInstance: 1,
 	}
