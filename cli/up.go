@@ -22,7 +22,8 @@ import (
 )
 
 func (a *app) upCommand() *cobra.Command {
-	var hostTPM string
+	var hostTPM, pool string
+	var users uint32
 	var foreground bool
 	c := &cobra.Command{
 		Use:   "up",
@@ -34,6 +35,7 @@ The vTPM manager's root key is sealed to the host's TPM where --host-tpm names o
 default /dev/tpmrm0, if it exists), else kept in a file of mode 0600 in the state directory.`,
 		Example: `  redoubt up
   redoubt up --host-tpm none
+  redoubt up --pool /srv/guests     # kernels and disks from nowhere else
   redoubt up --foreground    # for a service manager`,
 		Args: names(0, "no arguments"),
 		RunE: func(c *cobra.Command, _ []string) error {
@@ -46,10 +48,19 @@ default /dev/tpmrm0, if it exists), else kept in a file of mode 0600 in the stat
 			case "none":
 				hostTPM = ""
 			}
-			return a.up(c.Context(), hostTPM, foreground)
+			pool, err := filepath.Abs(pool)
+			if err == nil {
+				pool, err = filepath.EvalSymlinks(pool)
+			}
+			if err != nil {
+				return usagef("up: --pool: %v", err)
+			}
+			return a.up(c.Context(), foreground, "-host-tpm", hostTPM, "-pool", pool, "-users", strconv.Itoa(int(users)))
 		},
 	}
 	c.Flags().StringVar(&hostTPM, "host-tpm", "auto", "device or socket of the host's TPM, auto, or none")
+	c.Flags().StringVar(&pool, "pool", "/", "directory beneath which guests' kernels and disks must lie")
+	c.Flags().Uint32Var(&users, "users", builder.DefaultUsers, "first of 65536 user ids for services, of nobody else")
 	c.Flags().BoolVar(&foreground, "foreground", false, "stay; end the services at SIGTERM")
 	return c
 }
@@ -57,7 +68,7 @@ default /dev/tpmrm0, if it exists), else kept in a file of mode 0600 in the stat
 // upTimeout bounds the services' start.
 const upTimeout = 30 * time.Second
 
-func (a *app) up(ctx context.Context, hostTPM string, foreground bool) error {
+func (a *app) up(ctx context.Context, foreground bool, options ...string) error {
 	if os.Geteuid() != 0 {
 		return errors.New("up: not root: Redoubt makes guests and needs /dev/kvm: use sudo")
 	}
@@ -73,7 +84,7 @@ func (a *app) up(ctx context.Context, hostTPM string, foreground bool) error {
 	if err != nil {
 		return fmt.Errorf("up: %w", err)
 	}
-	args := []string{"-run-dir", a.runDir, "-state-dir", a.stateDir, "-host-tpm", hostTPM}
+	args := append([]string{"-run-dir", a.runDir, "-state-dir", a.stateDir}, options...)
 	program := filepath.Join(filepath.Dir(self), "redoubt-builder")
 	if foreground {
 		err := unix.Exec(program, append([]string{program}, args...), process.Env())

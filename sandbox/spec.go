@@ -101,6 +101,9 @@ const (
 // namespaces in the order of reports.
 var namespaces = []Namespace{User, Mount, PID, IPC, Net, UTS, CgroupNS}
 
+// Namespaces are all there are, in the order of reports.
+func Namespaces() []Namespace { return slices.Clone(namespaces) }
+
 var cloneFlag = map[Namespace]uintptr{
 	User: unix.CLONE_NEWUSER, Mount: unix.CLONE_NEWNS, PID: unix.CLONE_NEWPID, IPC: unix.CLONE_NEWIPC,
 	Net: unix.CLONE_NEWNET, UTS: unix.CLONE_NEWUTS, CgroupNS: unix.CLONE_NEWCGROUP,
@@ -115,6 +118,19 @@ const (
 	NetRaw   Capability = unix.CAP_NET_RAW
 	IPCLock  Capability = unix.CAP_IPC_LOCK
 )
+
+// String is its name in capabilities(7).
+func (c Capability) String() string {
+	switch c {
+	case NetAdmin:
+		return "CAP_NET_ADMIN"
+	case NetRaw:
+		return "CAP_NET_RAW"
+	case IPCLock:
+		return "CAP_IPC_LOCK"
+	}
+	return fmt.Sprintf("capability %d", uint(c))
+}
 
 // An Ingredient is a part of the sandbox that a host may lack.
 type Ingredient string

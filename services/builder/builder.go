@@ -160,6 +160,9 @@ func Run(ctx context.Context, cfg Config) error {
 		}
 		return err
 	}
+	if err := b.serveAdmin(ctx); err != nil {
+		return err
+	}
 	cfg.Ready()
 	<-ctx.Done()
 	if cause := context.Cause(ctx); !errors.Is(cause, context.Canceled) {

@@ -1,0 +1,171 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/spf13/cobra"
+
+	"redoubt.dev/redoubt/ipc"
+	"redoubt.dev/redoubt/ipc/rpc"
+	"redoubt.dev/redoubt/sandbox"
+	"redoubt.dev/redoubt/services/builder"
+)
+
+// serviceReport is a process, what is declared for it and what is in force.
+type serviceReport struct {
+	builder.RunningService
+	InForce     *sandbox.State `json:"inForce,omitempty"` // none if it has ended meanwhile
+	Differences []string       `json:"differences,omitempty"`
+}
+
+func (a *app) servicesCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "services",
+		Short: "List the services' processes and whether their sandboxes are as declared",
+		Long: `Lists the processes of all services with what the kernel says is in force for each, and holds
+that against what the table of services declares (docs/SERVICES-TABLE.md). The exit status is 1 where
+anything differs. Lists of system calls and Landlock rules are in force or not; the kernel does not tell
+what is in them.`,
+		Example: "  sudo redoubt services\n  sudo redoubt services --json | jq '.[] | select(.differences)'",
+		Args:    names(0, "no arguments"),
+		RunE: func(c *cobra.Command, _ []string) error {
+			all, err := a.services(c.Context())
+			if err != nil {
+				return err
+			}
+			bad := false
+			for _, s := range all {
+				bad = bad || len(s.Differences) > 0
+			}
+			if a.json {
+				err = a.printJSON(all)
+			} else {
+				err = a.printServices(all)
+			}
+			if err == nil && bad {
+				err = exitError(1)
+			}
+			return err
+		},
+	}
+}
+
+// services asks the Builder what runs and the kernel what is in force.
+func (a *app) services(ctx context.Context) ([]serviceReport, error) {
+	var running []builder.RunningService
+	if err := a.askBuilder(ctx, builder.MethodServices, &running); err != nil {
+		return nil, fmt.Errorf("services: %w", err)
+	}
+	all := make([]serviceReport, len(running))
+	for i, r := range running {
+		all[i].RunningService = r
+		now, err := sandbox.Observe(r.PID)
+		switch {
+		case errors.Is(err, os.ErrNotExist): // a worker that was replaced, a guest that ended
+		case err != nil:
+			return nil, fmt.Errorf("services: %s: %w", r.Label, err)
+		default:
+			all[i].InForce, all[i].Differences = &now, r.Declared.Differences(now)
+		}
+	}
+	return all, nil
+}
+
+// askBuilder makes a call on the Builder's own socket, which is root's alone.
+func (a *app) askBuilder(ctx context.Context, method string, out any) error {
+	path := filepath.Join(a.runDir, builder.AdminSocket)
+	c, err := net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: path, Net: "unixpacket"})
+	switch {
+	case errors.Is(err, os.ErrPermission):
+		return fmt.Errorf("%s is root's alone: use sudo", path)
+	case err != nil:
+		return fmt.Errorf("nothing runs on %s: start it with `redoubt up`", a.runDir)
+	}
+	f, err := c.File()
+	err = errors.Join(err, c.Close())
+	if err != nil {
+		return err
+	}
+	conn, err := ipc.FromFile(f)
+	if err != nil {
+		return err
+	}
+	peer := rpc.New(conn, nil)
+	done := make(chan struct{})
+	go func() { // ends with Close
+		defer close(done)
+		_ = peer.Run(context.Background())
+	}()
+	_, err = peer.Call(ctx, method, struct{}{}, out)
+	_ = peer.Close()
+	<-done
+	return err
+}
+
+func (a *app) printServices(all []serviceReport) error {
+	w := tabwriter.NewWriter(a.out, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "PROCESS\tPID\tUSER\tHOST'S NAMESPACES\tCAPABILITIES\tMEMORY\tSANDBOX")
+	for _, s := range all {
+		state := "as declared"
+		if len(s.Differences) > 0 {
+			state = "DIFFERS"
+		}
+		if s.InForce == nil {
+			fmt.Fprintf(w, "%s\t%d\t\t\t\t\tended\n", s.Label, s.PID)
+			continue
+		}
+		fmt.Fprintf(w, "%s\t%d\t%d\t%s\t%s\t%s\t%s\n", s.Label, s.PID, s.InForce.UID, shared(*s.InForce), capabilities(*s.InForce), mebibytes(s.InForce.Memory), state)
+	}
+	if err := w.Flush(); err != nil {
+		return err
+	}
+	for _, s := range all {
+		for _, d := range s.Differences {
+			fmt.Fprintf(a.out, "%s: %s\n", s.Label, d)
+		}
+	}
+	return nil
+}
+
+// shared are the namespaces that are the host's.
+func shared(s sandbox.State) string {
+	own := map[sandbox.Namespace]bool{}
+	for _, n := range s.Own {
+		own[n] = true
+	}
+	var out []string
+	for _, n := range sandbox.Namespaces() {
+		if !own[n] {
+			out = append(out, string(n))
+		}
+	}
+	if out == nil {
+		return "none"
+	}
+	return strings.Join(out, ",")
+}
+
+func capabilities(s sandbox.State) string {
+	var out []string
+	for _, c := range s.Capabilities {
+		out = append(out, c.String())
+	}
+	if out == nil {
+		return "none"
+	}
+	return strings.Join(out, ",")
+}
+
+func mebibytes(n uint64) string {
+	if n == 0 {
+		return "no limit"
+	}
+	return fmt.Sprintf("%d MiB", n>>20)
+}
