@@ -107,7 +107,7 @@ func (a *app) root() *cobra.Command {
 	f.StringVar(&a.runDir, "run-dir", env("REDOUBT_RUN_DIR", "/run/redoubt"), "run directory (or $REDOUBT_RUN_DIR)")
 	f.StringVar(&a.stateDir, "state-dir", env("REDOUBT_STATE_DIR", "/var/lib/redoubt"), "state directory (or $REDOUBT_STATE_DIR)")
 	f.BoolVar(&a.json, "json", false, "print JSON")
-	root.AddCommand(a.upCommand(), a.downCommand(), a.doctorCommand(), a.servicesCommand(), a.runCommand(), a.psCommand(),
+	root.AddCommand(a.upCommand(), a.downCommand(), a.doctorCommand(), a.servicesCommand(), a.resetCommand(), a.runCommand(), a.psCommand(),
 		a.showCommand(), a.consoleCommand(), a.logsCommand(), a.stopCommand(), a.rmCommand(),
 		a.attestCommand(), a.eventsCommand(), a.diskCommand())
 	return root

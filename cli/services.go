@@ -57,10 +57,40 @@ what is in them.`,
 	}
 }
 
+func (a *app) resetCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "reset SERVICE [GUEST]",
+		Short: "Replace a service's processes under their guests, now",
+		Long: `Replaces the processes of a service, those of all guests or of one, as the timer of
+` + "`redoubt up --reset`" + ` does. Guests see a pause of milliseconds.`,
+		Example: "  sudo redoubt reset blkback\n  sudo redoubt reset blkback web1",
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) < 1 || len(args) > 2 {
+				return usagef("reset: give a service and at most one guest")
+			}
+			return nil
+		},
+		RunE: func(c *cobra.Command, args []string) error {
+			in := builder.Reset{Service: args[0]}
+			if len(args) == 2 {
+				in.Guest = args[1]
+			}
+			var done builder.ResetDone
+			if err := a.askBuilder(c.Context(), builder.MethodReset, in, &done); err != nil {
+				return fmt.Errorf("reset: %w", err)
+			}
+			if in.Guest != "" && done.Replaced == 0 {
+				return fmt.Errorf("reset: no guest %q with a %s runs", in.Guest, in.Service)
+			}
+			return a.say(map[string]any{"replaced": done.Replaced}, "%d replaced\n", done.Replaced)
+		},
+	}
+}
+
 // services asks the Builder what runs and the kernel what is in force.
 func (a *app) services(ctx context.Context) ([]serviceReport, error) {
 	var running []builder.RunningService
-	if err := a.askBuilder(ctx, builder.MethodServices, &running); err != nil {
+	if err := a.askBuilder(ctx, builder.MethodServices, struct{}{}, &running); err != nil {
 		return nil, fmt.Errorf("services: %w", err)
 	}
 	all := make([]serviceReport, len(running))
@@ -79,7 +109,7 @@ func (a *app) services(ctx context.Context) ([]serviceReport, error) {
 }
 
 // askBuilder makes a call on the Builder's own socket, which is root's alone.
-func (a *app) askBuilder(ctx context.Context, method string, out any) error {
+func (a *app) askBuilder(ctx context.Context, method string, in, out any) error {
 	path := filepath.Join(a.runDir, builder.AdminSocket)
 	c, err := net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: path, Net: "unixpacket"})
 	switch {
@@ -103,7 +133,7 @@ func (a *app) askBuilder(ctx context.Context, method string, out any) error {
 		defer close(done)
 		_ = peer.Run(context.Background())
 	}()
-	_, err = peer.Call(ctx, method, struct{}{}, out)
+	_, err = peer.Call(ctx, method, in, out)
 	_ = peer.Close()
 	<-done
 	return err

@@ -22,7 +22,7 @@ import (
 )
 
 func (a *app) upCommand() *cobra.Command {
-	var hostTPM, pool string
+	var hostTPM, pool, resets string
 	var users uint32
 	var foreground bool
 	c := &cobra.Command{
@@ -35,6 +35,7 @@ The vTPM manager's root key is sealed to the host's TPM where --host-tpm names o
 default /dev/tpmrm0, if it exists), else kept in a file of mode 0600 in the state directory.`,
 		Example: `  redoubt up
   redoubt up --host-tpm none
+  redoubt up --reset blkback=10s    # whoever took it over has it for ten seconds
   redoubt up --pool /srv/guests     # kernels and disks from nowhere else
   redoubt up --foreground    # for a service manager`,
 		Args: names(0, "no arguments"),
@@ -48,6 +49,9 @@ default /dev/tpmrm0, if it exists), else kept in a file of mode 0600 in the stat
 			case "none":
 				hostTPM = ""
 			}
+			if _, err := builder.ParseResets(resets); err != nil {
+				return usagef("up: --reset: %v", err)
+			}
 			pool, err := filepath.Abs(pool)
 			if err == nil {
 				pool, err = filepath.EvalSymlinks(pool)
@@ -55,11 +59,12 @@ default /dev/tpmrm0, if it exists), else kept in a file of mode 0600 in the stat
 			if err != nil {
 				return usagef("up: --pool: %v", err)
 			}
-			return a.up(c.Context(), foreground, "-host-tpm", hostTPM, "-pool", pool, "-users", strconv.Itoa(int(users)))
+			return a.up(c.Context(), foreground, "-host-tpm", hostTPM, "-pool", pool, "-reset", resets, "-users", strconv.Itoa(int(users)))
 		},
 	}
 	c.Flags().StringVar(&hostTPM, "host-tpm", "auto", "device or socket of the host's TPM, auto, or none")
 	c.Flags().StringVar(&pool, "pool", "/", "directory beneath which guests' kernels and disks must lie")
+	c.Flags().StringVar(&resets, "reset", "", "how often services are replaced under their guests: SERVICE=DURATION or SERVICE=off, separated by commas (default "+builder.DefaultResets+")")
 	c.Flags().Uint32Var(&users, "users", builder.DefaultUsers, "first of 65536 user ids for services, of nobody else")
 	c.Flags().BoolVar(&foreground, "foreground", false, "stay; end the services at SIGTERM")
 	return c

@@ -32,11 +32,11 @@ for p in 0 1 2 3 4 5 6 7 8 9; do echo "PCR $p $(cat /sys/class/tpm/tpm0/pcr-sha2
 button() { for e in /dev/input/event*; do exec 7<$e; (head -c 1 <&7 >/dev/null; echo PRESSED; sync; poweroff -f) & done; }
 churn() {
   for round in 1 2 3 4; do
-    dd if=/dev/urandom of=/data bs=64k count=16 2>/dev/null
+    dd if=/dev/urandom of=/data bs=64k count=48 2>/dev/null
     echo "ROUND $round"
     dd if=/data of=/dev/vda bs=8k oflag=direct conv=fsync 2>/dev/null || echo "DISK-ERROR write"
     echo 3 >/proc/sys/vm/drop_caches
-    got=$(dd if=/dev/vda bs=64k count=16 2>/dev/null | md5sum)
+    got=$(dd if=/dev/vda bs=64k count=48 2>/dev/null | md5sum)
     [ "$got" = "$(md5sum </data)" ] && echo "SAME $round"
   done
   dmesg | grep -i 'i/o error' | sed 's/^/DISK-ERROR /'
@@ -56,6 +56,7 @@ case $what in
     exec 3<>$port; echo "hello, host" >&3; read line <&3; echo "CHANNEL $line" ;;
   wait) echo "LOG $(base64 -w0 </sys/kernel/security/tpm0/binary_bios_measurements)"; button; echo READY; while :; do sleep 1000; done ;;
   churn) churn ;;
+  io) /bin/guest io $(sed 's/.*io=\([a-z]*\).*/\1/' /proc/cmdline) /dev/vda ;;
   deaf) echo READY; while :; do sleep 1000; done ;;
 esac
 echo E2E-DONE

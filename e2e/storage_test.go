@@ -17,7 +17,7 @@ func TestStorageNative(t *testing.T) {
 	storage(t, "native")
 }
 
-// storage kills BlkBack again and again while a guest writes to its disk and reads back. The
+// storage kills BlkBack, and has it replaced in good order, again and again while a guest writes to its disk and reads back. The
 // guest sees pauses and nothing else; the timeline tells of each replacement.
 func storage(t *testing.T, emulator string) {
 	h := newHost(t)
@@ -27,10 +27,12 @@ func storage(t *testing.T, emulator string) {
 	next := h.followEvents("churn")
 	for _, round := range []string{"ROUND 1", "ROUND 2", "ROUND 3", "ROUND 4"} {
 		h.await("churn", round, bootTime)
-		for range 3 {
-			h.kill("BlkBack", "redoubt-blkback")
-			next("storage", 30*time.Second)
-		}
+		h.kill("BlkBack", "redoubt-blkback")
+		next("storage", 30*time.Second)
+		h.must("reset", "blkback", "churn")
+		next("storage", 30*time.Second)
+		h.kill("BlkBack", "redoubt-blkback")
+		next("storage", 30*time.Second)
 	}
 	g := h.awaitDown("churn", bootTime)
 	c := h.console("churn")

@@ -65,6 +65,7 @@ const (
 	Never       Reset = "not yet"
 	EachStart   Reset = "at each start of its guest"
 	AfterAnswer Reset = "after each response, if so configured"
+	OnTimer     Reset = "on a timer, under its guests"
 	OnCrash     Reset = "after a crash"
 	Ends        Reset = "ends with its guest"
 )

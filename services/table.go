@@ -125,7 +125,7 @@ var Table = []Service{
 		Creator: Builder, Count: PerGuest, Tag: OneGuest,
 		Peers:    []Peer{{Builder, "control"}, {Emulator, "vhost-user"}, {QEMU, "rings and events, passed on by the emulator"}},
 		Holds:    []string{"its guest's images", "its guest's memory"},
-		Lifetime: "its guest's", Reset: OnCrash,
+		Lifetime: "its guest's", Reset: OnTimer,
 		Policy: list("blkback", blkbackCalls), Memory: goMemory, GuestMemory: true,
 	},
 	{

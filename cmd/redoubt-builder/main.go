@@ -23,10 +23,16 @@ func main() {
 	flag.StringVar(&cfg.StateDir, "state-dir", "/var/lib/redoubt", "guests and their vTPMs")
 	flag.StringVar(&cfg.HostTPM, "host-tpm", "", "the host's TPM: a device or a socket; empty for none")
 	flag.StringVar(&cfg.Pool, "pool", "/", "directory beneath which kernels and disks of guests must lie")
+	resets := flag.String("reset", "", "how often services are replaced: SERVICE=DURATION or SERVICE=off, separated by commas")
 	users := flag.Uint("users", builder.DefaultUsers, "the first of 65536 user ids for services, of nobody else")
 	ready := flag.Int("ready-fd", -1, "descriptor to write a line to once the API is served")
 	flag.Parse()
 	cfg.Users = uint32(*users)
+	var err error
+	if cfg.Resets, err = builder.ParseResets(*resets); err != nil {
+		fmt.Fprintf(os.Stderr, "redoubt-builder: -reset: %v\n", err)
+		os.Exit(2)
+	}
 	cfg.Ready = func() {
 		if *ready >= 0 {
 			f := os.NewFile(uintptr(*ready), "ready")

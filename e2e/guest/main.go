@@ -23,6 +23,9 @@ func main() {
 }
 
 func run(args []string) error {
+	if len(args) == 3 && args[0] == "io" {
+		return load(args[1], args[2])
+	}
 	tpm, err := linuxtpm.Open("/dev/tpmrm0")
 	if err != nil {
 		return err
@@ -36,7 +39,7 @@ func run(args []string) error {
 	case len(args) == 1 && args[0] == "clear":
 		return clearTPM(tpm)
 	}
-	return errors.New("usage: guest seal|unseal DISK, guest clear")
+	return errors.New("usage: guest seal|unseal DISK, guest clear, guest io WORKLOAD DISK")
 }
 
 // pcrs are those the Builder measures what it boots into.

@@ -22,6 +22,20 @@ const AdminSocket = "builder.sock"
 // MethodServices lists the processes that run.
 const MethodServices = "services" // nothing → []RunningService
 
+// MethodReset replaces a service's processes now, as its timer would.
+const MethodReset = "reset" // Reset → ResetDone
+
+// Reset names the service and, where it is not to be all, the guest.
+type Reset struct {
+	Service string `json:"service"`
+	Guest   string `json:"guest,omitempty"`
+}
+
+// ResetDone says how many were replaced.
+type ResetDone struct {
+	Replaced int `json:"replaced"`
+}
+
 // RunningService is a process that the Builder started and what is declared for it.
 type RunningService struct {
 	Service  string        `json:"service"`
@@ -79,8 +93,15 @@ func (b *Builder) admin(ctx context.Context, c *net.UnixConn) {
 	}
 	_ = rpc.New(conn, func(_ context.Context, r *rpc.Request) (any, error) {
 		closeAll(r.Files)
-		if r.Method == MethodServices {
+		switch r.Method {
+		case MethodServices:
 			return b.procs.list(), nil
+		case MethodReset:
+			var in Reset
+			if err := r.Decode(&in); err != nil {
+				return nil, err
+			}
+			return b.reset(in)
 		}
 		return nil, rpc.Errorf(rpc.Refused, "builder: no call %q", r.Method)
 	}).Run(ctx)

@@ -40,10 +40,16 @@ type Config struct {
 	StateDir string // what must outlive the host's reboot
 	HostTPM  string // device or socket of the host's TPM; "" for none
 	Pool     string // beneath which files that specs name must lie; "": /
-	Users    uint32 // the first of 65536 user ids for services; 0: DefaultUsers
-	Log      *slog.Logger
-	Ready    func() // called once the API is served
+	// Resets says how often a service is replaced that runs well; 0 or nothing: never. Only those in
+	// Resettable may be named.
+	Resets map[string]time.Duration
+	Users  uint32 // the first of 65536 user ids for services; 0: DefaultUsers
+	Log    *slog.Logger
+	Ready  func() // called once the API is served
 }
+
+// Resettable are the services whose processes are replaced under running guests.
+var Resettable = []string{services.BlkBack}
 
 // Names in the run directory.
 const (

@@ -31,12 +31,14 @@ type storage struct {
 	memory *os.File // the run's guest memory
 	stale  bool     // BlkBack was replaced before the run could be told
 	ending bool
-	deaths []time.Time // the latest
+	ended  chan struct{} // closed with ending
+	deaths []time.Time   // the latest
 }
 
 // A BlkBack that dies more than maxDeaths times within deathWindow fails its guest: it is not the
 // accident that replacing is for.
 const (
+	drainLimit  = 2 * time.Second // of a BlkBack's requests when it is replaced; then it is killed
 	maxDeaths   = 20
 	deathWindow = 10 * time.Second
 )
@@ -46,13 +48,53 @@ func (b *Builder) newStorage(g *guest) (*storage, error) {
 	if len(g.disks) == 0 {
 		return nil, nil
 	}
-	s := &storage{b: b, g: g}
+	s := &storage{b: b, g: g, ended: make(chan struct{})}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err := s.spawn(); err != nil {
 		return nil, err
 	}
+	if every := b.cfg.Resets[services.BlkBack]; every > 0 {
+		b.wg.Go(func() { s.resetEvery(every) })
+	}
 	return s, nil
+}
+
+// resetEvery replaces BlkBack again and again until the guest is gone: what took it over has it for
+// that long at most.
+func (s *storage) resetEvery(every time.Duration) {
+	t := time.NewTicker(every)
+	defer t.Stop()
+	for {
+		select {
+		case <-t.C:
+			s.reset()
+		case <-s.ended:
+			return
+		}
+	}
+}
+
+// reset replaces a BlkBack that runs well: the next one is started before this one ends its
+// requests, so that the guest waits for the hand-over only. It reports whether it did.
+func (s *storage) reset() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.ending || s.run == nil {
+		return false
+	}
+	last := s.proc
+	if err := s.spawn(); err != nil {
+		s.b.log.Warn("BlkBack is not replaced", "guest", s.g.build.Spec.Name, "err", err)
+		return false
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), drainLimit)
+	defer cancel()
+	if err := last.Stop(ctx); err != nil {
+		s.b.log.Warn("BlkBack ended badly", "guest", s.g.build.Spec.Name, "err", err)
+	}
+	s.reattach()
+	return true
 }
 
 // spawn starts a BlkBack. s.mu is held.
@@ -239,7 +281,10 @@ func (s *storage) close() {
 		return
 	}
 	s.mu.Lock()
-	s.ending = true
+	if !s.ending {
+		s.ending = true
+		close(s.ended)
+	}
 	s.release()
 	p := s.proc
 	s.mu.Unlock()
