@@ -14,8 +14,9 @@
 //
 // A back end may be killed at any instant. The in-flight region, which the front end keeps,
 // tells the next one which requests to carry out again; so the guest sees a pause, never an
-// error or a lost request. Requests are carried out at least once: a device whose requests
-// cannot be repeated does not belong here.
+// error or a lost request. A device that is in order (virtio.Info) needs no region: the used
+// index tells it. Requests are carried out at least once: a device whose requests cannot be
+// repeated does not belong here.
 package vhostuser
 
 import (
@@ -128,6 +129,15 @@ func (s *session) offered() uint64 {
 	return s.info.Features | virtio.FeatureIndirect | virtio.FeatureEventIdx | virtio.FeatureVersion1 | featureProtocol
 }
 
+// protocols are the protocol features that are offered. A device that is in order needs no in-flight
+// region: its used index tells all.
+func (s *session) protocols() uint64 {
+	if s.info.InOrder {
+		return protoOffered &^ protoInflight
+	}
+	return protoOffered
+}
+
 // perform carries out one request; a payload is its own answer.
 func (s *session) perform(m *message) ([]byte, error) {
 	switch m.request {
@@ -147,9 +157,9 @@ func (s *session) perform(m *message) ([]byte, error) {
 		s.features = v
 		return nil, s.startAll()
 	case getProtocolFeatures:
-		return u64(protoOffered), nil
+		return u64(s.protocols()), nil
 	case setProtocolFeatures:
-		return nil, s.agree(m, protoOffered)
+		return nil, s.agree(m, s.protocols())
 	case setOwner:
 		return nil, nil
 	case resetOwner: // deprecated: all rings stop
@@ -161,9 +171,13 @@ func (s *session) perform(m *message) ([]byte, error) {
 		return nil, s.setMemory(m)
 	case getConfig:
 		return config(m, s.backend.ReadConfig)
-	case getInflight:
-		return nil, s.giveInflight(m)
-	case setInflight:
+	case getInflight, setInflight:
+		if s.info.InOrder {
+			break
+		}
+		if m.request == getInflight {
+			return nil, s.giveInflight(m)
+		}
 		return nil, s.takeInflight(m)
 	case setVringNum, setVringAddr, setVringBase, getVringBase, setVringKick, setVringCall, setVringErr, setVringEnable:
 		return s.vring(m)

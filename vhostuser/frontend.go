@@ -44,12 +44,13 @@ type Frontend struct {
 	mu       sync.Mutex
 	peer     *peer         // nil while there is no back end
 	arrival  chan struct{} // closed when the next one is there
-	known    bool          // offered and config were asked for
+	known    bool          // protocol, offered and config were asked for
+	protocol uint64
 	offered  uint64
 	config   []byte
 	features uint64
 	regions  []Region
-	flight   *os.File
+	flight   *os.File // nil for a device that is in order
 	head     inflightHead
 	flown    []byte // the region, mapped
 	queues   []frontQueue
@@ -109,11 +110,15 @@ func (f *Frontend) greet() error {
 	if err != nil {
 		return err
 	}
-	if protocol&protoOffered != protoOffered {
-		return fmt.Errorf("offers protocol features %#x, needed are %#x", protocol, protoOffered)
+	if protocol&protoNeeded != protoNeeded {
+		return fmt.Errorf("offers protocol features %#x, needed are %#x", protocol, protoNeeded)
+	}
+	protocol &= protoOffered
+	if f.known && protocol != f.protocol {
+		return fmt.Errorf("offers protocol features %#x, the last one did %#x", protocol, f.protocol)
 	}
 	// Acknowledgements begin after this one.
-	if err := f.peer.send(setProtocolFeatures, 0, u64(protoOffered)); err != nil {
+	if err := f.peer.send(setProtocolFeatures, 0, u64(protocol)); err != nil {
 		return err
 	}
 	n, err := f.peer.askU64(getQueueNum)
@@ -134,14 +139,15 @@ func (f *Frontend) greet() error {
 	if f.known && (string(config) != string(f.config)) {
 		return errors.New("is another device: its configuration differs")
 	}
-	f.known, f.offered, f.config = true, offered&^featureProtocol, config
+	f.known, f.protocol, f.offered, f.config = true, protocol, offered&^featureProtocol, config
 	if err := f.do(setOwner, nil); err != nil {
 		return err
 	}
 	if err := f.do(setFeatures, u64(f.features|featureProtocol)); err != nil {
 		return err
 	}
-	if f.flight == nil {
+	tracked := protocol&protoInflight != 0
+	if tracked && f.flight == nil {
 		if err := f.askInflight(); err != nil {
 			return err
 		}
@@ -151,8 +157,10 @@ func (f *Frontend) greet() error {
 			return err
 		}
 	}
-	if err := f.do(setInflight, f.head.bytes(24), f.flight); err != nil {
-		return err
+	if tracked {
+		if err := f.do(setInflight, f.head.bytes(24), f.flight); err != nil {
+			return err
+		}
 	}
 	for i := range f.queues {
 		if f.queues[i].running {

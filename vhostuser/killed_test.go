@@ -18,6 +18,9 @@ import (
 // the guest's memory, 5 a pipe to say on that the guest is served, the variable the image.
 const childEnv = "VHOSTUSER_TEST_BACKEND"
 
+// netBackEnd in place of an image asks for a network back end.
+const netBackEnd = "net"
+
 func TestMain(m *testing.M) {
 	if path := os.Getenv(childEnv); path != "" {
 		if err := child(path); err != nil {
@@ -39,6 +42,9 @@ func child(path string) error {
 	if err != nil {
 		return err
 	}
+	if path == netBackEnd {
+		return netChild(c.(*net.UnixConn), st)
+	}
 	b, err := openDisk(path)
 	if err != nil {
 		return err
@@ -51,7 +57,7 @@ func child(path string) error {
 
 // spawnBackEnd starts a back end in a process of its own; it takes c over. The pipe ends when the
 // guest is served, or the back end has.
-func spawnBackEnd(t testing.TB, c *net.UnixConn, mem *os.File, path string) (*exec.Cmd, *os.File) {
+func spawnBackEnd(t testing.TB, c *net.UnixConn, mem *os.File, path string, more ...*os.File) (*exec.Cmd, *os.File) {
 	t.Helper()
 	file, err := c.File()
 	_ = c.Close()
@@ -66,7 +72,7 @@ func spawnBackEnd(t testing.TB, c *net.UnixConn, mem *os.File, path string) (*ex
 		t.Fatal(err)
 	}
 	defer w.Close()
-	cmd.ExtraFiles = []*os.File{file, mem, w}
+	cmd.ExtraFiles = append([]*os.File{file, mem, w}, more...)
 	cmd.Stderr = os.Stderr
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)

@@ -68,7 +68,8 @@ const (
 	protoConfig   = 1 << 9  // CONFIG
 	protoInflight = 1 << 12 // INFLIGHT_SHMFD
 
-	protoOffered = protoQueues | protoAck | protoConfig | protoInflight
+	protoNeeded  = protoQueues | protoAck | protoConfig
+	protoOffered = protoNeeded | protoInflight
 
 	// featureProtocol is VHOST_USER_F_PROTOCOL_FEATURES among the device's features.
 	featureProtocol uint64 = 1 << 30

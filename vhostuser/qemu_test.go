@@ -92,7 +92,7 @@ func TestQEMUGuestSurvivesKills(t *testing.T) {
 
 	own, theirs := socketpair(t)
 	relayed := make(chan error, 1)
-	go func() { relayed <- Relay(t.Context(), own, front, Whitelist{st}) }()
+	go func() { relayed <- Relay(t.Context(), own, front, RelayOptions{Memory: Whitelist{st}}) }()
 	tf, err := theirs.File()
 	if err != nil {
 		t.Fatal(err)

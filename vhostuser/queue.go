@@ -249,6 +249,9 @@ func (q *queue) start() error {
 		base = used + uint16(len(again))
 		journal = t
 	}
+	if s.info.InOrder {
+		base = used // whatever another back end was told: what is not used is not done
+	}
 	if err := r.Resume(base, used, again, journal); err != nil {
 		return fmt.Errorf("queue %d: %w", q.index, err)
 	}
@@ -258,6 +261,9 @@ func (q *queue) start() error {
 	if !s.started {
 		s.backend.Start(s.features)
 		s.started = true
+	}
+	if b, ok := s.backend.(virtio.QueueStopper); ok {
+		b.StartQueue(q.index)
 	}
 	s.running++
 	q.mu.Lock()
@@ -321,6 +327,9 @@ func (q *queue) halt() {
 	r := q.ring
 	q.ring = nil
 	q.mu.Unlock()
+	if b, ok := q.s.backend.(virtio.QueueStopper); ok {
+		b.StopQueue(q.index)
+	}
 	<-q.ended
 	q.ended = nil
 	q.taken.Wait()
@@ -367,6 +376,12 @@ func (q *queue) take() (*virtio.Chain, error) {
 		if r.Put(c, written) && q.call != nil {
 			q.call.signal()
 		}
+		q.mu.Unlock()
+		q.taken.Done()
+	})
+	c.OnReturn(func(c *virtio.Chain) {
+		q.mu.Lock()
+		r.Untake(c)
 		q.mu.Unlock()
 		q.taken.Done()
 	})

@@ -10,16 +10,27 @@ import (
 	"redoubt.dev/redoubt/virtio"
 )
 
+// RelayOptions of a relay.
+type RelayOptions struct {
+	Memory Whitelist // what may be guest memory
+	// OwnConfig says that the front end has the device's configuration itself, as QEMU has a
+	// network device's: it warns of a back end that offers one.
+	OwnConfig bool
+}
+
 // Relay plays the back end for a front end that does not survive one (QEMU), and passes all it is
 // told on to f, which does. Data does not pass through: the rings and their eventfds are the
 // front end's and the back end's own. A back end has been connected to f before.
 //
 // It returns when the front end closes c (nil), ctx ends, or a rule is broken; then no queue of
 // f's runs any more. It takes c over.
-func Relay(ctx context.Context, c *net.UnixConn, f *Frontend, allowed Whitelist) error {
+func Relay(ctx context.Context, c *net.UnixConn, f *Frontend, opt RelayOptions) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	r := &relay{ctx: ctx, conn: conn{c: c}, f: f, allowed: allowed, queues: make([]relayQueue, len(f.queues))}
+	r := &relay{ctx: ctx, conn: conn{c: c}, f: f, allowed: opt.Memory, offered: protoNeeded, queues: make([]relayQueue, len(f.queues))}
+	if opt.OwnConfig {
+		r.offered &^= protoConfig
+	}
 	stop := context.AfterFunc(ctx, func() { _ = c.CloseRead() })
 	defer stop()
 	err := r.loop(r.perform)
@@ -43,6 +54,7 @@ type relay struct {
 	ctx      context.Context // of Relay
 	f        *Frontend
 	allowed  Whitelist
+	offered  uint64 // protocol features; the in-flight region is the front end's own business
 	features uint64
 	mem      *memory
 	files    []*os.File // of the memory
@@ -77,9 +89,6 @@ func (r *relay) queue(i uint32) (*relayQueue, error) {
 	return &r.queues[i], nil
 }
 
-// relayProtocol is what the relay offers: the in-flight region is its front end's own business.
-const relayProtocol = protoOffered &^ protoInflight
-
 func (r *relay) perform(m *message) ([]byte, error) {
 	switch m.request {
 	case getFeatures:
@@ -98,9 +107,9 @@ func (r *relay) perform(m *message) ([]byte, error) {
 		r.features = v
 		return nil, r.f.SetFeatures(v &^ featureProtocol)
 	case getProtocolFeatures:
-		return u64(relayProtocol), nil
+		return u64(r.offered), nil
 	case setProtocolFeatures:
-		return nil, r.agree(m, relayProtocol)
+		return nil, r.agree(m, r.offered)
 	case setOwner:
 		return nil, nil
 	case getQueueNum:

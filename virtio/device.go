@@ -41,6 +41,17 @@ type Info struct {
 	Class    uint32   // PCI class
 	Features uint64   // beyond the transport's
 	Queues   []uint16 // the largest size of each, a power of two ≤ MaxQueueSize
+	// InOrder promises that Handle gives its chain back before it returns. Then the used index
+	// alone says which chains are done, and chains may be returned (Chain.Return).
+	InOrder bool
+}
+
+// A QueueStopper is a back end whose Handle blocks on something other than its own work. The
+// transport calls StartQueue before the queue's first Handle, StopQueue when its chains are to be
+// given back and no more will come; other queues go on.
+type QueueStopper interface {
+	StartQueue(queue int)
+	StopQueue(queue int)
 }
 
 // A Backend is a device type.
@@ -297,6 +308,12 @@ func (d *Device) take(i int) (*Chain, error) {
 		}
 		d.inflight.Done()
 	})
+	c.OnReturn(func(c *Chain) {
+		q.mu.Lock()
+		r.Untake(c)
+		q.mu.Unlock()
+		d.inflight.Done()
+	})
 	return c, nil
 }
 
@@ -334,6 +351,11 @@ func (d *Device) driverOK() error {
 		q.mu.Unlock()
 	}
 	d.backend.Start(d.accepted)
+	if b, ok := d.backend.(QueueStopper); ok {
+		for i := range d.queues {
+			b.StartQueue(i)
+		}
+	}
 	d.started = true
 	return nil
 }
@@ -372,6 +394,11 @@ func (d *Device) quiesce() {
 		q.mu.Lock()
 		q.ring = nil
 		q.mu.Unlock()
+	}
+	if b, ok := d.backend.(QueueStopper); ok {
+		for i := range d.queues {
+			b.StopQueue(i)
+		}
 	}
 	d.backend.Stop()
 	d.inflight.Wait()

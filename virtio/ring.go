@@ -265,6 +265,13 @@ func (r *Ring) publish() {
 	storeHeader(r.used, v)
 }
 
+// Untake takes back a Take: the next one gives the same chain again. It must be the last one taken,
+// and the ring must have no journal.
+func (r *Ring) Untake(c *Chain) {
+	r.busy[c.head] = false
+	r.lastAvail--
+}
+
 // Put gives a chain back and reports whether the driver wants an interrupt for it (§2.7.7,
 // §2.7.10).
 func (r *Ring) Put(c *Chain, written uint32) (interrupt bool) {
@@ -296,6 +303,7 @@ type Chain struct {
 	head  uint16
 	bytes uint64
 	done  func(*Chain, uint32)
+	undo  func(*Chain)
 }
 
 // Done gives the chain back with the number of bytes written at the start of Writable. It must
@@ -304,6 +312,13 @@ func (c *Chain) Done(written uint32) { c.done(c, written) }
 
 // OnDone sets what Done does; a transport calls it before it hands the chain out.
 func (c *Chain) OnDone(done func(c *Chain, written uint32)) { c.done = done }
+
+// Return gives the chain back as if it had not been taken, in place of Done. Only a back end with
+// Info.InOrder may do so.
+func (c *Chain) Return() { c.undo(c) }
+
+// OnReturn sets what Return does; a transport calls it before it hands the chain out.
+func (c *Chain) OnReturn(undo func(c *Chain)) { c.undo = undo }
 
 // Length is the number of bytes in segments.
 func Length(segments [][]byte) uint64 {

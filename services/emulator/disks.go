@@ -137,7 +137,7 @@ func (g *guest) relayDisks(ctx context.Context) (disks []qemu.Disk, ended func()
 			return disks, ended, fmt.Errorf("disks[%d]: %w", i, err)
 		}
 		wg.Go(func() {
-			if err := vhostuser.Relay(ctx, c, front, vhostuser.Whitelist{memory}); err != nil && ctx.Err() == nil {
+			if err := vhostuser.Relay(ctx, c, front, vhostuser.RelayOptions{Memory: vhostuser.Whitelist{memory}}); err != nil && ctx.Err() == nil {
 				g.service.log.Warn("disk", "index", i, "err", err)
 			}
 		})
