@@ -1,0 +1,214 @@
+package network
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+)
+
+// ErrUnsupported says that the host's kernel lacks what a plan needs.
+var ErrUnsupported = errors.New("network: the kernel has no support")
+
+const probeName = "rtprobe"
+
+// VLANFiltering reports whether bridges of this kernel keep VLANs apart, by trying it in the
+// calling thread's namespace. A kernel that cannot refuses the setting, or takes it without a word.
+func VLANFiltering() (_ bool, err error) {
+	on := true
+	b := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: probeName}, VlanFiltering: &on}
+	err = netlink.LinkAdd(b)
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("network: bridge: %w", err)
+	}
+	defer func() { err = errors.Join(err, netlink.LinkDel(b)) }()
+	l, err := netlink.LinkByName(probeName)
+	if err != nil {
+		return false, err
+	}
+	made, ok := l.(*netlink.Bridge)
+	return ok && made.VlanFiltering != nil && *made.VlanFiltering, nil
+}
+
+// Apply brings the calling thread's namespace, which must be Redoubt's own, into the state of the
+// plan. Ports whose interface does not exist yet are left for a later call. The filter is in
+// force before any port is.
+func Apply(p *Plan) error {
+	if err := setFilter(p.Chains); err != nil {
+		return fmt.Errorf("network: filter: %w", err)
+	}
+	links, err := netlink.LinkList()
+	if err != nil {
+		return fmt.Errorf("network: %w", err)
+	}
+	there := map[string]netlink.Link{}
+	for _, l := range links {
+		there[l.Attrs().Name] = l
+	}
+	for _, b := range p.Bridges {
+		if there[b.Name], err = ensureBridge(there[b.Name], b); err != nil {
+			return fmt.Errorf("network: %s: %w", b.Name, err)
+		}
+	}
+	for _, l := range p.Links {
+		if there[l.Parent] == nil || there[l.Name] != nil {
+			continue
+		}
+		if there[l.Name], err = addVLANLink(there[l.Parent], l); err != nil {
+			return fmt.Errorf("network: %s: %w", l.Name, err)
+		}
+	}
+	for _, o := range p.Ports {
+		if l := there[o.Name]; l != nil {
+			if err := ensurePort(l, there[o.Bridge], o, p.filtering()); err != nil {
+				return fmt.Errorf("network: %s: %w", o.Name, err)
+			}
+		}
+	}
+	for name, l := range there { // bridges of VLANs that nobody is in any more
+		if l.Type() == "bridge" && !slices.ContainsFunc(p.Bridges, func(b Bridge) bool { return b.Name == name }) {
+			if err := netlink.LinkDel(l); err != nil {
+				return fmt.Errorf("network: %s: %w", name, err)
+			}
+		}
+	}
+	return nil
+}
+
+func (p *Plan) filtering() bool { return len(p.Bridges) > 0 && p.Bridges[0].VLAN == 0 }
+
+// ensureBridge makes the bridge or goes on with it. It has no address, so the host is no station
+// of the guests' network.
+func ensureBridge(l netlink.Link, b Bridge) (netlink.Link, error) {
+	if l == nil {
+		on, off, none := true, false, uint16(0)
+		n := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: b.Name}, MulticastSnooping: &off}
+		if b.VLAN == 0 {
+			n.VlanFiltering, n.VlanDefaultPVID = &on, &none
+		}
+		if err := netlink.LinkAdd(n); err != nil {
+			return nil, err
+		}
+		var err error
+		if l, err = netlink.LinkByName(b.Name); err != nil {
+			return nil, err
+		}
+	}
+	made, ok := l.(*netlink.Bridge)
+	if !ok {
+		return nil, fmt.Errorf("is a %s, not a bridge", l.Type())
+	}
+	if b.VLAN == 0 && (made.VlanFiltering == nil || !*made.VlanFiltering) {
+		return nil, fmt.Errorf("%w: VLAN filtering", ErrUnsupported)
+	}
+	return l, up(l)
+}
+
+// up brings an interface up without an IPv6 address of its own.
+func up(l netlink.Link) error {
+	if l.Attrs().Flags&net.FlagUp != 0 {
+		return nil
+	}
+	if err := netlink.LinkSetIP6AddrGenMode(l, nl.IN6_ADDR_GEN_MODE_NONE); err != nil && !errors.Is(err, unix.EAFNOSUPPORT) {
+		return err
+	}
+	return netlink.LinkSetUp(l)
+}
+
+func addVLANLink(parent netlink.Link, v VLANLink) (netlink.Link, error) {
+	n := &netlink.Vlan{LinkAttrs: netlink.LinkAttrs{Name: v.Name, ParentIndex: parent.Attrs().Index}, VlanId: int(v.VLAN)}
+	err := netlink.LinkAdd(n)
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		return nil, fmt.Errorf("%w: 802.1Q links", ErrUnsupported)
+	}
+	if err == nil {
+		err = up(parent)
+	}
+	return n, err
+}
+
+func ensurePort(l, bridge netlink.Link, o Port, filtering bool) error {
+	if l.Attrs().MasterIndex != bridge.Attrs().Index {
+		if err := netlink.LinkSetMaster(l, bridge); err != nil {
+			return err
+		}
+	}
+	if filtering {
+		if err := setVLANs(l, o); err != nil {
+			return fmt.Errorf("VLANs: %w", err)
+		}
+	}
+	if o.Station != (MAC{}) {
+		if err := errors.Join(netlink.LinkSetLearning(l, false), netlink.LinkSetFlood(l, false)); err != nil {
+			return fmt.Errorf("port: %w", err)
+		}
+		if err := setStation(l, o, filtering); err != nil {
+			return fmt.Errorf("station: %w", err)
+		}
+	}
+	return up(l)
+}
+
+// setStation says for good where the guest's address is. Sticky: no frame from elsewhere moves it.
+func setStation(l netlink.Link, o Port, filtering bool) error {
+	n := &netlink.Neigh{
+		LinkIndex: l.Attrs().Index, Family: unix.AF_BRIDGE, State: netlink.NUD_NOARP,
+		Flags: netlink.NTF_MASTER | netlink.NTF_STICKY, HardwareAddr: o.Station[:],
+	}
+	if filtering {
+		n.Vlan = int(o.VLAN)
+	}
+	return netlink.NeighSet(n)
+}
+
+// setVLANs gives the port its VLANs and takes others away.
+func setVLANs(l netlink.Link, o Port) error {
+	all, err := netlink.BridgeVlanList()
+	if err != nil {
+		return err
+	}
+	want := append([]uint16(nil), o.Tagged...)
+	if o.VLAN != 0 {
+		want = append(want, o.VLAN)
+	}
+	for _, v := range all[int32(l.Attrs().Index)] {
+		if !slices.Contains(want, v.Vid) {
+			if err := netlink.BridgeVlanDel(l, v.Vid, false, false, false, true); err != nil {
+				return err
+			}
+		}
+	}
+	for _, v := range want {
+		untagged := v == o.VLAN
+		if err := netlink.BridgeVlanAdd(l, v, untagged, untagged, false, true); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Plug moves an interface of the calling thread's namespace into n and gives it the uplink's name;
+// with the next [Apply] of a plan that has the uplink it leads outside.
+func Plug(n *Namespace, name string, u Uplink) error {
+	l, err := netlink.LinkByName(name)
+	if err != nil {
+		return fmt.Errorf("network: uplink %s: %w", name, err)
+	}
+	if err := netlink.LinkSetDown(l); err != nil {
+		return fmt.Errorf("network: uplink %s: %w", name, err)
+	}
+	if err := netlink.LinkSetName(l, u.LinkName()); err != nil {
+		return fmt.Errorf("network: uplink %s: %w", name, err)
+	}
+	if err := netlink.LinkSetNsFd(l, int(n.f.Fd())); err != nil {
+		return fmt.Errorf("network: uplink %s: %w", name, errors.Join(err, netlink.LinkSetName(l, name)))
+	}
+	return nil
+}
