@@ -240,7 +240,7 @@ func TestVLANs(t *testing.T) {
 		c := Config{NICs: []NIC{{ID: 1, VLAN: 5, MAC: macA}, {ID: 2, VLAN: 5, MAC: macB}, {ID: 3, VLAN: 6, MAC: macC}, {ID: 4, VLAN: 6, MAC: macD}}}
 		n.apply(c, filtering)
 		five, six := arp(everybody, macA, macA, ipA, ipA), arp(everybody, macD, macD, ipB, ipB)
-		other := ip4(macC, macA, ipA, ipB, 17, udp(1, 2))   // an address of the other VLAN
+		other := ip4(macC, macA, ipA, ipB, 17, udp(1, 2))       // an address of the other VLAN
 		nobody := ip4(MAC{2, 9}, macA, ipA, ipB, 17, udp(1, 2)) // an address that nobody has
 		for range 2 {
 			n.send(1, other)

@@ -24,6 +24,7 @@ type Guest struct {
 	Memory   Size     `yaml:"memory,omitempty" json:"memory,omitempty" jsonschema:"default=512MiB,description=128MiB or more; a number with KiB\\, MiB or GiB"`
 	Boot     Boot     `yaml:"boot" json:"boot"`
 	Disks    []Disk   `yaml:"disks,omitempty" json:"disks,omitempty" jsonschema:"maxItems=16"`
+	NICs     []NIC    `yaml:"nics,omitempty" json:"nics,omitempty" jsonschema:"maxItems=8"`
 	TPM      TPM      `yaml:"tpm,omitempty" json:"tpm,omitzero"`
 }
 
@@ -72,13 +73,16 @@ type Duration time.Duration
 
 // Bounds.
 const (
-	MinMemory   Size = 128 << 20
-	MaxMemory   Size = 1 << 40
-	MaxCPUs          = 8
-	MaxCmdline       = 2047 // the kernel's COMMAND_LINE_SIZE less its NUL
-	MaxDisks         = 16
-	maxDocument      = 64 << 10
-	granularity      = 2 << 20
+	MinMemory    Size = 128 << 20
+	MaxMemory    Size = 1 << 40
+	MaxCPUs           = 8
+	MaxCmdline        = 2047 // the kernel's COMMAND_LINE_SIZE less its NUL
+	MaxDisks          = 16
+	MaxNICs           = 8
+	MaxVLAN           = 4094
+	MaxAddresses      = 16 // of one NIC
+	maxDocument       = 64 << 10
+	granularity       = 2 << 20
 )
 
 // An Error is a mistake in a spec: where, what, and how to mend it.
@@ -219,6 +223,14 @@ func (g *Guest) Complete() error {
 		}
 		if strings.ContainsAny(d.Path, "\x00\n") {
 			return bad(fmt.Sprintf("disks[%d].path", i), "%q: no such characters in a path", d.Path)
+		}
+	}
+	if len(g.NICs) > MaxNICs {
+		return bad("nics", "%d: the most is %d", len(g.NICs), MaxNICs)
+	}
+	for i := range g.NICs {
+		if err := g.NICs[i].complete(fmt.Sprintf("nics[%d]", i), bad); err != nil {
+			return err
 		}
 	}
 	return g.Boot.check(g, bad)

@@ -21,6 +21,11 @@ disks:
   - path: /srv/web.img
   - path: /srv/data.img
     readonly: true
+nics:
+  - {}
+  - vlan: 7
+    mac: 02:00:00:00:00:0A
+    addresses: [192.0.2.1, '2001:DB8::1']
 tpm:
   timeout: 90s
 `
@@ -33,6 +38,24 @@ func TestParse(t *testing.T) {
 	if g.Memory != 1<<30 || g.CPUs != 2 || len(g.Disks) != 2 || !g.Disks[1].ReadOnly ||
 		time.Duration(g.TPM.Timeout) != 90*time.Second || g.Boot.Cmdline != "console=ttyS0" {
 		t.Fatalf("%+v", g)
+	}
+	if n := g.NICs; len(n) != 2 || n[0].VLAN != 1 || n[0].MAC != "" || n[1].VLAN != 7 || n[1].MAC != "02:00:00:00:00:0a" ||
+		n[1].Addresses[1] != "2001:db8::1" {
+		t.Fatalf("%+v", n)
+	}
+}
+
+// TestDefaultMAC: each NIC of each guest has one of its own, always the same.
+func TestDefaultMAC(t *testing.T) {
+	seen := map[string]bool{}
+	for _, uuid := range []string{"a", "b"} {
+		for i := range MaxNICs {
+			m := DefaultMAC(uuid, i)
+			if m[0]&3 != 2 || seen[m.String()] || m.String() != DefaultMAC(uuid, i).String() {
+				t.Errorf("%s %d: %v", uuid, i, m)
+			}
+			seen[m.String()] = true
+		}
 	}
 }
 
@@ -52,6 +75,13 @@ func TestErrorsNameFieldAndLine(t *testing.T) {
 		{"name: a\nboot: {kernel: /k, cmdline: \"a\\nb\"}\n", "control character"},
 		{"name: a\nboot: {kernel: /k}\ntpm: {timeout: 2 parsecs}\n", "no duration"},
 		{"name: a\nboot: [1]\n", "line 2"},
+		{"name: a\nboot: {kernel: /k}\nnics:\n- {}\n- vlan: 4095\n", "line 5: nics[1].vlan: 4095"},
+		{"name: a\nboot: {kernel: /k}\nnics:\n- vlan: -1\n", "line 4: nics[0].vlan: -1"},
+		{"name: a\nboot: {kernel: /k}\nnics:\n- mac: '01:00:00:00:00:01'\n", "line 4: nics[0].mac: 01:00:00:00:00:01"},
+		{"name: a\nboot: {kernel: /k}\nnics:\n- mac: 0200.0000.0001\n", "line 4: nics[0].mac"},
+		{"name: a\nboot: {kernel: /k}\nnics:\n- addresses:\n  - 192.0.2.1\n  - 192.0.2.1/24\n", "line 6: nics[0].addresses[1]"},
+		{"name: a\nboot: {kernel: /k}\nnics:\n- addresses: ['ff02::1']\n", "nics[0].addresses[0]: ff02::1: is no station"},
+		{"name: a\nboot: {kernel: /k}\nnics: [{}, {}, {}, {}, {}, {}, {}, {}, {}]\n", "line 3: nics: 9"},
 		{"\t", "line 1"},
 	} {
 		_, err := Parse(strings.NewReader(c.doc))

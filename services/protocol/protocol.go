@@ -21,8 +21,11 @@ const (
 	FileMemory   = "memory"   // a memfd: the guest's memory
 	FileKernel   = "kernel"
 	FileInitrd   = "initrd"
-	FileDisk     = "disk"  // an image; one each, in the order of the spec
-	FileBlock    = "block" // a vhost-user connection between a disk's front and back end
+	FileDisk     = "disk"      // an image; one each, in the order of the spec
+	FileBlock    = "block"     // a vhost-user connection between a disk's front and back end
+	FileNetwork  = "network"   // a vhost-user connection between a NIC's front and back end
+	FileTun      = "tun"       // /dev/net/tun, opened in the network namespace, for one NIC
+	FileVhostNet = "vhost-net" // /dev/vhost-net, where the host has it, for one NIC
 	FileConsole  = "console"
 	FileChannel  = "channel"  // the host's end of the guest's byte channel
 	FileTPM      = "tpm"      // the TPM data channel
@@ -173,6 +176,7 @@ const (
 	EventInit          = "init"             // the kernel started the first program
 	EventReboot        = "reboot"           // the guest asked for a reboot: a new emulator process
 	EventStorage       = "storage"          // the guest's BlkBack was replaced
+	EventNetwork       = "network"          // NetBack was replaced
 	EventVTPM          = "vtpm"             // what the manager has to say of it
 	EventManufactured  = "manufactured"     // keys and certificate are there: the guest can be attested
 	EventEnded         = "ended"
@@ -213,6 +217,7 @@ const (
 	MethodEnd         = "end"          // nothing
 	MethodReadLog     = "read-log"     // nothing → GuestLog
 	MethodDisk        = "disk"         // Disk → nothing, when the back end serves the guest
+	MethodNIC         = "nic"          // NIC → nothing, when the back end serves the guest
 )
 
 // Emulator → Builder.
@@ -221,7 +226,7 @@ const (
 )
 
 // Start is all an emulator learns. Files: FileMemory, FileStore, FileConsole, FileChannel, and as the guest
-// has them FileKVM, FileKernel, FileInitrd, FileTPM, FileBlock….
+// has them FileKVM, FileKernel, FileInitrd, FileTPM, FileBlock…, FileNetwork….
 type Start struct {
 	Name       string        `json:"name"`
 	Emulator   spec.Emulator `json:"emulator"` // native or qemu
@@ -260,6 +265,45 @@ type AttachDisk struct {
 // DiskFailed says that an emulator broke the rules of a disk's protocol, or the image failed.
 type DiskFailed struct {
 	Index  int         `json:"index"`
+	Domain tree.Domain `json:"domain"`
+	Reason string      `json:"reason"`
+}
+
+// NIC is a front end's way to a new back end of one of its NICs, after the last one's end.
+// Files: FileNetwork.
+type NIC struct {
+	Index int   `json:"index"`
+	Files Files `json:"files"`
+}
+
+// Builder → NetBack.
+const (
+	MethodNetwork   = "network"    // network.Config → nothing: that is the network from now on
+	MethodAttachNIC = "attach-nic" // AttachNIC → nothing: the front end may come
+	MethodDetachNIC = "detach-nic" // DetachNIC → nothing, when its guest is served no more
+)
+
+// NetBack → Builder.
+const NoticeNICFailed = "nic-failed" // NICFailed
+
+// AttachNIC makes NetBack serve a NIC of its network to an emulator, in place of the last one that
+// used it. Files: FileTun, FileMemory, FileNetwork, and FileVhostNet where the host's kernel is
+// to move the packets. No other memory is mapped for this NIC.
+type AttachNIC struct {
+	ID     int         `json:"id"` // of the network's configuration
+	MTU    uint16      `json:"mtu"`
+	Domain tree.Domain `json:"domain"`
+	Files  Files       `json:"files"`
+}
+
+// DetachNIC ends serving a NIC.
+type DetachNIC struct {
+	ID int `json:"id"`
+}
+
+// NICFailed says that an emulator broke the rules of a NIC's protocol, or that its tap failed.
+type NICFailed struct {
+	ID     int         `json:"id"`
 	Domain tree.Domain `json:"domain"`
 	Reason string      `json:"reason"`
 }
