@@ -2,6 +2,7 @@ package qemu
 
 import (
 	"fmt"
+	"net"
 	"strconv"
 	"strings"
 	"time"
@@ -40,6 +41,7 @@ const (
 	MaxMemory = 1 << 40
 	MaxCPUs   = 64
 	MaxDisks  = 16
+	MaxNICs   = 8
 	// MaxCommandLine is the longest kernel command line of x86 (COMMAND_LINE_SIZE), with its
 	// final zero byte.
 	MaxCommandLine = 2048
@@ -71,6 +73,7 @@ type FDs struct {
 	Console int // a connected stream socket: the first serial port; may be absent
 	Channel int // a connected stream socket: the virtio port [ChannelName]; may be absent
 	Disks   []DiskFD
+	NICs    []NICFD
 }
 
 // A DiskFD is one raw disk image. The descriptor's access mode must agree with ReadOnly.
@@ -79,6 +82,13 @@ type DiskFD struct {
 	FD       int
 	ReadOnly bool
 	Socket   int
+}
+
+// A NICFD is a network device: a vhost-user back end behind the descriptor of a Unix socket's file,
+// opened O_PATH.
+type NICFD struct {
+	Door int
+	MAC  [6]byte
 }
 
 // ChannelName is the name of the host–guest byte channel: /dev/virtio-ports/redoubt.0.
@@ -152,6 +162,19 @@ func Args(c Config, fd FDs, dataDirs ...string) ([]string, error) {
 		add("-add-fd", fmt.Sprintf("fd=%d,set=%d", d.FD, diskSet+i))
 		add("-blockdev", fmt.Sprintf("driver=raw,node-name=disk%d,%s,file.driver=file,file.filename=/dev/fdset/%d", i, mode, diskSet+i))
 		add("-device", fmt.Sprintf("virtio-blk-pci,drive=disk%d,serial=disk%d,disable-legacy=on,romfile=%s", i, i, bootIndex(c, i)))
+	}
+	for i, n := range fd.NICs {
+		// Not by fd=: QEMU 7.2's network devices refuse a connected socket ("does not support FD
+		// passing").
+		add("-chardev", fmt.Sprintf("socket,id=nic%d,path=/proc/self/fd/%d", i, n.Door))
+		add("-netdev", fmt.Sprintf("vhost-user,id=nic%d,chardev=nic%d", i, i))
+		dev := fmt.Sprintf("virtio-net-pci,netdev=nic%d,mac=%s,rx_queue_size=256,tx_queue_size=256,disable-legacy=on,romfile=", i, net.HardwareAddr(n.MAC[:]))
+		if c.Accel != KVM {
+			// Without KVM's interrupt routes QEMU 7.2's vhost-user-net crashes as soon as the guest
+			// uses MSI-X.
+			dev += ",vectors=0"
+		}
+		add("-device", dev)
 	}
 	return append(a, c.boot(fd)...), nil
 }
@@ -239,6 +262,14 @@ func (c Config) check(fd FDs) error {
 	for i, d := range fd.Disks {
 		if d.FD == 0 && d.Socket == 0 {
 			return bad("disks", "disk %d has no descriptor", i)
+		}
+	}
+	if len(fd.NICs) > MaxNICs {
+		return bad("nics", "%d: at most %d", len(fd.NICs), MaxNICs)
+	}
+	for i, n := range fd.NICs {
+		if n.Door == 0 {
+			return bad("nics", "NIC %d has no descriptor", i)
 		}
 	}
 	switch c.Firmware {

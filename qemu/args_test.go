@@ -11,7 +11,10 @@ import (
 
 func good() (Config, FDs) {
 	return Config{Name: "a,b", Memory: 256 << 20, CPUs: 2, CommandLine: "console=ttyS0 a,b=c"},
-		FDs{RAM: 3, QMP: 4, TPM: 5, Kernel: 6, Initrd: 7, Console: 8, Channel: 9, Disks: []DiskFD{{FD: 10}, {FD: 11, ReadOnly: true}, {Socket: 12}}}
+		FDs{
+			RAM: 3, QMP: 4, TPM: 5, Kernel: 6, Initrd: 7, Console: 8, Channel: 9, Disks: []DiskFD{{FD: 10}, {FD: 11, ReadOnly: true}, {Socket: 12}},
+			NICs: []NICFD{{Door: 14, MAC: [6]byte{2, 0, 0, 0, 0, 10}}},
+		}
 }
 
 func TestArgs(t *testing.T) {
@@ -29,6 +32,7 @@ func TestArgs(t *testing.T) {
 		"-bios qboot.rom -kernel /proc/self/fd/6 -append console=ttyS0 a,b=c -initrd /proc/self/fd/7",
 		"socket,id=console,fd=8", "socket,id=channel,fd=9", "name=redoubt.0",
 		"fd=10,set=3", "node-name=disk0,read-only=off", "fd=11,set=4", "node-name=disk1,read-only=on",
+		"socket,id=nic0,path=/proc/self/fd/14", "vhost-user,id=nic0,chardev=nic0", "netdev=nic0,mac=02:00:00:00:00:0a", "romfile=,vectors=0",
 	} {
 		if !strings.Contains(line, want) {
 			t.Errorf("no %q in\n%s", want, line)
@@ -62,6 +66,8 @@ func TestArgsRefused(t *testing.T) {
 		"tpm-tis or none":   func(c *Config, _ *FDs) { c.TPM = "x,y" },
 		"QMP are required":  func(_ *Config, f *FDs) { f.QMP = 0 },
 		"at most 16":        func(_ *Config, f *FDs) { f.Disks = make([]DiskFD, 17) },
+		"at most 8":         func(_ *Config, f *FDs) { f.NICs = make([]NICFD, 9) },
+		"NIC 0":             func(_ *Config, f *FDs) { f.NICs = make([]NICFD, 1) },
 		"disk 0":            func(_ *Config, f *FDs) { f.Disks = make([]DiskFD, 1) },
 		"without firmware":  func(_ *Config, f *FDs) { f.Kernel = 0 },
 		"2048 bytes":        func(c *Config, _ *FDs) { c.CommandLine = strings.Repeat("x", 2048) },

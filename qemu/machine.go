@@ -14,6 +14,12 @@ import (
 	"redoubt.dev/redoubt/programs"
 )
 
+// A NIC is a vhost-user back end that is reached through a descriptor's name (see vhostuser.Door).
+type NIC struct {
+	Door *os.File
+	MAC  [6]byte
+}
+
 // A Disk is one raw disk image, open read-write unless ReadOnly; or a connected stream socket to
 // a vhost-user back end, which outlives QEMU.
 type Disk struct {
@@ -33,6 +39,7 @@ type Files struct {
 	Console *os.File
 	Channel *os.File
 	Disks   []Disk
+	NICs    []NIC
 }
 
 // Hooks are called from the machine's goroutines and must not block; nil hooks are skipped.
@@ -147,6 +154,9 @@ func (m *Machine) prepare(files *Files, transport Transport) (*start, error) {
 	fd.Vars = s.give(files.Vars)
 	for _, d := range files.Disks {
 		fd.Disks = append(fd.Disks, DiskFD{FD: s.give(d.File), ReadOnly: d.ReadOnly, Socket: s.give(d.Socket)})
+	}
+	for _, n := range files.NICs {
+		fd.NICs = append(fd.NICs, NICFD{Door: s.give(n.Door), MAC: n.MAC})
 	}
 	if files.Code == nil && m.config.Firmware == OVMF {
 		f, err := os.Open(programs.Path(ovmfCode))

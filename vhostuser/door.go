@@ -31,6 +31,10 @@ func Door(dir string) (l *net.UnixListener, door *os.File, err error) {
 		return nil, nil, err
 	}
 	l.SetUnlinkOnClose(false)
+	// Who has the descriptor may use it, whatever user it runs as.
+	if err := os.Chmod(name, 0o666); err != nil {
+		return nil, nil, errors.Join(err, l.Close())
+	}
 	fd, err := unix.Open(name, unix.O_PATH|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, nil, errors.Join(&os.PathError{Op: "open", Path: name, Err: err}, l.Close())

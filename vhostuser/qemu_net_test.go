@@ -293,4 +293,3 @@ func (g *netGuest) finish() {
 		g.t.Error(err)
 	}
 }
-

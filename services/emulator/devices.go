@@ -12,7 +12,7 @@ import (
 )
 
 // devices makes the native monitor's functions: a random number generator, the byte channel, then
-// the disks in their order. After an error nothing is left open.
+// the disks and the NICs in their order. After an error nothing is left open.
 func (g *guest) devices() (all []*pci.Function, err error) {
 	var made []*virtio.Device
 	defer func() {
@@ -44,12 +44,23 @@ func (g *guest) devices() (all []*pci.Function, err error) {
 	if err := add(ch); err != nil {
 		return nil, err
 	}
-	for i, front := range g.disks {
-		d, f, err := virtio.NewRemote(remoteDisk{front})
+	remote := func(kind string, i int, r remoteDevice) error {
+		d, f, err := virtio.NewRemote(r)
 		if err != nil {
-			return nil, fmt.Errorf("disks[%d]: %w", i, err)
+			return fmt.Errorf("%s[%d]: %w", kind, i, err)
 		}
 		made, all = append(made, d), append(all, f)
+		return nil
+	}
+	for i, front := range g.disks {
+		if err := remote("disks", i, remoteDevice{front, blockInfo}); err != nil {
+			return nil, err
+		}
+	}
+	for i, front := range g.nics {
+		if err := remote("nics", i, remoteDevice{front, virtio.NetInfo()}); err != nil {
+			return nil, err
+		}
 	}
 	return all, nil
 }

@@ -19,17 +19,17 @@ import (
 	"redoubt.dev/redoubt/virtio"
 )
 
-// Disks are BlkBack's. This process has each one's front end, which stays while back ends come
+// Disks are BlkBack's, NICs NetBack's. This process has each one's front end, which stays while back ends come
 // and go: the native monitor's device sits on it, and QEMU's is relayed to it.
 
-// connectDisks makes the front ends and connects them.
-func (g *guest) connectDisks() (err error) {
+// connectDevices makes the front ends and connects them.
+func (g *guest) connectDevices() (err error) {
 	defer func() {
 		if err != nil {
-			g.closeDisks()
+			g.closeDevices()
 		}
 	}()
-	if len(g.files[protocol.FileBlock]) > 0 && g.in.Emulator == spec.Native {
+	if len(g.files[protocol.FileBlock])+len(g.files[protocol.FileNetwork]) > 0 && g.in.Emulator == spec.Native {
 		// The monitor takes the descriptor it is given over.
 		fd, err := unix.FcntlInt(one(g.files, protocol.FileMemory).Fd(), unix.F_DUPFD_CLOEXEC, 0)
 		if err != nil {
@@ -40,17 +40,29 @@ func (g *guest) connectDisks() (err error) {
 	for i, f := range g.files[protocol.FileBlock] {
 		front := vhostuser.NewFrontend(1, virtio.BlockQueueSize)
 		g.disks = append(g.disks, front)
-		if err := connect(front, f); err != nil {
-			return fmt.Errorf("disks[%d]: %w", i, err)
-		}
-		if g.in.Emulator != spec.Native {
-			continue // QEMU will tell where it has its memory
-		}
-		if err := front.SetMemory(g.regions()); err != nil {
+		if err := g.connect(front, f); err != nil {
 			return fmt.Errorf("disks[%d]: %w", i, err)
 		}
 	}
+	for i, f := range g.files[protocol.FileNetwork] {
+		front := vhostuser.NewFrontend(len(virtio.NetInfo().Queues), virtio.NetQueueSize)
+		g.nics = append(g.nics, front)
+		if err := g.connect(front, f); err != nil {
+			return fmt.Errorf("nics[%d]: %w", i, err)
+		}
+	}
 	return nil
+}
+
+// connect makes the first connection of a front end.
+func (g *guest) connect(front *vhostuser.Frontend, f *os.File) error {
+	if err := connect(front, f); err != nil {
+		return err
+	}
+	if g.in.Emulator != spec.Native {
+		return nil // QEMU will tell where it has its memory
+	}
+	return front.SetMemory(g.regions())
 }
 
 // regions is where the native monitor has the guest's memory.
@@ -84,10 +96,10 @@ func unixConn(f *os.File) (*net.UnixConn, error) {
 	return u, nil
 }
 
-func (g *guest) closeDisks() {
-	for i, d := range g.disks {
+func (g *guest) closeDevices() {
+	for i, d := range append(append([]*vhostuser.Frontend(nil), g.disks...), g.nics...) {
 		if err := d.Close(); err != nil {
-			g.service.log.Warn("disk", "index", i, "err", err)
+			g.service.log.Warn("device", "index", i, "err", err)
 		}
 	}
 	if g.memory != nil {
@@ -95,18 +107,18 @@ func (g *guest) closeDisks() {
 	}
 }
 
-// reconnect brings a new back end to where the last one of a disk was.
-func (s *service) reconnect(i int, f *os.File) error {
+// reconnect brings a new back end to where the last one of a device was.
+func (s *service) reconnect(kind string, all func() []*vhostuser.Frontend, i int, f *os.File) error {
 	s.mu.Lock()
-	disks := s.disks
+	fronts := all()
 	s.mu.Unlock()
-	if f == nil || i < 0 || i >= len(disks) {
+	if f == nil || i < 0 || i >= len(fronts) {
 		if f != nil {
 			f.Close()
 		}
-		return rpc.Errorf(rpc.Invalid, "emulator: no disk %d", i)
+		return rpc.Errorf(rpc.Invalid, "emulator: no %s %d", kind, i)
 	}
-	return connect(disks[i], f)
+	return connect(fronts[i], f)
 }
 
 // relayDisks gives QEMU a socket for each disk. ended is to be called when QEMU has ended.
@@ -145,17 +157,22 @@ func (g *guest) relayDisks(ctx context.Context) (disks []qemu.Disk, ended func()
 	return disks, ended, nil
 }
 
-// remoteDisk is a disk of the native monitor.
-type remoteDisk struct{ front *vhostuser.Frontend }
-
-func (d remoteDisk) Info() virtio.Info {
-	own := d.front.Offered() &^ (virtio.FeatureIndirect | virtio.FeatureEventIdx | virtio.FeatureVersion1)
-	return virtio.Info{Name: "virtio-blk", ID: 2, Class: 0x018000, Features: own, Queues: []uint16{virtio.BlockQueueSize}}
+// remoteDevice is a device of the native monitor that a back end serves.
+type remoteDevice struct {
+	front *vhostuser.Frontend
+	info  virtio.Info // but for its features
 }
 
-func (d remoteDisk) ReadConfig(offset uint64, p []byte) { d.front.ReadConfig(offset, p) }
+var blockInfo = virtio.Info{Name: "virtio-blk", ID: 2, Class: 0x018000, Queues: []uint16{virtio.BlockQueueSize}}
 
-func (d remoteDisk) Start(features uint64, queues []virtio.RemoteQueue) error {
+func (d remoteDevice) Info() virtio.Info {
+	d.info.Features = d.front.Offered() &^ (virtio.FeatureIndirect | virtio.FeatureEventIdx | virtio.FeatureVersion1)
+	return d.info
+}
+
+func (d remoteDevice) ReadConfig(offset uint64, p []byte) { d.front.ReadConfig(offset, p) }
+
+func (d remoteDevice) Start(features uint64, queues []virtio.RemoteQueue) error {
 	if err := d.front.SetFeatures(features); err != nil {
 		return err
 	}
@@ -168,7 +185,11 @@ func (d remoteDisk) Start(features uint64, queues []virtio.RemoteQueue) error {
 	return nil
 }
 
-func (d remoteDisk) Stop() { d.front.DropQueue(0) }
+func (d remoteDevice) Stop() {
+	for i := range d.info.Queues {
+		d.front.DropQueue(i)
+	}
+}
 
 // Close: the front end is closed with the guest.
-func (d remoteDisk) Close() error { return nil }
+func (d remoteDevice) Close() error { return nil }

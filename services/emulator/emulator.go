@@ -54,6 +54,7 @@ type service struct {
 	mu      sync.Mutex
 	machine machine
 	disks   []*vhostuser.Frontend
+	nics    []*vhostuser.Frontend
 	ended   chan struct{} // closed when the guest has ended and that was told
 	exit    protocol.Exit // set before ended is closed
 }
@@ -120,7 +121,17 @@ func (s *service) handle(_ context.Context, r *rpc.Request) (any, error) {
 		if err != nil {
 			return nil, err
 		}
-		return struct{}{}, s.reconnect(in.Index, one(files, protocol.FileBlock))
+		return struct{}{}, s.reconnect("disk", func() []*vhostuser.Frontend { return s.disks }, in.Index, one(files, protocol.FileBlock))
+	case protocol.MethodNIC:
+		var in protocol.NIC
+		if err := r.Decode(&in); err != nil {
+			return nil, err
+		}
+		files, err := in.Files.Take(r)
+		if err != nil {
+			return nil, err
+		}
+		return struct{}{}, s.reconnect("NIC", func() []*vhostuser.Frontend { return s.nics }, in.Index, one(files, protocol.FileNetwork))
 	case protocol.MethodReadLog:
 		s.mu.Lock()
 		m := s.machine
@@ -194,11 +205,11 @@ func (s *service) launch(in protocol.Start, files map[string][]*os.File, running
 		return err
 	}
 	g := &guest{service: s, in: in, files: files, xenbus: xs}
-	if err := g.connectDisks(); err != nil {
+	if err := g.connectDevices(); err != nil {
 		xs.close()
 		return err
 	}
-	s.disks = g.disks
+	s.disks, s.nics = g.disks, g.nics
 	create := newQEMU
 	if in.Emulator == spec.Native {
 		create = newNative
@@ -243,7 +254,7 @@ func (s *service) launch(in protocol.Start, files map[string][]*os.File, running
 		if err := m.Close(); err != nil {
 			s.log.Warn("close", "err", err)
 		}
-		g.closeDisks()
+		g.closeDevices()
 		s.exit = exit
 		if err := s.peer.Notify(protocol.NoticeOutcome, exit); err != nil {
 			s.log.Warn("outcome not told", "outcome", exit.Outcome, "reason", exit.Reason, "err", err)
@@ -262,7 +273,8 @@ type guest struct {
 	waitedFrom atomic.Pointer[time.Time]
 	early      []byte // an event log that came before the machine was made
 	disks      []*vhostuser.Frontend
-	memory     *os.File // of the native monitor's guest, for the disks' back ends
+	nics       []*vhostuser.Frontend
+	memory     *os.File // of the native monitor's guest, for the devices' back ends
 }
 
 // pauseAfter: QEMU's TPM device cannot hold a processor inside an access, so its guest is

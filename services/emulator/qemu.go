@@ -64,7 +64,12 @@ func (m *qemuMachine) Run(ctx context.Context, tpm *frontend.Frontend, started f
 		return protocol.Exit{Outcome: protocol.Crashed, Reason: err.Error()}
 	}
 	defer ended()
-	files.Disks = disks
+	nics, nicsEnded, err := m.g.relayNICs(ctx)
+	if err != nil {
+		return protocol.Exit{Outcome: protocol.Crashed, Reason: err.Error()}
+	}
+	defer nicsEnded()
+	files.Disks, files.NICs = disks, nics
 	if err := m.Start(ctx, files, transport(tpm)); err != nil {
 		return protocol.Exit{Outcome: protocol.Crashed, Reason: err.Error()}
 	}

@@ -26,6 +26,8 @@ const (
 	FileNetwork  = "network"   // a vhost-user connection between a NIC's front and back end
 	FileTun      = "tun"       // /dev/net/tun, opened in the network namespace, for one NIC
 	FileVhostNet = "vhost-net" // /dev/vhost-net, where the host has it, for one NIC
+	FileDoor     = "door"      // QEMU's way to a relay's listener, see vhostuser.Door; one a NIC
+	FileEntrance = "entrance"  // that listener
 	FileConsole  = "console"
 	FileChannel  = "channel"  // the host's end of the guest's byte channel
 	FileTPM      = "tpm"      // the TPM data channel
@@ -226,7 +228,8 @@ const (
 )
 
 // Start is all an emulator learns. Files: FileMemory, FileStore, FileConsole, FileChannel, and as the guest
-// has them FileKVM, FileKernel, FileInitrd, FileTPM, FileBlock…, FileNetwork….
+// has them FileKVM, FileKernel, FileInitrd, FileTPM, FileBlock…, FileNetwork…, and for
+// QEMU a FileDoor and a FileEntrance for each of the latter.
 type Start struct {
 	Name       string        `json:"name"`
 	Emulator   spec.Emulator `json:"emulator"` // native or qemu
