@@ -1,0 +1,303 @@
+package vhostuser
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"math/rand/v2"
+	"os"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"redoubt.dev/redoubt/virtio"
+)
+
+// A netDriver is a guest's network driver over a Frontend: two rings of queueSize entries, each
+// entry with one buffer of its own. Its back ends are in this process; a pair of sockets that
+// keep frames apart plays the tap.
+type netDriver struct {
+	*front
+	e     *Frontend
+	bells [2]*os.File // kicks
+	calls [2]*os.File
+	wire  *os.File // the other end of the tap
+	port  *os.File
+	sent  uint16 // of the transmit ring
+	given uint16 // of the receive ring
+	heard uint16
+
+	cancel context.CancelFunc
+	ended  chan error
+}
+
+const (
+	txRing  = 0x4000 // the receive ring is at 0
+	netBufs = 0x10000
+	netBuf  = 0x800
+	netHead = 12
+)
+
+func newNetDriver(t testing.TB, features uint64) *netDriver {
+	t.Helper()
+	d := &netDriver{front: newFront(t), e: NewFrontend(2, queueSize)}
+	t.Cleanup(func() {
+		if err := d.e.Close(); err != nil {
+			t.Error(err)
+		}
+		d.stop()
+	})
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.wire, d.port = os.NewFile(uintptr(fds[0]), "wire"), os.NewFile(uintptr(fds[1]), "port")
+	t.Cleanup(func() { d.wire.Close(); d.port.Close() })
+	if err := errors.Join(d.e.SetFeatures(virtio.FeatureVersion1|features), d.e.SetMemory([]Region{{Guest: guestBase, Size: memSize, File: d.mem}})); err != nil {
+		t.Fatal(err)
+	}
+	for i := range d.bells {
+		d.bells[i], d.calls[i] = eventfd(t), eventfd(t)
+		at := uint64(guestBase + i*txRing)
+		q := QueueSetup{Size: queueSize, Areas: [3]uint64{at, at + atAvail, at + atUsed}, Kick: d.bells[i], Call: d.calls[i]}
+		if err := d.e.StartQueue(i, q); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return d
+}
+
+// replace ends the back end, if there is one, and connects the next.
+func (d *netDriver) replace() {
+	d.t.Helper()
+	d.stop()
+	fd, err := unix.FcntlInt(d.port.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	if err := unix.SetNonblock(fd, true); err != nil { // Fd made it wait
+		d.t.Fatal(err)
+	}
+	b, err := virtio.NewNet(virtio.NetPort{File: os.NewFile(uintptr(fd), "port")}, testMAC, 1500)
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	own, theirs := socketpair(d.t)
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	d.cancel, d.ended = cancel, ended
+	go func() {
+		err := Serve(ctx, theirs, b, Options{Memory: d.whitelist()})
+		ended <- errors.Join(err, b.Close())
+	}()
+	if _, err := d.e.Connect(own); err != nil {
+		d.t.Fatal(err)
+	}
+}
+
+func (d *netDriver) stop() {
+	if d.cancel == nil {
+		return
+	}
+	d.cancel()
+	if err := <-d.ended; err != nil && !errors.Is(err, context.Canceled) {
+		d.t.Errorf("back end: %v", err)
+	}
+	d.cancel = nil
+}
+
+func (d *netDriver) buffer(queue int, i uint16) []byte {
+	return d.ram[netBufs+(queue*queueSize+int(i%queueSize))*netBuf:][:netBuf]
+}
+
+// add makes a buffer available.
+func (d *netDriver) add(queue int, index *uint16, length int, flags uint16) {
+	le := binary.LittleEndian
+	head := *index % queueSize
+	ring := d.ram[queue*txRing:]
+	le.PutUint64(ring[16*int(head):], uint64(guestBase+netBufs+(queue*queueSize+int(head))*netBuf))
+	le.PutUint32(ring[16*int(head)+8:], uint32(length))
+	le.PutUint16(ring[16*int(head)+12:], flags)
+	le.PutUint16(ring[atAvail+4+2*int(head):], head)
+	*index++
+	le.PutUint16(ring[atAvail+2:], *index)
+	if _, err := d.bells[queue].Write([]byte{1, 0, 0, 0, 0, 0, 0, 0}); err != nil {
+		d.t.Fatal(err)
+	}
+}
+
+func (d *netDriver) used(queue int) uint16 {
+	return binary.LittleEndian.Uint16(d.ram[queue*txRing+atUsed+2:])
+}
+
+// wait waits until the used index of a queue is want.
+func (d *netDriver) wait(queue int, want uint16) {
+	d.t.Helper()
+	if err := d.calls[queue].SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+		d.t.Fatal(err)
+	}
+	var b [8]byte
+	for d.used(queue) != want {
+		if _, err := d.calls[queue].Read(b[:]); err != nil {
+			d.t.Fatalf("queue %d: used index %d, want %d: %v", queue, d.used(queue), want, err)
+		}
+	}
+}
+
+// transmit sends a frame behind a header.
+func (d *netDriver) transmit(header []byte, frame []byte) {
+	b := d.buffer(1, d.sent)
+	clear(b[:netHead])
+	copy(b, header)
+	copy(b[netHead:], frame)
+	d.add(1, &d.sent, netHead+len(frame), 0)
+}
+
+func testFrame(i int) []byte {
+	return append(bytes.Repeat([]byte{2}, 14), binary.BigEndian.AppendUint64(bytes.Repeat([]byte{byte(i)}, i%1400), uint64(i))...)
+}
+
+// TestNetReplaced: back ends that are replaced in good order lose nothing and repeat nothing, either
+// way, at whatever instant.
+func TestNetReplaced(t *testing.T) {
+	d := newNetDriver(t, 0)
+	seed := uint64(time.Now().UnixNano())
+	random := rand.New(rand.NewPCG(seed, 0))
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("seed %d", seed)
+		}
+	})
+	buf := make([]byte, 4096)
+	if err := d.wire.SetDeadline(time.Now().Add(time.Minute)); err != nil {
+		t.Fatal(err)
+	}
+	d.replace()
+	for round := range 40 {
+		k := 1 + random.IntN(queueSize/2)
+		for i := range k {
+			d.transmit(nil, testFrame(round*100+i))
+			if random.IntN(8) == 0 {
+				d.replace()
+			}
+		}
+		for i := range k {
+			n, err := d.wire.Read(buf)
+			if err != nil || !bytes.Equal(buf[netHead:n], testFrame(round*100+i)) {
+				t.Fatalf("round %d: sent frame %d arrived as % x, %v", round, i, buf[:max(n, 0)], err)
+			}
+		}
+		d.wait(1, d.sent)
+		for i := range k {
+			d.add(0, &d.given, netBuf, 2)
+			if _, err := d.wire.Write(append(make([]byte, netHead), testFrame(round*100+i)...)); err != nil {
+				t.Fatal(err)
+			}
+			if random.IntN(8) == 0 {
+				d.replace()
+			}
+		}
+		d.wait(0, d.given)
+		for i := range k {
+			want := testFrame(round*100 + i)
+			entry := d.ram[atUsed+4+8*int(d.heard%queueSize):]
+			b := d.buffer(0, d.heard)
+			if n := binary.LittleEndian.Uint32(entry[4:]); int(n) != netHead+len(want) || !bytes.Equal(b[netHead:n], want) || b[10] != 1 {
+				t.Fatalf("round %d: heard frame %d as %d bytes", round, i, n)
+			}
+			d.heard++
+		}
+	}
+}
+
+// TestNetHeaders: what the driver did not negotiate, or cannot mean, does not reach the tap.
+func TestNetHeaders(t *testing.T) {
+	all := virtio.NetFeatureCsum | virtio.NetFeatureHostTSO4 | virtio.NetFeatureHostTSO6 | virtio.NetFeatureHostECN
+	for _, c := range []struct {
+		name     string
+		features uint64
+		header   []byte
+		length   int
+		passes   bool
+	}{
+		{"plain", 0, nil, 60, true},
+		{"checksum, negotiated", all, []byte{1}, 60, true},
+		{"checksum", 0, []byte{1}, 60, false},
+		{"segments, negotiated", all, []byte{1, 1}, 60, true},
+		{"segments with ECN, negotiated", all, []byte{1, 0x81}, 60, true},
+		{"segments with ECN", all &^ virtio.NetFeatureHostECN, []byte{1, 0x81}, 60, false},
+		{"IPv6 segments", all &^ virtio.NetFeatureHostTSO6, []byte{1, 4}, 60, false},
+		{"segments without checksum", all, []byte{0, 1}, 60, false},
+		{"UDP fragments", all, []byte{1, 3}, 60, false},
+		{"unknown kind", all, []byte{1, 0x7f}, 60, false},
+		{"flags of a device", 0, []byte{0xfe, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9, 9}, 60, true},
+		{"no frame", 0, nil, 0, false},
+		{"half a header of Ethernet", 0, nil, 13, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			d := newNetDriver(t, c.features)
+			d.replace()
+			d.transmit(c.header, make([]byte, c.length))
+			marker := testFrame(1)
+			d.transmit(nil, marker)
+			d.wait(1, 2)
+			if err := d.wire.SetDeadline(time.Now().Add(10 * time.Second)); err != nil {
+				t.Fatal(err)
+			}
+			buf := make([]byte, 4096)
+			passed := false
+			for {
+				n, err := d.wire.Read(buf)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if bytes.Equal(buf[netHead:n], marker) {
+					break
+				}
+				if passed = true; buf[0]&^1 != 0 || buf[10] != 0 {
+					t.Errorf("the header arrived as % x", buf[:netHead])
+				}
+			}
+			if passed != c.passes {
+				t.Errorf("passed: %v", passed)
+			}
+		})
+	}
+}
+
+// FuzzNetRings lets both rings and all buffers hold anything. Whatever it is, the session ends
+// when it is told to, and nothing but frames is on the wire.
+func FuzzNetRings(f *testing.F) {
+	ok := make([]byte, 64)
+	binary.LittleEndian.PutUint64(ok, guestBase+netBufs)
+	binary.LittleEndian.PutUint32(ok[8:], 100)
+	f.Add(ok, ok, uint16(1), uint16(1))
+	loop := append([]byte(nil), ok...)
+	loop[12] = 1
+	f.Add(loop, loop, uint16(3), uint16(3))
+	far := append([]byte(nil), ok...)
+	far[7], far[12] = 0xff, 2
+	f.Add(far, ok, uint16(1), uint16(70))
+	f.Fuzz(func(t *testing.T, rx, tx []byte, rxCount, txCount uint16) {
+		d := newNetDriver(t, 0)
+		copy(d.ram[:atAvail], rx)
+		copy(d.ram[txRing:txRing+atAvail], tx)
+		binary.LittleEndian.PutUint16(d.ram[atAvail+2:], rxCount)
+		binary.LittleEndian.PutUint16(d.ram[txRing+atAvail+2:], txCount)
+		_, _ = d.wire.Write(make([]byte, 80))
+		d.replace()
+		d.e.DropQueue(0) // ends work on both in good order, or finds the session ended by the lie
+		d.e.DropQueue(1)
+		d.cancel()
+		err := <-d.ended
+		d.cancel = nil
+		if err != nil && !errors.Is(err, context.Canceled) && !errors.Is(err, virtio.ErrRing) {
+			t.Fatalf("ended with %v", err)
+		}
+		if err := d.wire.SetReadDeadline(time.Unix(1, 0)); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
