@@ -5,11 +5,14 @@ import (
 	"errors"
 	"net/netip"
 	"os"
+	"os/exec"
 	"testing"
 	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"redoubt.dev/redoubt/lab"
 )
 
 // A testNet is a namespace with a plan's taps.
@@ -73,7 +76,7 @@ func (n *testNet) apply(c Config, filtering bool) {
 			}
 		}
 		return Apply(p)
-	})
+	}
 }
 
 const testHeader = 12
@@ -204,77 +207,77 @@ var frames = []struct {
 
 // TestSpoofing says every frame through three filters: with fixed addresses, without, and off.
 // With the filter off all arrive, so it is the filter that stops them.
-func TestSpoofing(t *testing.T) {
-	bothKinds(t, func(t *testing.T, filtering bool) {
-		n := newTestNet(t)
-		marker := arp(everybody, macA, macA, ipA, ipA)
-		for _, mode := range []string{"fixed", "free", "off", "fixed"} {
-			a, b := NIC{ID: 1, VLAN: 5, MAC: macA}, NIC{ID: 2, VLAN: 5, MAC: macB}
-			switch mode {
-			case "fixed":
-				a.Addresses = []netip.Addr{ipA, ip6A}
-			case "off":
-				a.Unfiltered = true
+func TestSpoofing(t *testing.T) { bothKinds(t, spoofing) }
+
+func spoofing(t *testing.T, filtering bool) {
+	n := newTestNet(t)
+	marker := arp(everybody, macA, macA, ipA, ipA)
+	for _, mode := range []string{"fixed", "free", "off", "fixed"} {
+		a, b := NIC{ID: 1, VLAN: 5, MAC: macA}, NIC{ID: 2, VLAN: 5, MAC: macB}
+		switch mode {
+		case "fixed":
+			a.Addresses = []netip.Addr{ipA, ip6A}
+		case "off":
+			a.Unfiltered = true
+		}
+		n.apply(Config{NICs: []NIC{a, b}}, filtering)
+		for _, f := range frames {
+			want := map[string]bool{"fixed": f.fixed, "free": f.free, "off": true}[mode]
+			if mode == "off" && filtering && f.name == "a VLAN tag" {
+				continue // the bridge itself may let it pass or not
 			}
-			n.apply(Config{NICs: []NIC{a, b}}, filtering)
-			for _, f := range frames {
-				want := map[string]bool{"fixed": f.fixed, "free": f.free, "off": true}[mode]
-				if mode == "off" && filtering && f.name == "a VLAN tag" {
-					continue // the bridge itself may let it pass or not
-				}
-				n.send(1, f.frame)
-				n.send(1, marker)
-				if got := n.until(2, marker, f.frame); got != want {
-					t.Errorf("%s: %s: arrived %v, want %v", mode, f.name, got, want)
-				}
+			n.send(1, f.frame)
+			n.send(1, marker)
+			if got := n.until(2, marker, f.frame); got != want {
+				t.Errorf("%s: %s: arrived %v, want %v", mode, f.name, got, want)
 			}
 		}
-	})
+	}
 }
 
 // TestVLANs: nothing of one VLAN is heard in another, nor unicast of others in one's own.
-func TestVLANs(t *testing.T) {
-	bothKinds(t, func(t *testing.T, filtering bool) {
-		n := newTestNet(t)
-		macD := MAC{2, 0, 0, 0, 0, 0xd}
-		c := Config{NICs: []NIC{{ID: 1, VLAN: 5, MAC: macA}, {ID: 2, VLAN: 5, MAC: macB}, {ID: 3, VLAN: 6, MAC: macC}, {ID: 4, VLAN: 6, MAC: macD}}}
-		n.apply(c, filtering)
-		five, six := arp(everybody, macA, macA, ipA, ipA), arp(everybody, macD, macD, ipB, ipB)
-		other := ip4(macC, macA, ipA, ipB, 17, udp(1, 2))       // an address of the other VLAN
-		nobody := ip4(MAC{2, 9}, macA, ipA, ipB, 17, udp(1, 2)) // an address that nobody has
-		for range 2 {
-			n.send(1, other)
-			n.send(1, nobody)
-			n.send(1, five)
-			n.send(4, six)
-			n.until(2, five, nil)
-			n.until(3, six, nil)
-			n.apply(c, filtering) // again: nothing changes
-		}
-		// The same address in two VLANs.
-		c.NICs = append(c.NICs, NIC{ID: 5, VLAN: 6, MAC: macA})
-		n.apply(c, filtering)
-		from5 := arp(everybody, macA, macA, ipB, ipA)
-		n.send(5, from5)
-		n.until(3, from5, nil)
-		n.until(4, from5, nil)
-		n.send(1, five)
-		n.until(2, five, nil)
-		// A NIC that changes its VLAN.
-		c.NICs[2].VLAN = 5
-		n.apply(c, filtering)
-		n.send(1, five)
+func TestVLANs(t *testing.T) { bothKinds(t, vlans) }
+
+func vlans(t *testing.T, filtering bool) {
+	n := newTestNet(t)
+	macD := MAC{2, 0, 0, 0, 0, 0xd}
+	c := Config{NICs: []NIC{{ID: 1, VLAN: 5, MAC: macA}, {ID: 2, VLAN: 5, MAC: macB}, {ID: 3, VLAN: 6, MAC: macC}, {ID: 4, VLAN: 6, MAC: macD}}}
+	n.apply(c, filtering)
+	five, six := arp(everybody, macA, macA, ipA, ipA), arp(everybody, macD, macD, ipB, ipB)
+	other := ip4(macC, macA, ipA, ipB, 17, udp(1, 2))       // an address of the other VLAN
+	nobody := ip4(MAC{2, 9}, macA, ipA, ipB, 17, udp(1, 2)) // an address that nobody has
+	for range 2 {
 		n.send(1, other)
-		n.send(1, other)
-		n.until(3, other, five)
-		// One that is taken out of the plan says nothing any more.
-		c.NICs = append(c.NICs[:3:3], c.NICs[4])
-		n.apply(c, filtering)
+		n.send(1, nobody)
+		n.send(1, five)
 		n.send(4, six)
-		n.send(5, from5)
-		n.send(1, five)
-		n.until(3, five, other)
-	})
+		n.until(2, five, nil)
+		n.until(3, six, nil)
+		n.apply(c, filtering) // again: nothing changes
+	}
+	// The same address in two VLANs.
+	c.NICs = append(c.NICs, NIC{ID: 5, VLAN: 6, MAC: macA})
+	n.apply(c, filtering)
+	from5 := arp(everybody, macA, macA, ipB, ipA)
+	n.send(5, from5)
+	n.until(3, from5, nil)
+	n.until(4, from5, nil)
+	n.send(1, five)
+	n.until(2, five, nil)
+	// A NIC that changes its VLAN.
+	c.NICs[2].VLAN = 5
+	n.apply(c, filtering)
+	n.send(1, five)
+	n.send(1, other)
+	n.send(1, other)
+	n.until(3, other, five)
+	// One that is taken out of the plan says nothing any more.
+	c.NICs = append(c.NICs[:3:3], c.NICs[4])
+	n.apply(c, filtering)
+	n.send(4, six)
+	n.send(5, from5)
+	n.send(1, five)
+	n.until(3, five, other)
 }
 
 // TestTap: a descriptor whose tap is made is taken up again; another one is refused.
@@ -327,64 +330,109 @@ func TestTap(t *testing.T) {
 			t.Error("the tap outlives its last descriptor")
 		}
 		return nil
-	})
+	}
 }
 
 // TestUplink: a veth of the host's leads outside by one VLAN.
-func TestUplink(t *testing.T) {
-	bothKinds(t, func(t *testing.T, filtering bool) {
-		host, n := newTestNet(t), newTestNet(t)
-		u := Uplink{ID: 0, VLAN: 5}
-		var outside int
-		host.do(func() error {
-			v := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "out0"}, PeerName: "out1"}
-			if err := netlink.LinkAdd(v); err != nil {
-				return err
-			}
-			l, err := netlink.LinkByName("out0")
-			if err != nil {
-				return err
-			}
-			if err := netlink.LinkSetUp(l); err != nil {
-				return err
-			}
-			outside, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
-			if err != nil {
-				return err
-			}
-			if err := unix.SetsockoptTimeval(outside, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 10}); err != nil {
-				return err
-			}
-			if err := unix.Bind(outside, &unix.SockaddrLinklayer{Protocol: 0x0608, Ifindex: l.Attrs().Index}); err != nil {
-				return err
-			}
-			return Plug(n.ns, "out1", u)
-		})
-		defer unix.Close(outside)
-		updates, stop := make(chan netlink.LinkUpdate, 64), make(chan struct{})
-		n.do(func() error { return netlink.LinkSubscribe(updates, stop) })
-		n.apply(Config{NICs: []NIC{{ID: 1, VLAN: 5, MAC: macA}, {ID: 2, VLAN: 6, MAC: macB}}, Uplinks: []Uplink{u}}, filtering)
-		for l := range updates { // a wire's carrier comes later than the plan
-			if a := l.Attrs(); a.Name == u.LinkName() && a.OperState == netlink.OperUp {
-				close(stop)
-				break
-			}
+func TestUplink(t *testing.T) { bothKinds(t, uplink) }
+
+func uplink(t *testing.T, filtering bool) {
+	u := Uplink{ID: 0, VLAN: 5}
+	c := Config{NICs: []NIC{{ID: 1, VLAN: 5, MAC: macA}, {ID: 2, VLAN: 6, MAC: macB}}, Uplinks: []Uplink{u}}
+	n, outside := plugged(t, c, filtering)
+	defer unix.Close(outside)
+	out, in := arp(everybody, macA, macA, ipA, ipB), arp(macA, macC, macC, ipB, ipA)
+	n.send(2, arp(everybody, macB, macB, ipB, ipB)) // another VLAN's: not heard outside
+	n.send(1, out)
+	buf := make([]byte, 2048)
+	k, err := unix.Read(outside, buf)
+	if err != nil || string(buf[:k]) != string(out) {
+		t.Errorf("heard outside: % x, %v", buf[:max(k, 0)], err)
+	}
+	if _, err := unix.Write(outside, in); err != nil {
+		t.Fatal(err)
+	}
+	n.until(1, in, nil)
+}
+
+// plugged is a network with one uplink, and a socket at the uplink's other end.
+func plugged(t *testing.T, c Config, filtering bool) (n *testNet, outside int) {
+	t.Helper()
+	host := newTestNet(t)
+	n = newTestNet(t)
+	u := c.Uplinks[0]
+	host.do(func() error {
+		v := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "out0"}, PeerName: "out1"}
+		if err := netlink.LinkAdd(v); err != nil {
+			return err
 		}
-		for range updates { // until the subscription has ended
+		l, err := netlink.LinkByName("out0")
+		if err != nil {
+			return err
 		}
-		out, in := arp(everybody, macA, macA, ipA, ipB), arp(macA, macC, macC, ipB, ipA)
-		n.send(2, arp(everybody, macB, macB, ipB, ipB)) // another VLAN's: not heard outside
-		n.send(1, out)
-		buf := make([]byte, 2048)
-		k, err := unix.Read(outside, buf)
-		if err != nil || string(buf[:k]) != string(out) {
-			t.Errorf("heard outside: % x, %v", buf[:max(k, 0)], err)
+		if err := netlink.LinkSetUp(l); err != nil {
+			return err
 		}
-		if _, err := unix.Write(outside, in); err != nil {
+		outside, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return err
+		}
+		if err := unix.SetsockoptTimeval(outside, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 10}); err != nil {
+			return err
+		}
+		if err := unix.Bind(outside, &unix.SockaddrLinklayer{Protocol: 0x0300, Ifindex: l.Attrs().Index}); err != nil {
+			return err
+		}
+		return Plug(n.ns, "out1", u)
+	})
+	updates, stop := make(chan netlink.LinkUpdate, 64), make(chan struct{})
+	n.do(func() error { return netlink.LinkSubscribe(updates, stop) })
+	n.apply(c, filtering)
+	for l := range updates { // a wire's carrier comes later than the plan
+		if a := l.Attrs(); a.Name == u.LinkName() && a.OperState == netlink.OperUp {
+			close(stop)
+			break
+		}
+	}
+	for range updates { // until the subscription has ended
+	}
+	return n, outside
+}
+
+// trunk: an uplink carries all VLANs, each frame with its tag.
+func trunk(t *testing.T, filtering bool) {
+	c := Config{NICs: []NIC{{ID: 1, VLAN: 5, MAC: macA}, {ID: 2, VLAN: 6, MAC: macB}}, Uplinks: []Uplink{{}}}
+	n, outside := plugged(t, c, filtering)
+	defer unix.Close(outside)
+	tagged := func(vlan byte, f []byte) []byte {
+		return append(append(append([]byte(nil), f[:12]...), 0x81, 0, 0, vlan), f[12:]...)
+	}
+	fromA, toB := arp(everybody, macA, macA, ipA, ipB), arp(everybody, macC, macC, ipB, ipA)
+	if err := unix.SetsockoptInt(outside, unix.SOL_PACKET, unix.PACKET_AUXDATA, 1); err != nil {
+		t.Fatal(err)
+	}
+	n.send(1, fromA)
+	buf, oob := make([]byte, 2048), make([]byte, 256)
+	k, m, _, _, err := unix.Recvmsg(outside, buf, oob, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmsgs, err := unix.ParseSocketControlMessage(oob[:m])
+	if err != nil || len(cmsgs) != 1 || len(cmsgs[0].Data) < 20 {
+		t.Fatalf("auxiliary data: %v, %v", cmsgs, err)
+	}
+	// The tag is beside the frame (struct tpacket_auxdata, tp_vlan_tci).
+	if tci := binary.LittleEndian.Uint16(cmsgs[0].Data[16:]); string(buf[:k]) != string(fromA) || tci&0xfff != 5 {
+		t.Errorf("heard outside with tag %d: % x", tci, buf[:k])
+	}
+	other, own := tagged(5, toB), tagged(6, toB)
+	for _, f := range [][]byte{other, own} {
+		if _, err := unix.Write(outside, f); err != nil {
 			t.Fatal(err)
 		}
-		n.until(1, in, nil)
-	})
+	}
+	n.until(2, toB, nil)
+	n.until(1, toB, nil)
 }
 
 func bothKinds(t *testing.T, test func(t *testing.T, filtering bool)) {
@@ -397,5 +445,24 @@ func bothKinds(t *testing.T, test func(t *testing.T, filtering bool)) {
 			t.Skip("needs a kernel with bridge VLAN filtering: TestFilteringBridge runs it in the lab (`make lab-tests`)")
 		}
 		test(t, true)
-	})
+	}
+}
+
+// TestFilteringBridge: all of the above with one bridge that filters, and trunks of both kinds. It
+// takes the lab for a host whose kernel has what that needs.
+func TestFilteringBridge(t *testing.T) {
+	lab.NeedsKVM(t)
+	if out, err := exec.Command("modprobe", "-a", "tun", "bridge", "8021q", "veth", "nf_tables").CombinedOutput(); err != nil {
+		t.Fatalf("modprobe: %v: %s", err, out)
+	}
+	var can bool
+	newTestNet(t).do(func() (err error) { can, err = VLANFiltering(); return err })
+	if !can {
+		t.Fatal("no VLAN filtering")
+	}
+	t.Run("spoofing", func(t *testing.T) { spoofing(t, true) })
+	t.Run("vlans", func(t *testing.T) { vlans(t, true) })
+	t.Run("uplink", func(t *testing.T) { uplink(t, true) })
+	t.Run("trunk", func(t *testing.T) { trunk(t, true) })
+	t.Run("trunk, a bridge a VLAN", func(t *testing.T) { trunk(t, false) })
 }

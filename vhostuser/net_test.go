@@ -7,11 +7,16 @@ import (
 	"errors"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
+	"redoubt.dev/redoubt/lab"
+	"redoubt.dev/redoubt/network"
 	"redoubt.dev/redoubt/virtio"
 )
 
@@ -24,7 +29,8 @@ type netDriver struct {
 	bells [2]*os.File // kicks
 	calls [2]*os.File
 	wire  *os.File // the other end of the tap
-	port  *os.File
+	head  int      // length of the header before each of its frames
+	make  func() (virtio.Backend, error)
 	sent  uint16 // of the transmit ring
 	given uint16 // of the receive ring
 	heard uint16
@@ -53,8 +59,12 @@ func newNetDriver(t testing.TB, features uint64) *netDriver {
 	if err != nil {
 		t.Fatal(err)
 	}
-	d.wire, d.port = os.NewFile(uintptr(fds[0]), "wire"), os.NewFile(uintptr(fds[1]), "port")
-	t.Cleanup(func() { d.wire.Close(); d.port.Close() })
+	port := os.NewFile(uintptr(fds[1]), "port")
+	d.wire, d.head = os.NewFile(uintptr(fds[0]), "wire"), netHead
+	t.Cleanup(func() { d.wire.Close(); port.Close() })
+	d.make = func() (virtio.Backend, error) {
+		return virtio.NewNet(virtio.NetPort{File: copyFile(t, port)}, testMAC, 1500)
+	}
 	if err := errors.Join(d.e.SetFeatures(virtio.FeatureVersion1|features), d.e.SetMemory([]Region{{Guest: guestBase, Size: memSize, File: d.mem}})); err != nil {
 		t.Fatal(err)
 	}
@@ -73,14 +83,7 @@ func newNetDriver(t testing.TB, features uint64) *netDriver {
 func (d *netDriver) replace() {
 	d.t.Helper()
 	d.stop()
-	fd, err := unix.FcntlInt(d.port.Fd(), unix.F_DUPFD_CLOEXEC, 0)
-	if err != nil {
-		d.t.Fatal(err)
-	}
-	if err := unix.SetNonblock(fd, true); err != nil { // Fd made it wait
-		d.t.Fatal(err)
-	}
-	b, err := virtio.NewNet(virtio.NetPort{File: os.NewFile(uintptr(fd), "port")}, testMAC, 1500)
+	b, err := d.make()
 	if err != nil {
 		d.t.Fatal(err)
 	}
@@ -94,6 +97,72 @@ func (d *netDriver) replace() {
 	}()
 	if _, err := d.e.Connect(own); err != nil {
 		d.t.Fatal(err)
+	}
+}
+
+// copyFile duplicates a file that does not block.
+func copyFile(t testing.TB, f *os.File) *os.File {
+	t.Helper()
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err == nil {
+		err = unix.SetNonblock(fd, true) // Fd made it wait
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return os.NewFile(uintptr(fd), f.Name())
+}
+
+// overTap puts the driver's device onto a real tap: own path or, with vhost, the kernel's.
+func (d *netDriver) overTap(vhost bool) {
+	d.t.Helper()
+	ns, err := network.NewNamespace()
+	if err != nil {
+		d.t.Skipf("needs network namespaces: %v", err)
+	}
+	d.t.Cleanup(func() { ns.Close() })
+	var tun *os.File
+	if err := ns.Do(func() error {
+		if tun, err = network.OpenTun(); err != nil {
+			return err
+		}
+		tap, err := network.NewTap(copyFile(d.t, tun), "test0")
+		if err != nil {
+			return err
+		}
+		defer tap.File.Close()
+		l, err := netlink.LinkByName("test0")
+		if err != nil {
+			return err
+		}
+		// No word of the host's own.
+		if err := errors.Join(netlink.LinkSetIP6AddrGenMode(l, nl.IN6_ADDR_GEN_MODE_NONE), netlink.LinkSetUp(l)); err != nil {
+			return err
+		}
+		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+		if err != nil {
+			return err
+		}
+		d.wire.Close()
+		d.wire, d.head = os.NewFile(uintptr(fd), "wire"), 0
+		return unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: 0x0300, Ifindex: l.Attrs().Index})
+	}); err != nil {
+		d.t.Fatal(err)
+	}
+	d.t.Cleanup(func() { tun.Close() })
+	d.make = func() (virtio.Backend, error) {
+		tap, err := network.NewTap(copyFile(d.t, tun), "test0")
+		if err != nil {
+			return nil, err
+		}
+		if !vhost {
+			return virtio.NewNet(tap.Port(), testMAC, 1500)
+		}
+		v, err := network.OpenVhost()
+		if err != nil {
+			return nil, err
+		}
+		return network.NewKernelNet(tap, v, testMAC, 1500)
 	}
 }
 
@@ -162,7 +231,27 @@ func testFrame(i int) []byte {
 // TestNetReplaced: back ends that are replaced in good order lose nothing and repeat nothing, either
 // way, at whatever instant.
 func TestNetReplaced(t *testing.T) {
+	t.Run("pair", func(t *testing.T) { newNetDriver(t, 0).replaced() })
+	t.Run("tap", func(t *testing.T) {
+		d := newNetDriver(t, 0)
+		d.overTap(false)
+		d.replaced()
+	})
+}
+
+// TestVhostNetReplaced: as TestNetReplaced with the kernel between tap and guest. It takes the lab for a host with vhost-net.
+func TestVhostNetReplaced(t *testing.T) {
+	lab.NeedsKVM(t)
+	if out, err := exec.Command("modprobe", "-a", "tun", "vhost_net").CombinedOutput(); err != nil {
+		t.Fatalf("modprobe: %v: %s", err, out)
+	}
 	d := newNetDriver(t, 0)
+	d.overTap(true)
+	d.replaced()
+}
+
+func (d *netDriver) replaced() {
+	t := d.t
 	seed := uint64(time.Now().UnixNano())
 	random := rand.New(rand.NewPCG(seed, 0))
 	t.Cleanup(func() {
@@ -185,14 +274,14 @@ func TestNetReplaced(t *testing.T) {
 		}
 		for i := range k {
 			n, err := d.wire.Read(buf)
-			if err != nil || !bytes.Equal(buf[netHead:n], testFrame(round*100+i)) {
+			if err != nil || !bytes.Equal(buf[d.head:n], testFrame(round*100+i)) {
 				t.Fatalf("round %d: sent frame %d arrived as % x, %v", round, i, buf[:max(n, 0)], err)
 			}
 		}
 		d.wait(1, d.sent)
 		for i := range k {
 			d.add(0, &d.given, netBuf, 2)
-			if _, err := d.wire.Write(append(make([]byte, netHead), testFrame(round*100+i)...)); err != nil {
+			if _, err := d.wire.Write(append(make([]byte, d.head), testFrame(round*100+i)...)); err != nil {
 				t.Fatal(err)
 			}
 			if random.IntN(8) == 0 {
@@ -204,7 +293,7 @@ func TestNetReplaced(t *testing.T) {
 			want := testFrame(round*100 + i)
 			entry := d.ram[atUsed+4+8*int(d.heard%queueSize):]
 			b := d.buffer(0, d.heard)
-			if n := binary.LittleEndian.Uint32(entry[4:]); int(n) != netHead+len(want) || !bytes.Equal(b[netHead:n], want) || b[10] != 1 {
+			if n := binary.LittleEndian.Uint32(entry[4:]); int(n) != netHead+len(want) || !bytes.Equal(b[netHead:n], want) || d.head > 0 && b[10] != 1 {
 				t.Fatalf("round %d: heard frame %d as %d bytes", round, i, n)
 			}
 			d.heard++

@@ -25,6 +25,7 @@ type queue struct {
 	enabled bool
 	kick    *os.File
 	ended   chan struct{}  // closed by the goroutine; nil when there is none
+	stop    func() error   // of a queue that the kernel runs, in place of the goroutine
 	taken   sync.WaitGroup // chains taken and not given back
 
 	mu   sync.Mutex
@@ -145,6 +146,9 @@ func (q *queue) setFile(r request, f *os.File) error {
 			}
 			next = &event{f, raw}
 		}
+		if q.stop != nil { // the kernel has the old one
+			q.halt()
+		}
 		q.mu.Lock()
 		old := q.call
 		q.call = next
@@ -152,10 +156,11 @@ func (q *queue) setFile(r request, f *os.File) error {
 			next.signal() // as above: what the old one said may be lost
 		}
 		q.mu.Unlock()
+		err := q.start() // if this is what it waited for
 		if old != nil {
-			return old.f.Close()
+			err = errors.Join(err, old.f.Close())
 		}
-		return nil
+		return err
 	case setVringKick:
 		q.halt()
 		if err := q.closeKick(); err != nil {
@@ -218,6 +223,9 @@ func (q *queue) closeFiles() error {
 
 // ready reports whether the queue may run. Without protocol features a queue needs no leave.
 func (q *queue) ready() bool {
+	if _, ok := q.s.backend.(virtio.Delegate); ok && q.call == nil {
+		return false
+	}
 	return q.ended == nil && q.kick != nil && q.addr != nil && q.size != 0 && q.s.mem != nil &&
 		(q.enabled || q.s.features&featureProtocol == 0)
 }
@@ -270,6 +278,9 @@ func (q *queue) start() error {
 	q.ring = r
 	q.mu.Unlock()
 	q.ended = make(chan struct{})
+	if d, ok := s.backend.(virtio.Delegate); ok {
+		return q.delegate(d, area, used)
+	}
 	// What another back end left undone comes first, and before anything can halt the queue.
 	for range again {
 		if err := q.handle(); err != nil {
@@ -285,10 +296,32 @@ func (q *queue) start() error {
 	}
 	q.mu.Unlock()
 	go q.run(q.kick, q.ended)
+	s.tellStart()
+	return nil
+}
+
+func (s *session) tellStart() {
 	if s.onStart != nil {
 		s.onStart()
 		s.onStart = nil
 	}
+}
+
+// delegate lets the kernel run the queue.
+func (q *queue) delegate(d virtio.Delegate, area [3][]byte, base uint16) (err error) {
+	close(q.ended) // there is no goroutine
+	v := virtio.DelegatedQueue{Index: q.index, Size: q.size, Base: base, Areas: area, Kick: q.kick, Call: q.call.f}
+	for _, r := range q.s.mem.regions {
+		v.Memory = append(v.Memory, virtio.MappedMemory{Guest: r.guest, Data: r.data})
+	}
+	if q.stop, err = d.RunQueue(v); err != nil {
+		return fmt.Errorf("queue %d: %w", q.index, err)
+	}
+	q.call.signal() // as above; and what was made available before is looked at
+	if _, err := q.kick.Write([]byte{1, 0, 0, 0, 0, 0, 0, 0}); err != nil {
+		return fmt.Errorf("queue %d: kick: %w", q.index, err)
+	}
+	q.s.tellStart()
 	return nil
 }
 
@@ -321,6 +354,16 @@ func (q *queue) halt() {
 	if q.s.running--; q.s.running == 0 {
 		q.s.backend.Stop()
 		q.s.started = false
+	}
+	if q.stop != nil {
+		if err := q.stop(); err != nil {
+			q.s.fail(err)
+		}
+		q.stop = nil
+		q.mu.Lock()
+		q.base, q.ring, q.ended = q.ring.UsedIndex(), nil, nil
+		q.mu.Unlock()
+		return
 	}
 	_ = q.kick.SetReadDeadline(time.Now()) // wakes the goroutine; it cannot fail on a pollable file
 	q.mu.Lock()

@@ -150,6 +150,14 @@ func (n *Net) Start(features uint64) {
 	}
 }
 
+// Failed is why the port could not be configured for the driver; nil where it could.
+func (n *Net) Failed() error {
+	if err := n.failed.Load(); err != nil {
+		return fmt.Errorf("port: %w", *err)
+	}
+	return nil
+}
+
 // Stop implements Backend: StopQueue does it.
 func (n *Net) Stop() {}
 
@@ -172,8 +180,8 @@ func (n *Net) Close() error { return n.port.File.Close() }
 
 // Handle implements Backend: it waits for a frame, or until the port has taken one.
 func (n *Net) Handle(queue int, c *Chain) error {
-	if err := n.failed.Load(); err != nil {
-		return fmt.Errorf("port: %w", *err)
+	if err := n.Failed(); err != nil {
+		return err
 	}
 	if queue == netReceive {
 		return n.receive(c)

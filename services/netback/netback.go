@@ -19,6 +19,8 @@ import (
 	"slices"
 	"sync"
 
+	"golang.org/x/sys/unix"
+
 	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/network"
@@ -200,7 +202,14 @@ func (s *service) attach(in protocol.AttachNIC, files map[string][]*os.File) (er
 }
 
 // device is the NIC's back end: this process's own, or the kernel's.
-func (s *service) device(tap *network.Tap, mac network.MAC, mtu uint16, _ *os.File) (virtio.Backend, error) {
+func (s *service) device(tap *network.Tap, mac network.MAC, mtu uint16, vhost *os.File) (virtio.Backend, error) {
+	if vhost != nil {
+		own, err := unix.FcntlInt(vhost.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+		if err != nil {
+			return nil, err
+		}
+		return network.NewKernelNet(tap, os.NewFile(uintptr(own), network.VhostDevice), mac, mtu)
+	}
 	return virtio.NewNet(tap.Port(), mac, mtu)
 }
 
