@@ -9,7 +9,8 @@ SOAK      ?= .
 export CGO_ENABLED = 0
 TOOL      := $(GO) tool -modfile=$(CURDIR)/tools/go.mod
 LAB       := $(GO) run ./lab/cmd/lab
-# Packages with tests that need KVM, or what only such a host's kernel has (vhost-net, VLAN filtering): run natively where KVM can run guests, else in the lab.
+# Packages with tests that need KVM, or what only such a host has (vhost-net, VLAN filtering): run
+# natively where KVM can run guests, else in the lab.
 KVM       := ./kvm ./monitor ./network ./vhostuser ./e2e
 
 .PHONY: all build guest fetch lint unit lab-tests test demo bench soak fuzz lab proto clean

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"redoubt.dev/redoubt/lab"
@@ -76,7 +77,7 @@ func (n *testNet) apply(c Config, filtering bool) {
 			}
 		}
 		return Apply(p)
-	}
+	})
 }
 
 const testHeader = 12
@@ -330,7 +331,7 @@ func TestTap(t *testing.T) {
 			t.Error("the tap outlives its last descriptor")
 		}
 		return nil
-	}
+	})
 }
 
 // TestUplink: a veth of the host's leads outside by one VLAN.
@@ -370,7 +371,8 @@ func plugged(t *testing.T, c Config, filtering bool) (n *testNet, outside int) {
 		if err != nil {
 			return err
 		}
-		if err := netlink.LinkSetUp(l); err != nil {
+		// No word of the host's own.
+		if err := errors.Join(netlink.LinkSetIP6AddrGenMode(l, nl.IN6_ADDR_GEN_MODE_NONE), netlink.LinkSetUp(l)); err != nil {
 			return err
 		}
 		outside, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
@@ -388,8 +390,17 @@ func plugged(t *testing.T, c Config, filtering bool) (n *testNet, outside int) {
 	updates, stop := make(chan netlink.LinkUpdate, 64), make(chan struct{})
 	n.do(func() error { return netlink.LinkSubscribe(updates, stop) })
 	n.apply(c, filtering)
+	wires := map[string]bool{u.LinkName(): true}
+	if u.VLAN == 0 && !filtering {
+		for _, v := range c.vlans() {
+			wires[u.part(v)] = true
+		}
+	}
 	for l := range updates { // a wire's carrier comes later than the plan
-		if a := l.Attrs(); a.Name == u.LinkName() && a.OperState == netlink.OperUp {
+		if a := l.Attrs(); a.OperState == netlink.OperUp {
+			delete(wires, a.Name)
+		}
+		if len(wires) == 0 {
 			close(stop)
 			break
 		}
@@ -445,7 +456,7 @@ func bothKinds(t *testing.T, test func(t *testing.T, filtering bool)) {
 			t.Skip("needs a kernel with bridge VLAN filtering: TestFilteringBridge runs it in the lab (`make lab-tests`)")
 		}
 		test(t, true)
-	}
+	})
 }
 
 // TestFilteringBridge: all of the above with one bridge that filters, and trunks of both kinds. It
