@@ -17,8 +17,17 @@ var ErrUnsupported = errors.New("network: the kernel has no support")
 const probeName = "rtprobe"
 
 // VLANFiltering reports whether bridges of this kernel keep VLANs apart, by trying it in the
-// calling thread's namespace. A kernel that cannot refuses the setting, or takes it without a word.
+// calling thread's namespace, or by what [Apply] has made there before. A kernel that cannot refuses the setting, or takes it without a word.
 func VLANFiltering() (_ bool, err error) {
+	links, err := netlink.LinkList()
+	if err != nil {
+		return false, fmt.Errorf("network: %w", err)
+	}
+	for _, l := range links { // what another one found out
+		if b, ok := l.(*netlink.Bridge); ok && b.Name != probeName {
+			return b.VlanFiltering != nil && *b.VlanFiltering, nil
+		}
+	}
 	on := true
 	b := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: probeName}, VlanFiltering: &on}
 	err = netlink.LinkAdd(b)

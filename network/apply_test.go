@@ -5,7 +5,6 @@ import (
 	"errors"
 	"net/netip"
 	"os"
-	"os/exec"
 	"testing"
 	"time"
 
@@ -463,9 +462,6 @@ func bothKinds(t *testing.T, test func(t *testing.T, filtering bool)) {
 // takes the lab for a host whose kernel has what that needs.
 func TestFilteringBridge(t *testing.T) {
 	lab.NeedsKVM(t)
-	if out, err := exec.Command("modprobe", "-a", "tun", "bridge", "8021q", "veth", "nf_tables").CombinedOutput(); err != nil {
-		t.Fatalf("modprobe: %v: %s", err, out)
-	}
 	var can bool
 	newTestNet(t).do(func() (err error) { can, err = VLANFiltering(); return err })
 	if !can {

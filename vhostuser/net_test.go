@@ -7,7 +7,6 @@ import (
 	"errors"
 	"math/rand/v2"
 	"os"
-	"os/exec"
 	"testing"
 	"time"
 
@@ -242,9 +241,6 @@ func TestNetReplaced(t *testing.T) {
 // TestVhostNetReplaced: as TestNetReplaced with the kernel between tap and guest. It takes the lab for a host with vhost-net.
 func TestVhostNetReplaced(t *testing.T) {
 	lab.NeedsKVM(t)
-	if out, err := exec.Command("modprobe", "-a", "tun", "vhost_net").CombinedOutput(); err != nil {
-		t.Fatalf("modprobe: %v: %s", err, out)
-	}
 	d := newNetDriver(t, 0)
 	d.overTap(true)
 	d.replaced()
