@@ -119,7 +119,7 @@ func (d *netDriver) overTap(vhost bool) {
 	if err != nil {
 		d.t.Skipf("needs network namespaces: %v", err)
 	}
-	d.t.Cleanup(func() { ns.Close() })
+	d.t.Cleanup(func() { _ = ns.Close() })
 	var tun *os.File
 	if err := ns.Do(func() error {
 		if tun, err = network.OpenTun(); err != nil {

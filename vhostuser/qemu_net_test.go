@@ -70,7 +70,7 @@ func netHost(t *testing.T) (tun *os.File, progress <-chan struct{}) {
 	if err != nil {
 		t.Skipf("needs network namespaces: %v", err)
 	}
-	t.Cleanup(func() { ns.Close() })
+	t.Cleanup(func() { _ = ns.Close() })
 	var l net.Listener
 	if err := ns.Do(func() error {
 		if tun, err = network.OpenTun(); err != nil {

@@ -198,7 +198,7 @@ func (n *Net) receive(c *Chain) error {
 	var failed error
 	err := n.raw.Read(func(fd uintptr) bool {
 		got, failed = again(func() (int, error) { return unix.Readv(int(fd), c.Writable) })
-		return failed != unix.EAGAIN
+		return !errors.Is(failed, unix.EAGAIN)
 	})
 	switch {
 	case errors.Is(err, os.ErrDeadlineExceeded):
@@ -244,7 +244,7 @@ func (n *Net) transmit(c *Chain) error {
 	var failed error
 	err := n.raw.Write(func(fd uintptr) bool {
 		_, failed = again(func() (int, error) { return unix.Writev(int(fd), frame) })
-		return failed != unix.EAGAIN
+		return !errors.Is(failed, unix.EAGAIN)
 	})
 	switch {
 	case errors.Is(err, os.ErrDeadlineExceeded):
@@ -252,7 +252,7 @@ func (n *Net) transmit(c *Chain) error {
 		return nil
 	case err != nil:
 		return fmt.Errorf("port: %w", err)
-	case failed == unix.EBADFD || failed == unix.EBADF: // the interface behind it was deleted
+	case errors.Is(failed, unix.EBADFD) || errors.Is(failed, unix.EBADF): // the interface behind it was deleted
 		return fmt.Errorf("port: write: %w", failed)
 	case failed != nil: // refused: what the guest wrote, or the interface is down
 		return n.drop(c)
@@ -269,7 +269,7 @@ func headerAllowed(h *[netHeader]byte, features uint64) bool {
 	if h[0] != 0 && features&NetFeatureCsum == 0 {
 		return false
 	}
-	need := uint64(0)
+	var need uint64
 	switch h[1] &^ gsoECN {
 	case gsoNone:
 		return h[1] == gsoNone
@@ -295,7 +295,7 @@ func (n *Net) drop(c *Chain) error {
 // again repeats a call that a signal interrupted.
 func again(call func() (int, error)) (int, error) {
 	for {
-		if n, err := call(); err != unix.EINTR {
+		if n, err := call(); !errors.Is(err, unix.EINTR) {
 			return n, err
 		}
 	}

@@ -259,8 +259,10 @@ func (h *host) boot(id int, mac network.MAC, script string) *guest {
 	}()
 	t.Cleanup(func() {
 		_ = g.qemu.Process.Kill()
-		<-g.ended
-		l.Close()
+		if err := <-g.ended; err != nil && !errors.As(err, new(*exec.ExitError)) {
+			t.Error(err)
+		}
+		_ = l.Close()
 		if err := <-relayed; err != nil && !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, net.ErrClosed) && !errors.Is(err, unix.ECONNRESET) {
 			t.Errorf("relay: %v", err)
 		}
@@ -396,7 +398,7 @@ func BenchmarkResetNetBack(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	defer outside.Close()
+	defer func() { _ = outside.Close() }()
 	var ping net.PacketConn
 	if err := outside.Do(func() error {
 		if err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "out0"}, PeerName: "out1"}); err != nil {
@@ -418,7 +420,7 @@ func BenchmarkResetNetBack(b *testing.B) {
 	}); err != nil {
 		b.Fatal(err)
 	}
-	defer ping.Close()
+	defer func() { _ = ping.Close() }()
 	h.replace()
 	g := h.boot(1, mac1, "ip addr add 192.0.2.1/24 dev eth0\nuntil ping -c 1 -W 1 192.0.2.2 >/dev/null; do :; done\necho READY\nwhile :; do sleep 1000; done\n")
 	h.await(g, "READY")
