@@ -34,7 +34,7 @@ type Job struct {
 // modules are what L1 needs to reach its root, its ports and KVM, and what network tests want.
 var modules = []string{
 	"virtio_pci", "9pnet_virtio", "9p", "overlay", "virtio_console", "kvm_amd", "tun", "vhost_net",
-	"bridge", "8021q", "veth", "nf_tables",
+	"bridge", "8021q", "veth", "crc32c_generic", "nft_meta_bridge",
 }
 
 // labCPU is a nested-capable model less the features that software emulation lacks (each would

@@ -1,26 +1,43 @@
 package network
 
 import (
+	"errors"
 	"fmt"
+	"time"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
+	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 )
 
 // The filter is one table of the bridge family, replaced as a whole in one transaction: at no
 // instant is there none.
 
-const tableName = "redoubt"
+const (
+	tableName  = "redoubt"
+	answerTime = 10 * time.Second
+)
 
 var hooks = map[string]*nftables.ChainHook{
 	"prerouting": nftables.ChainHookPrerouting, "input": nftables.ChainHookInput, "output": nftables.ChainHookOutput,
 }
 
 func setFilter(chains []Chain) error {
-	c, err := nftables.New()
+	// The library waits for an answer to each message, and a kernel that refuses a transaction as a
+	// whole gives but one.
+	c, err := nftables.New(nftables.WithSockOptions(func(c *netlink.Conn) error {
+		return c.SetReadDeadline(time.Now().Add(answerTime))
+	}))
 	if err != nil {
 		return err
+	}
+	_, err = c.ListTablesOfFamily(nftables.TableFamilyBridge)
+	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EAFNOSUPPORT) {
+		return fmt.Errorf("%w: nftables for bridges", ErrUnsupported)
+	}
+	if err != nil {
+		return fmt.Errorf("nftables: %w", err)
 	}
 	t := c.AddTable(&nftables.Table{Family: nftables.TableFamilyBridge, Name: tableName})
 	c.DelTable(t) // the line above makes sure that there is one
