@@ -230,6 +230,9 @@ func (b *Builder) build(ctx context.Context, in protocol.Build, r *rpc.Request) 
 	if err := in.Spec.Complete(); err != nil {
 		return nil, rpc.Errorf(rpc.Invalid, "%v", err)
 	}
+	if len(in.Spec.NICs) > 0 { // rather than a guest that lacks them without a word
+		return nil, rpc.Errorf(rpc.Invalid, "nics: this Redoubt starts no NetBack yet: leave them out")
+	}
 	if g.emulator, err = choose(&in.Spec); err != nil {
 		return nil, err
 	}
