@@ -18,9 +18,11 @@ const headSize = 20 + 1 + 64 + 1
 // errEmptyHead is the head file before the log's first record is complete, or damage.
 var errEmptyHead = errors.New("is empty")
 
-func (h Head) line() []byte { return fmt.Appendf(nil, headFormat, h.Seq, h.Hash) }
+// Line is a head as text of fixed length with a newline, for a file that is written in place.
+func (h Head) Line() []byte { return fmt.Appendf(nil, headFormat, h.Seq, h.Hash) }
 
-func parseHead(b []byte) (h Head, err error) {
+// ParseHead is the inverse of Line.
+func ParseHead(b []byte) (h Head, err error) {
 	if len(b) != headSize {
 		return h, fmt.Errorf("%d bytes, not %d", len(b), headSize)
 	}
@@ -30,7 +32,7 @@ func parseHead(b []byte) (h Head, err error) {
 	if err := h.Hash.UnmarshalText(b[21 : headSize-1]); err != nil {
 		return h, err
 	}
-	if string(h.line()) != string(b) {
+	if string(h.Line()) != string(b) {
 		return h, fmt.Errorf("not as it was written")
 	}
 	return h, nil
@@ -50,5 +52,5 @@ func readHead(dir string) (Head, error) {
 	if n == 0 {
 		return Head{}, errEmptyHead
 	}
-	return parseHead(b[:n])
+	return ParseHead(b[:n])
 }

@@ -32,8 +32,9 @@ const MaxLine = 64 << 10
 // An Outcome is what came of an act.
 type Outcome string
 
-// The outcomes.
+// The outcomes. Asked is none yet: a record made before the act, which another follows.
 const (
+	Asked   Outcome = "asked"
 	Done    Outcome = "done"
 	Refused Outcome = "refused"
 	Failed  Outcome = "failed"
@@ -123,9 +124,9 @@ func (e *Entry) check() error {
 		return errors.New("no act")
 	}
 	switch e.Outcome {
-	case Done, Refused, Failed:
+	case Asked, Done, Refused, Failed:
 	default:
-		return fmt.Errorf("outcome %q: must be %s, %s or %s", e.Outcome, Done, Refused, Failed)
+		return fmt.Errorf("outcome %q: must be %s, %s, %s or %s", e.Outcome, Asked, Done, Refused, Failed)
 	}
 	texts := []string{e.Actor.Service, e.Actor.Tenant, e.Act, e.Object}
 	for k, v := range e.Detail {

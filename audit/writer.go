@@ -252,57 +252,75 @@ func (w *Writer) syncDir() error {
 	return errors.Join(d.Sync(), d.Close())
 }
 
-// Append adds one record and returns the head that names it. After an error of the disk the
-// Writer takes no more: nobody can say how much of the record is there.
-func (w *Writer) Append(e Entry) (Head, error) {
+// Append adds records, in order, and returns the head that names the last of them. They are
+// flushed together. After an error of the disk the Writer takes no more: nobody can say how much
+// of a record is there.
+func (w *Writer) Append(entries ...Entry) (Head, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	h, err := w.append(e)
+	h, err := w.append(entries...)
 	if err != nil {
 		return h, fmt.Errorf("audit log %s: %w", w.dir, err)
 	}
 	return h, nil
 }
 
-func (w *Writer) append(e Entry) (Head, error) {
+func (w *Writer) append(entries ...Entry) (Head, error) {
 	if w.err != nil {
 		return Head{}, w.err
 	}
-	e.Time = e.Time.UTC().Round(0) // without its monotonic part, which the log cannot hold
-	if err := e.check(); err != nil {
-		return Head{}, err
+	// What cannot be written at all is refused before anything is.
+	head := w.head
+	lines := make([][]byte, len(entries))
+	for i, e := range entries {
+		e.Time = e.Time.UTC().Round(0) // without its monotonic part, which the log cannot hold
+		if err := e.check(); err != nil {
+			return Head{}, err
+		}
+		r := &Record{Seq: head.Seq + 1, Entry: e, Prev: head.Hash}
+		if len(e.Detail) == 0 {
+			r.Detail = nil
+		}
+		r.Hash = r.sum()
+		var err error
+		if lines[i], err = r.encode(); err != nil {
+			return Head{}, err
+		}
+		head = Head{r.Seq, r.Hash}
 	}
-	r := &Record{Seq: w.head.Seq + 1, Entry: e, Prev: w.head.Hash}
-	if len(e.Detail) == 0 {
-		r.Detail = nil
+	for i, line := range lines {
+		if w.err = w.write(w.head.Seq+uint64(i)+1, line); w.err != nil {
+			return Head{}, w.err
+		}
 	}
-	r.Hash = r.sum()
-	line, err := r.encode()
-	if err != nil {
-		return Head{}, err
+	if w.err = w.sync(); w.err != nil {
+		return Head{}, w.err
 	}
-	if err := w.write(r.Seq, line); err != nil {
-		w.err = err
-		return Head{}, err
-	}
-	w.head = Head{r.Seq, r.Hash}
-	if _, err := w.hf.WriteAt(w.head.line(), 0); err != nil {
-		w.err = err
-		return Head{}, err
+	w.head = head
+	if _, w.err = w.hf.WriteAt(w.head.Line(), 0); w.err != nil {
+		return Head{}, w.err
 	}
 	return w.head, nil
 }
 
+// write adds a line, to another segment where this one is full.
 func (w *Writer) write(seq uint64, line []byte) error {
 	if w.size > 0 && w.size+int64(len(line)) > w.opts.SegmentSize {
+		if err := w.sync(); err != nil {
+			return err
+		}
 		if err := w.begin(segmentName(seq)); err != nil {
 			return err
 		}
 	}
 	n, err := w.file.Write(line)
 	w.size += int64(n)
-	if err != nil || w.opts.NoSync {
-		return err
+	return err
+}
+
+func (w *Writer) sync() error {
+	if w.opts.NoSync {
+		return nil
 	}
 	return unix.Fdatasync(int(w.file.Fd()))
 }

@@ -24,7 +24,7 @@ func TestTornTail(t *testing.T) {
 	for end := full; end <= len(text); end += 13 {
 		dir := t.TempDir()
 		write(t, dir, segmentName(1), text[:end])
-		write(t, dir, headFile, Head{last.Seq, last.Hash}.line())
+		write(t, dir, headFile, Head{last.Seq, last.Hash}.Line())
 		if end > full {
 			if r := verify(t, dir); len(r.Findings) != 1 || r.Findings[0].Kind != TornTail || r.Findings[0].Line != 3 {
 				t.Errorf("%d: %v", end, r.Findings)
@@ -85,10 +85,10 @@ func TestOpenDamaged(t *testing.T) {
 		text, head []byte
 		want       Kind
 	}{
-		"edited":         {bytes.Replace(text, []byte("guest-1"), []byte("guest-2"), 1), head.line(), Edited},
-		"cut":            {bytes.Join(lines[:2], nil), head.line(), TailCut},
-		"cut in between": {slices.Concat(lines[0], lines[2], lines[3]), head.line(), Missing},
-		"other head":     {text, Head{head.Seq, Hash{1}}.line(), TailCut},
+		"edited":         {bytes.Replace(text, []byte("guest-1"), []byte("guest-2"), 1), head.Line(), Edited},
+		"cut":            {bytes.Join(lines[:2], nil), head.Line(), TailCut},
+		"cut in between": {slices.Concat(lines[0], lines[2], lines[3]), head.Line(), Missing},
+		"other head":     {text, Head{head.Seq, Hash{1}}.Line(), TailCut},
 		"no head":        {text, []byte("x"), BadHead},
 		"empty head":     {text, nil, BadHead},
 	} {
@@ -108,7 +108,7 @@ func TestOpenDamaged(t *testing.T) {
 		}
 	}
 	dir := t.TempDir()
-	write(t, dir, headFile, head.line())
+	write(t, dir, headFile, head.Line())
 	if _, err := Open(dir, quick); err == nil {
 		t.Error("a log whose segments are gone was begun anew")
 	}

@@ -1,5 +1,5 @@
 // Package cli is the operator's command line. Every command talks to the outer API only, save
-// those that have nothing to talk to yet: up, down, doctor, disk.
+// those that have nothing to talk to or must not depend on it: up, down, doctor, disk, audit.
 //
 // Exit status: 0 done, 1 failed, 2 the command line or the spec is wrong. An error is one line
 // on standard error: what failed, on what, why, and where there is one the mend.
@@ -109,7 +109,7 @@ func (a *app) root() *cobra.Command {
 	f.BoolVar(&a.json, "json", false, "print JSON")
 	root.AddCommand(a.upCommand(), a.downCommand(), a.doctorCommand(), a.servicesCommand(), a.resetCommand(), a.runCommand(), a.psCommand(),
 		a.showCommand(), a.consoleCommand(), a.logsCommand(), a.stopCommand(), a.rmCommand(),
-		a.attestCommand(), a.eventsCommand(), a.diskCommand())
+		a.attestCommand(), a.eventsCommand(), a.diskCommand(), a.auditCommand())
 	return root
 }
 

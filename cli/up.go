@@ -22,7 +22,7 @@ import (
 )
 
 func (a *app) upCommand() *cobra.Command {
-	var hostTPM, pool, resets string
+	var hostTPM, pool, resets, storeReset string
 	var users uint32
 	var foreground bool
 	c := &cobra.Command{
@@ -32,14 +32,22 @@ func (a *app) upCommand() *cobra.Command {
 are left as they are.
 
 The vTPM manager's root key is sealed to the host's TPM where --host-tpm names one (by
-default /dev/tpmrm0, if it exists), else kept in a file of mode 0600 in the state directory.`,
+default /dev/tpmrm0, if it exists), else kept in a file of mode 0600 in the state directory.
+
+The store parses requests in worker processes, each of which is replaced after its response: what
+a request did to a worker ends with it. With --store-reset N workers serve N requests, with off
+they stay.`,
 		Example: `  redoubt up
   redoubt up --host-tpm none
   redoubt up --reset blkback=10s    # whoever took it over has it for ten seconds
   redoubt up --pool /srv/guests     # kernels and disks from nowhere else
+  redoubt up --store-reset off
   redoubt up --foreground    # for a service manager`,
 		Args: names(0, "no arguments"),
 		RunE: func(c *cobra.Command, _ []string) error {
+			if _, err := builder.ParseStoreReset(storeReset); err != nil {
+				return usagef("--store-reset: %v", err)
+			}
 			switch hostTPM {
 			case "auto":
 				hostTPM = ""
@@ -59,13 +67,14 @@ default /dev/tpmrm0, if it exists), else kept in a file of mode 0600 in the stat
 			if err != nil {
 				return usagef("up: --pool: %v", err)
 			}
-			return a.up(c.Context(), foreground, "-host-tpm", hostTPM, "-pool", pool, "-reset", resets, "-users", strconv.Itoa(int(users)))
+			return a.up(c.Context(), foreground, "-host-tpm", hostTPM, "-pool", pool, "-reset", resets, "-users", strconv.Itoa(int(users)), "-store-reset", storeReset)
 		},
 	}
 	c.Flags().StringVar(&hostTPM, "host-tpm", "auto", "device or socket of the host's TPM, auto, or none")
 	c.Flags().StringVar(&pool, "pool", "/", "directory beneath which guests' kernels and disks must lie")
 	c.Flags().StringVar(&resets, "reset", "", "how often services are replaced under their guests: SERVICE=DURATION or SERVICE=off, separated by commas (default "+builder.DefaultResets+")")
 	c.Flags().Uint32Var(&users, "users", builder.DefaultUsers, "first of 65536 user ids for services, of nobody else")
+	c.Flags().StringVar(&storeReset, "store-reset", builder.DefaultStoreReset, builder.StoreResetUsage)
 	c.Flags().BoolVar(&foreground, "foreground", false, "stay; end the services at SIGTERM")
 	return c
 }

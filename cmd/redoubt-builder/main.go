@@ -25,12 +25,17 @@ func main() {
 	flag.StringVar(&cfg.Pool, "pool", "/", "directory beneath which kernels and disks of guests must lie")
 	resets := flag.String("reset", "", "how often services are replaced: SERVICE=DURATION or SERVICE=off, separated by commas")
 	users := flag.Uint("users", builder.DefaultUsers, "the first of 65536 user ids for services, of nobody else")
+	reset := flag.String("store-reset", builder.DefaultStoreReset, builder.StoreResetUsage)
 	ready := flag.Int("ready-fd", -1, "descriptor to write a line to once the API is served")
 	flag.Parse()
 	cfg.Users = uint32(*users)
 	var err error
 	if cfg.Resets, err = builder.ParseResets(*resets); err != nil {
 		fmt.Fprintf(os.Stderr, "redoubt-builder: -reset: %v\n", err)
+		os.Exit(2)
+	}
+	if cfg.StoreReset, err = builder.ParseStoreReset(*reset); err != nil {
+		fmt.Fprintf(os.Stderr, "redoubt-builder: -store-reset: %v\n", err)
 		os.Exit(2)
 	}
 	cfg.Ready = func() {

@@ -16,7 +16,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"os"
 	"path/filepath"
 	"sync"
@@ -28,8 +27,6 @@ import (
 	"redoubt.dev/redoubt/process"
 	"redoubt.dev/redoubt/services"
 	"redoubt.dev/redoubt/services/protocol"
-	storesvc "redoubt.dev/redoubt/services/store"
-	"redoubt.dev/redoubt/store/client"
 	"redoubt.dev/redoubt/store/server"
 	"redoubt.dev/redoubt/store/tree"
 )
@@ -44,8 +41,10 @@ type Config struct {
 	// Resettable may be named.
 	Resets map[string]time.Duration
 	Users  uint32 // the first of 65536 user ids for services; 0: DefaultUsers
-	Log    *slog.Logger
-	Ready  func() // called once the API is served
+	// StoreReset is after how many responses the store's worker is replaced, -1 for never; 0: 1.
+	StoreReset int
+	Log        *slog.Logger
+	Ready      func() // called once the API is served
 }
 
 // Resettable are the services whose processes are replaced under running guests.
@@ -64,14 +63,15 @@ type Builder struct {
 	log   *slog.Logger
 	procs *processes
 
-	store        *client.Client
-	storeWorkers *storesvc.Spawner
-	storePeer    *rpc.Peer
-	vtpm         *rpc.Peer
-	toolstack    *rpc.Peer
+	journal   *journal
+	store     *store
+	vtpm      *rpc.Peer
+	toolstack *rpc.Peer
 
-	mu      sync.Mutex
-	guests  map[string]*guest
+	mu     sync.Mutex
+	guests map[string]*guest
+	// tenures are the running instances of the services that all guests share.
+	tenures map[string]tenure
 	next    tree.Domain
 	closing bool // no new guests
 
@@ -84,7 +84,7 @@ const stopGrace = 10 * time.Second
 
 // Run starts the services, serves until ctx ends or a service dies, and ends everything.
 func Run(ctx context.Context, cfg Config) error {
-	b := &Builder{cfg: cfg, log: cfg.Log, guests: map[string]*guest{}, next: server.FirstGuest, toolstackDone: make(chan struct{})}
+	b := &Builder{cfg: cfg, log: cfg.Log, guests: map[string]*guest{}, tenures: map[string]tenure{}, next: server.FirstGuest, toolstackDone: make(chan struct{})}
 	logs := filepath.Join(cfg.RunDir, LogDir)
 	if b.cfg.Pool == "" {
 		b.cfg.Pool = "/"
@@ -100,12 +100,19 @@ func Run(ctx context.Context, cfg Config) error {
 	}
 	defer unlock()
 
+	if b.journal, err = openJournal(cfg.StateDir, cfg.Log); err != nil {
+		return err
+	}
+	defer b.journal.close()
+	self := tenure{services.Builder, fmt.Sprintf("%d.%x", os.Getpid(), time.Now().UnixNano()), os.Getpid()}
+	if err := b.journal.record(b.journal.started(self)); err != nil {
+		return err
+	}
+	defer func() { b.journal.note(b.journal.ended(self, nil, nil)) }()
+
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	b.procs = newProcesses(logs, cfg.Users)
-	b.storeWorkers = storesvc.NewSpawner(func() (*process.Process, error) {
-		return b.procs.start(services.StoreLogic, "", "", 0)
-	})
 	var running []*process.Process
 	defer func() {
 		// The toolstack first, so that nothing new is asked for; then guests; then the rest.
@@ -125,12 +132,13 @@ func Run(ctx context.Context, cfg Config) error {
 		for i := len(running) - 1; i >= 0; i-- {
 			end(running[i])
 		}
-		b.wg.Wait()
-		b.storeWorkers.Close()
-		b.procs.wg.Wait()
 		if b.store != nil {
-			b.store.Close()
+			c, stop := context.WithTimeout(context.Background(), stopGrace)
+			defer stop()
+			b.store.close(c)
 		}
+		b.wg.Wait()
+		b.procs.wg.Wait()
 	}()
 	spawn := func(name, dir string, h rpc.Handler) (*rpc.Peer, error) {
 		p, err := b.procs.start(name, "", dir, 0)
@@ -138,6 +146,9 @@ func Run(ctx context.Context, cfg Config) error {
 			return nil, err
 		}
 		running = append(running, p)
+		if err := b.serviceStarted(name, p); err != nil {
+			return nil, err
+		}
 		peer := rpc.New(p.Control, h)
 		b.wg.Go(func() {
 			if name == services.Toolstack {
@@ -146,6 +157,10 @@ func Run(ctx context.Context, cfg Config) error {
 			if err := peer.Run(context.Background()); err != nil {
 				b.log.Error("service", "service", name, "err", err)
 			}
+		})
+		b.wg.Go(func() {
+			<-p.Done()
+			b.serviceEnded(name, p.Err())
 		})
 		b.wg.Go(func() {
 			select {
@@ -160,7 +175,10 @@ func Run(ctx context.Context, cfg Config) error {
 		})
 		return peer, nil
 	}
-	if err := b.startServices(ctx, spawn); err != nil {
+	if b.store, err = b.openStore(ctx, cancel); err != nil {
+		return err
+	}
+	if err := b.startServices(ctx, spawn, cancel); err != nil {
 		if cause := context.Cause(ctx); cause != nil {
 			err = cause
 		}
@@ -177,40 +195,21 @@ func Run(ctx context.Context, cfg Config) error {
 	return nil
 }
 
-func (b *Builder) startServices(ctx context.Context, spawn func(name, dir string, h rpc.Handler) (*rpc.Peer, error)) error {
-	storeDir, err := b.emptyStore()
-	if err != nil {
-		return err
-	}
+func (b *Builder) startServices(ctx context.Context, spawn func(name, dir string, h rpc.Handler) (*rpc.Peer, error), fatal func(error)) error {
 	vtpmDir, guestsDir := b.vtpmDir(), filepath.Join(b.cfg.StateDir, "guests")
 	for _, d := range []string{vtpmDir, guestsDir} {
 		if err := os.MkdirAll(d, 0o700); err != nil {
 			return err
 		}
 	}
-	if b.storePeer, err = spawn(services.StoreState, storeDir, b.storeWorkers.Handle); err != nil {
-		return err
-	}
-	if err := b.configureStore(ctx, storeDir); err != nil {
-		return err
-	}
-	own, err := b.connectStore(ctx, server.Builder)
+	err := b.layout(ctx)
 	if err != nil {
 		return err
 	}
-	c, err := net.FileConn(own)
-	own.Close()
-	if err != nil {
+	if b.vtpm, err = spawn(services.VTPM, vtpmDir, b.refusals(services.VTPM, "", b.fromVTPM)); err != nil {
 		return err
 	}
-	b.store = client.New(c)
-	if err := b.layout(); err != nil {
-		return err
-	}
-	if b.vtpm, err = spawn(services.VTPM, vtpmDir, b.fromVTPM); err != nil {
-		return err
-	}
-	sock, err := b.connectStore(ctx, server.VTPM)
+	sock, number, err := b.store.connect(ctx, server.VTPM)
 	if err != nil {
 		return err
 	}
@@ -229,13 +228,14 @@ func (b *Builder) startServices(ctx context.Context, spawn func(name, dir string
 	if err != nil {
 		return fmt.Errorf("vTPM manager: %w", err)
 	}
+	b.store.hold(server.VTPM, number, b.vtpm, fatal)
 	// Root and the group redoubt's members may use the API.
 	l, err := listen(filepath.Join(b.cfg.RunDir, APISocket), 0o660)
 	if err != nil {
 		return err
 	}
 	defer l.Close()
-	if b.toolstack, err = spawn(services.Toolstack, guestsDir, b.fromToolstack); err != nil {
+	if b.toolstack, err = spawn(services.Toolstack, guestsDir, b.recorded(b.fromToolstack)); err != nil {
 		return err
 	}
 	_, err = b.toolstack.Call(ctx, protocol.MethodConfigure, protocol.ConfigureToolstack{
@@ -249,88 +249,6 @@ func (b *Builder) startServices(ctx context.Context, spawn func(name, dir string
 
 // vtpmDir is the vTPM service's directory.
 func (b *Builder) vtpmDir() string { return filepath.Join(b.cfg.StateDir, "vtpm") }
-
-// Names in the run directory that are the store's.
-const (
-	StoreDir    = "store"     // its contents
-	StoreSocket = "xenstored" // where XenStore's own clients, if root's, are served
-)
-
-// The store's worker is kept for good so far. Replacing it after each response, as the source of
-// the partition does, adds a process's start to each of the some 30 requests of a guest's start:
-// it comes once a start makes fewer requests.
-const (
-	storeReset   = -1
-	storeWorkers = 2
-)
-
-// emptyStore makes the store's directory anew: what another Builder left there is of guests that
-// ended with it.
-func (b *Builder) emptyStore() (string, error) {
-	path := filepath.Join(b.cfg.RunDir, StoreDir)
-	if err := os.RemoveAll(path); err != nil {
-		return "", err
-	}
-	return path, os.Mkdir(path, 0o700)
-}
-
-// configureStore gives the store its directory and its socket.
-func (b *Builder) configureStore(ctx context.Context, path string) error {
-	if _, err := b.storePeer.Call(ctx, storesvc.MethodConfigure, storesvc.Configure{Dir: services.StateDir, Name: path, Reset: storeReset, Workers: storeWorkers}, nil); err != nil {
-		return fmt.Errorf("store: %w", err)
-	}
-	l, err := listen(filepath.Join(b.cfg.RunDir, StoreSocket), 0o600)
-	if err != nil {
-		return err
-	}
-	defer l.Close()
-	if _, err := b.storePeer.Call(ctx, storesvc.MethodListen, struct{}{}, nil, l); err != nil {
-		return fmt.Errorf("store: %w", err)
-	}
-	return nil
-}
-
-// layout makes the directories that others write beneath.
-func (b *Builder) layout() error {
-	dir := server.DomainPath(server.Builder) + "/backend/vtpm"
-	if err := b.store.Mkdir(dir); err != nil {
-		return err
-	}
-	return b.store.SetPerms(dir, tree.Perm{Domain: server.Builder}, tree.Perm{Domain: server.VTPM, Access: tree.Read})
-}
-
-// connectStore makes a connection with an identity; the file is the client's end.
-func (b *Builder) connectStore(ctx context.Context, d tree.Domain) (*os.File, error) {
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return nil, fmt.Errorf("store: socketpair: %w", err)
-	}
-	theirs := os.NewFile(uintptr(fds[0]), "store")
-	defer theirs.Close()
-	ours := os.NewFile(uintptr(fds[1]), "store")
-	if _, err := b.storePeer.Call(ctx, storesvc.MethodConnect, storesvc.Connect{Domain: d}, nil, theirs); err != nil {
-		ours.Close()
-		return nil, err
-	}
-	return ours, nil
-}
-
-// listen makes a socket with a name.
-func listen(path string, mode os.FileMode) (*os.File, error) {
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, err
-	}
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
-	if err != nil {
-		return nil, err
-	}
-	l.SetUnlinkOnClose(false)
-	defer l.Close()
-	if err := os.Chmod(path, mode); err != nil {
-		return nil, err
-	}
-	return l.File()
-}
 
 // lock makes this the only Builder of a run directory. The lock goes with the process.
 func lock(path string) (func(), error) {

@@ -7,6 +7,7 @@ import (
 	"os"
 	"time"
 
+	"redoubt.dev/redoubt/audit"
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/qemu"
 	"redoubt.dev/redoubt/services"
@@ -97,6 +98,8 @@ func (b *Builder) fromToolstack(ctx context.Context, r *rpc.Request) (any, error
 			return nil, err
 		}
 		return b.console(in)
+	case protocol.MethodAttachConsole:
+		return struct{}{}, nil // that it is asked is what the Builder must know
 	}
 	return nil, rpc.Errorf(rpc.Refused, "builder: no call %q", r.Method)
 }
@@ -258,6 +261,7 @@ func (b *Builder) build(ctx context.Context, in protocol.Build, r *rpc.Request) 
 	if err != nil {
 		g.storage.close()
 		b.release(g, false)
+		b.journal.note(b.journal.entry(audit.ActGuestEnd, g.build.Spec.Name, audit.Done, "uuid", g.build.UUID, "reason", err.Error()))
 		b.unclaim(g)
 		return nil, err
 	}
@@ -329,6 +333,7 @@ func (b *Builder) supervise(g *guest) {
 		run := g.run
 		g.mu.Unlock()
 		exit := run.outcome(g)
+		b.journal.note(b.journal.ended(run.is, run.proc.Err(), []string{g.build.Spec.Name}))
 		run.peer.Close()
 		g.storage.detach()
 		again := exit.Outcome == protocol.Reboot
@@ -347,6 +352,8 @@ func (b *Builder) supervise(g *guest) {
 			}
 		}
 		g.storage.close()
+		b.journal.note(b.journal.entry(audit.ActGuestEnd, g.build.Spec.Name, audit.Done,
+			"uuid", g.build.UUID, "outcome", string(exit.Outcome), "reason", exit.Reason))
 		g.close()
 		b.unclaim(g)
 		close(g.down)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -19,6 +20,7 @@ import (
 	"redoubt.dev/redoubt/services/protocol"
 	"redoubt.dev/redoubt/spec"
 	"redoubt.dev/redoubt/store/server"
+	"redoubt.dev/redoubt/store/state"
 	"redoubt.dev/redoubt/store/tree"
 )
 
@@ -51,6 +53,7 @@ type run struct {
 	peer   *rpc.Peer
 	heard  chan struct{} // closed when all the emulator said was taken in
 	qemu   bool          // its QEMU was asked for; beneath mu
+	is     tenure        // in the audit log
 
 	mu     sync.Mutex
 	exit   *protocol.Exit // the emulator's own word
@@ -129,10 +132,13 @@ func (b *Builder) start(ctx context.Context, g *guest) (_ *run, err error) {
 			b.forget(d)
 		}
 	}()
-	if err := b.announce(d); err != nil {
+	if err := b.depends(g, d); err != nil {
 		return nil, err
 	}
-	st, err := b.connectStore(ctx, d)
+	if err := b.announce(ctx, d); err != nil {
+		return nil, err
+	}
+	st, number, err := b.store.connect(ctx, d)
 	if err != nil {
 		return nil, err
 	}
@@ -165,7 +171,8 @@ func (b *Builder) start(ctx context.Context, g *guest) (_ *run, err error) {
 	if err != nil {
 		return nil, err
 	}
-	r.peer = rpc.New(r.proc.Control, b.fromEmulator(g, r))
+	r.is = newTenure(services.Emulator, r.proc)
+	r.peer = rpc.New(r.proc.Control, b.refusals(services.Emulator, g.build.Spec.Name, b.fromEmulator(g, r)))
 	b.wg.Go(func() {
 		defer close(r.heard)
 		_ = r.peer.Run(context.Background())
@@ -177,13 +184,20 @@ func (b *Builder) start(ctx context.Context, g *guest) (_ *run, err error) {
 			}
 		})
 	}
-	if _, err := r.peer.Call(ctx, protocol.MethodStart, msg, nil, give...); err != nil {
-		err = r.startError(err)
+	err = b.handOver(g, r, slices.Contains(msg.Files, protocol.FileKVM))
+	if err == nil {
+		if _, err = r.peer.Call(ctx, protocol.MethodStart, msg, nil, give...); err != nil {
+			err = r.startError(err)
+		}
+	}
+	if err != nil {
 		r.proc.Kill()
 		<-r.proc.Done()
+		b.journal.note(b.journal.ended(r.is, r.proc.Err(), []string{g.build.Spec.Name}))
 		return nil, err
 	}
 	g.storage.setRun(r)
+	b.store.hold(d, number, r.peer, func(err error) { r.fail(err.Error()) })
 	return r, nil
 }
 
@@ -235,7 +249,7 @@ func (b *Builder) provision(ctx context.Context, g *guest, d tree.Domain) error 
 		UUID: g.build.UUID, Name: g.build.Spec.Name, Delay: g.build.Options.VTPMDelay,
 	}, &created)
 	if err == nil {
-		err = b.store.Write(server.BackPath(d)+"/instance", strconv.Itoa(created.Instance))
+		err = b.store.Set(ctx, []state.Node{{Path: server.BackPath(d) + "/instance", Value: strconv.Itoa(created.Instance)}})
 	}
 	if merr := <-measured; merr != nil {
 		err = errors.Join(err, merr)
@@ -247,51 +261,6 @@ func (b *Builder) provision(ctx context.Context, g *guest, d tree.Domain) error 
 		UUID: g.build.UUID, Log: g.log, GuestLog: g.build.Spec.Boot.Firmware == "",
 	}, nil)
 	return err
-}
-
-// announce writes what the store must know of a new domain (step 2): the front end's
-// directory is the guest's, the back end's the vTPM manager's, the instance number the
-// Builder's alone.
-func (b *Builder) announce(d tree.Domain) error {
-	front, back := server.FrontPath(d), server.BackPath(d)
-	for _, n := range []struct {
-		path, value string
-		perms       []tree.Perm
-	}{
-		{server.DomainPath(d), "", []tree.Perm{{Domain: server.Builder}, {Domain: d, Access: tree.Read}, {Domain: server.VTPM, Access: tree.Read}}},
-		{front, "", []tree.Perm{{Domain: d}, {Domain: server.VTPM, Access: tree.Read}}},
-		{front + "/backend", back, nil},
-		{front + "/backend-id", strconv.Itoa(int(server.VTPM)), nil},
-		{front + "/state", "1", nil},
-		{back, "", []tree.Perm{{Domain: server.VTPM}, {Domain: d, Access: tree.Read}}},
-		{back + "/instance", "", []tree.Perm{{Domain: server.Builder}, {Domain: server.VTPM, Access: tree.Read}}},
-		{back + "/frontend", front, nil},
-		{back + "/frontend-id", strconv.Itoa(int(d)), nil},
-		{back + "/state", "1", nil},
-	} {
-		if n.value == "" {
-			if err := b.store.Mkdir(n.path); err != nil {
-				return err
-			}
-		} else if err := b.store.Write(n.path, n.value); err != nil {
-			return err
-		}
-		if n.perms != nil {
-			if err := b.store.SetPerms(n.path, n.perms...); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
-}
-
-// forget removes a domain from the store.
-func (b *Builder) forget(d tree.Domain) {
-	for _, p := range []string{server.DomainPath(d), server.DomainPath(server.Builder) + "/backend/vtpm/" + strconv.Itoa(int(d))} {
-		if err := b.store.Remove(p); err != nil && !errors.Is(err, tree.ENOENT) {
-			b.log.Warn("store", "err", err)
-		}
-	}
 }
 
 // setRun makes r the guest's running emulator, which ends at once if the vTPM failed before.

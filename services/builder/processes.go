@@ -37,6 +37,7 @@ type instance struct {
 	service *services.Service
 	spec    *sandbox.Spec
 	pid     int
+	gone    chan struct{} // closed when it is no more
 }
 
 // DefaultUsers is the first of the user ids of services where the operator names none. It is
@@ -76,7 +77,7 @@ func (p *processes) take(s *services.Service) (uint32, error) {
 		if p.running[id] != nil {
 			return 0, fmt.Errorf("%s runs already", s.Name)
 		}
-		p.running[id] = &instance{service: s}
+		p.running[id] = &instance{service: s, gone: make(chan struct{})}
 		return id, nil
 	}
 	for range users - firstFree {
@@ -85,7 +86,7 @@ func (p *processes) take(s *services.Service) (uint32, error) {
 			p.next = firstFree
 		}
 		if p.running[id] == nil {
-			p.running[id] = &instance{service: s}
+			p.running[id] = &instance{service: s, gone: make(chan struct{})}
 			return id, nil
 		}
 	}
@@ -95,7 +96,25 @@ func (p *processes) take(s *services.Service) (uint32, error) {
 func (p *processes) release(id uint32) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	delete(p.running, id)
+	if i := p.running[id]; i != nil {
+		close(i.gone)
+		delete(p.running, id)
+	}
+}
+
+// awaitEnd waits until a service of which there is one has ended and its user is free again.
+func (p *processes) awaitEnd(name string) {
+	p.mu.Lock()
+	var gone chan struct{}
+	for _, i := range p.running {
+		if i.service.Name == name {
+			gone = i.gone
+		}
+	}
+	p.mu.Unlock()
+	if gone != nil {
+		<-gone
+	}
 }
 
 // note keeps what runs as a user.

@@ -4,11 +4,13 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"strconv"
 	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"redoubt.dev/redoubt/audit"
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/process"
 	"redoubt.dev/redoubt/services"
@@ -27,16 +29,17 @@ type storage struct {
 	mu     sync.Mutex // over one attachment or replacement, too
 	proc   *process.Process
 	peer   *rpc.Peer
+	is     tenure   // in the audit log
 	run    *run     // whose emulator has the disks; nil while there is none that runs
 	memory *os.File // the run's guest memory
 	stale  bool     // BlkBack was replaced before the run could be told
 	ending bool
 	ended  chan struct{} // closed with ending
-	deaths []time.Time   // the latest
+	deaths deaths
 }
 
-// A BlkBack that dies more than maxDeaths times within deathWindow fails its guest: it is not the
-// accident that replacing is for.
+// A BlkBack that dies more than maxDeaths times within deathWindow fails its guest, and a store
+// that does ends the Builder: it is not the accident that replacing is for.
 const (
 	drainLimit  = 2 * time.Second // of a BlkBack's requests when it is replaced; then it is killed
 	maxDeaths   = 20
@@ -103,15 +106,23 @@ func (s *storage) spawn() error {
 	if err != nil {
 		return err
 	}
-	peer := rpc.New(p.Control, s.fromBlkBack)
-	s.proc, s.peer = p, peer
+	name := s.g.build.Spec.Name
+	peer := rpc.New(p.Control, s.b.refusals(services.BlkBack, name, s.fromBlkBack))
+	s.proc, s.peer, s.is = p, peer, newTenure(services.BlkBack, p)
 	s.b.wg.Go(func() { _ = peer.Run(context.Background()) })
 	s.b.wg.Go(func() {
 		<-p.Done()
 		peer.Close()
 		s.replace(p)
 	})
-	return nil
+	j := s.b.journal
+	err = j.record(j.started(s.is, "guest", name), j.linked(name, s.is), j.entry(ActHandOver, name, audit.Done,
+		"to", services.BlkBack, audit.DetailInstance, s.is.id, "memory", strconv.FormatInt(int64(s.g.build.Spec.Memory), 10)))
+	if err != nil {
+		s.ending = true
+		p.Kill()
+	}
+	return err
 }
 
 // attach gives a new emulator its disks: what it needs for each is returned.
@@ -198,7 +209,11 @@ func (s *storage) release() {
 func (s *storage) replace(dead *process.Process) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.ending || s.proc != dead {
+	if s.proc != dead {
+		return
+	}
+	s.b.journal.note(s.b.journal.ended(s.is, dead.Err(), []string{s.g.build.Spec.Name}))
+	if s.ending {
 		return
 	}
 	reason := "BlkBack ended without a word"
@@ -206,14 +221,9 @@ func (s *storage) replace(dead *process.Process) {
 		reason = err.Error()
 	}
 	s.b.log.Warn("BlkBack is replaced", "guest", s.g.build.Spec.Name, "err", reason)
-	now := time.Now()
-	s.deaths = append(s.deaths, now)
-	if n := len(s.deaths) - maxDeaths; n > 0 {
-		s.deaths = s.deaths[n:]
-		if now.Sub(s.deaths[0]) < deathWindow {
-			s.fail("storage dies again and again: " + reason)
-			return
-		}
+	if s.deaths.add(time.Now()) {
+		s.fail("storage dies again and again: " + reason)
+		return
 	}
 	if err := s.spawn(); err != nil {
 		s.fail(fmt.Sprintf("storage: %v", err))

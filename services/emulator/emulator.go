@@ -8,11 +8,8 @@ package emulator
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
-	"net"
 	"os"
-	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -22,13 +19,9 @@ import (
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/services/protocol"
 	"redoubt.dev/redoubt/spec"
-	"redoubt.dev/redoubt/store/client"
-	"redoubt.dev/redoubt/store/server"
-	"redoubt.dev/redoubt/store/tree"
 	"redoubt.dev/redoubt/vhostuser"
 	"redoubt.dev/redoubt/vtpm/channel"
 	"redoubt.dev/redoubt/vtpm/frontend"
-	"redoubt.dev/redoubt/vtpm/gate"
 )
 
 // A machine is a guest under one of the emulators.
@@ -53,6 +46,7 @@ type service struct {
 
 	mu      sync.Mutex
 	machine machine
+	xenbus  *xenbus
 	disks   []*vhostuser.Frontend
 	nics    []*vhostuser.Frontend
 	ended   chan struct{} // closed when the guest has ended and that was told
@@ -104,6 +98,16 @@ func (s *service) handle(_ context.Context, r *rpc.Request) (any, error) {
 			return nil, err
 		}
 		return struct{}{}, s.start(in, files)
+	case protocol.MethodStore:
+		var in protocol.Store
+		if err := r.Decode(&in); err != nil {
+			return nil, err
+		}
+		files, err := in.Files.Take(r)
+		if err != nil {
+			return nil, err
+		}
+		return struct{}{}, s.renewStore(one(files, protocol.FileStore))
 	case protocol.MethodPowerButton:
 		s.mu.Lock()
 		m := s.machine
@@ -233,13 +237,8 @@ func (s *service) launch(in protocol.Start, files map[string][]*os.File, running
 				s.event(protocol.EventGateWait, "")
 			},
 		})
-		if err := xs.initialised(); err != nil {
-			g.frontend.Close()
-			xs.close()
-			return errors.Join(err, m.Close())
-		}
 	}
-	s.machine = m
+	s.machine, s.xenbus = m, xs
 	go func() {
 		defer close(s.ended)
 		exit := m.Run(s.ctx, g.frontend, func() {
@@ -325,53 +324,3 @@ func (n noted) Pause() error {
 }
 
 func (n noted) Resume() error { return n.m.Resume() }
-
-// xenbus is the front end's side of the handshake in the store.
-type xenbus struct {
-	store *client.Client
-	path  string // of the state node
-	once  sync.Once
-	wake  chan struct{}
-	stop  chan struct{}
-	done  chan struct{}
-	log   *slog.Logger
-}
-
-func newXenbus(f *os.File, d tree.Domain, log *slog.Logger) (*xenbus, error) {
-	defer f.Close()
-	c, err := net.FileConn(f)
-	if err != nil {
-		return nil, fmt.Errorf("store: %w", err)
-	}
-	x := &xenbus{
-		store: client.New(c), path: server.FrontPath(d) + "/state", log: log,
-		done: make(chan struct{}), wake: make(chan struct{}), stop: make(chan struct{}),
-	}
-	go x.run()
-	return x, nil
-}
-
-// run writes Connected when told; a vCPU that tells it does not wait for the store.
-func (x *xenbus) run() {
-	defer close(x.done)
-	select {
-	case <-x.wake:
-		if err := x.write(gate.Connected); err != nil {
-			x.log.Error("the gate cannot learn that the front end is connected", "err", err)
-		}
-	case <-x.stop:
-	}
-}
-
-func (x *xenbus) write(s gate.State) error { return x.store.Write(x.path, strconv.Itoa(int(s))) }
-
-func (x *xenbus) initialised() error { return x.write(gate.Initialised) }
-
-// connect makes the front end Connected: the guest's driver is there (steps 7 and 8).
-func (x *xenbus) connect() { x.once.Do(func() { close(x.wake) }) }
-
-func (x *xenbus) close() {
-	close(x.stop)
-	x.store.Close()
-	<-x.done
-}

@@ -71,6 +71,18 @@ type ConfigureToolstack struct {
 	Files    Files  `json:"files"`
 }
 
+// Builder → who has a connection to the store, the vTPM service and each emulator, when the store
+// has died and was started again.
+const (
+	MethodStore     = "store"      // Store → nothing, when the new connection is in use
+	NoticeStoreLost = "store-lost" // nothing: no other connection will come; for the vTPM service
+)
+
+// Store is a connection in place of one that has ended. Files: FileStore.
+type Store struct {
+	Files Files `json:"files"`
+}
+
 // Toolstack → Builder.
 const (
 	MethodBuild    = "build"    // Build → Built
@@ -85,6 +97,8 @@ const (
 	// MethodConsole makes a guest's console. Descriptors of the answer: the console's two ends,
 	// the channel's two ends, the console's log; of each pair the toolstack keeps the first.
 	MethodConsole = "console" // MakeConsole → nothing
+	// MethodAttachConsole says that a caller attaches to a console.
+	MethodAttachConsole = "attach-console" // AttachConsole → nothing: it may
 )
 
 // Open names a file.
@@ -99,11 +113,26 @@ type MakeConsole struct {
 	Name string `json:"name"`
 }
 
+// Caller is who asked the toolstack, by the credentials of the API's connection.
+type Caller struct {
+	UID uint32 `json:"uid"`
+	PID int    `json:"pid"` // 0: not to be seen from the toolstack's sandbox
+}
+
+// AttachConsole says that a caller attaches to a guest's console, or to its byte channel.
+type AttachConsole struct {
+	UUID    string `json:"uuid"`
+	Name    string `json:"name"`
+	Channel bool   `json:"channel,omitempty"`
+	Caller  Caller `json:"caller"`
+}
+
 // Build asks for a guest. Files: FileConsole, FileChannel, FileKernel, FileInitrd, FileDisk….
 type Build struct {
 	UUID    string     `json:"uuid"`
 	Spec    spec.Guest `json:"spec"`
 	Options Options    `json:"options"`
+	Caller  Caller     `json:"caller"`
 	Files   Files      `json:"files"`
 }
 
@@ -123,20 +152,25 @@ type Built struct {
 
 // Stop asks for a guest's end.
 type Stop struct {
-	UUID  string        `json:"uuid"`
-	Grace time.Duration `json:"grace"` // after the power button; 0: at once
+	UUID   string        `json:"uuid"`
+	Name   string        `json:"name"`
+	Grace  time.Duration `json:"grace"` // after the power button; 0: at once
+	Caller Caller        `json:"caller"`
 }
 
 // Destroy asks that the vTPM of a guest that is down be destroyed for ever.
 type Destroy struct {
-	UUID string `json:"uuid"`
+	UUID   string `json:"uuid"`
+	Name   string `json:"name"`
+	Caller Caller `json:"caller"`
 }
 
 // Quote asks for evidence of a running guest.
 type Quote struct {
-	UUID  string `json:"uuid"`
-	Name  string `json:"name"`
-	Nonce []byte `json:"nonce"`
+	UUID   string `json:"uuid"`
+	Name   string `json:"name"`
+	Nonce  []byte `json:"nonce"`
+	Caller Caller `json:"caller"`
 }
 
 // Quoted carries it.
@@ -147,8 +181,10 @@ type Quoted struct {
 // Activate asks the guest's vTPM to open a credential (TPM 2.0 Part 3 §12.5).
 type Activate struct {
 	UUID           string `json:"uuid"`
+	Name           string `json:"name"`
 	CredentialBlob []byte `json:"credentialBlob"`
 	Secret         []byte `json:"secret"`
+	Caller         Caller `json:"caller"`
 }
 
 // Activated carries what was in it.

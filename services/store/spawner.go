@@ -83,13 +83,21 @@ func (s *Spawner) start() (any, error) {
 	return rpc.WithFiles{Value: Worker{ID: id}, Files: []*os.File{f}}, nil
 }
 
-// Close kills what still runs and waits for it.
-func (s *Spawner) Close() {
+// Clear kills what still runs and waits for it: the workers of a store that is gone, before
+// another one is started. The store's control connection must have ended.
+func (s *Spawner) Clear() {
 	s.mu.Lock()
-	s.closed = true
 	for _, p := range s.workers {
 		p.Kill()
 	}
 	s.mu.Unlock()
 	s.wg.Wait()
+}
+
+// Close is Clear, after which no worker is started any more.
+func (s *Spawner) Close() {
+	s.mu.Lock()
+	s.closed = true
+	s.mu.Unlock()
+	s.Clear()
 }

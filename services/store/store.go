@@ -3,9 +3,11 @@
 // The service itself opens nothing but a file in that directory and starts nothing.
 //
 // The Builder calls [MethodConfigure] once, then [MethodConnect] for every client, and serves
-// [MethodWorker] and [NoticeRetired] (type [Spawner] does). When the service dies, the Builder
-// starts it again, configures it with the same directory and makes every client's connection
-// anew; the contents are those that were acknowledged.
+// [MethodWorker] and [NoticeRetired] (type [Spawner] does). It is no client itself: what it has
+// to say of domains are calls ([MethodIntroduce], [MethodSet], [MethodRelease]), each of which is
+// one commit and needs no worker. When the service dies, the Builder starts it again, configures
+// it with the same directory and makes every client's connection anew; the contents are those
+// that were acknowledged.
 package store
 
 import (
@@ -38,6 +40,12 @@ const (
 	// MethodListen makes the service accept XenStore's own clients, those of root as domain 0.
 	// Descriptor: a listening Unix stream socket.
 	MethodListen = "listen" // nothing → nothing
+	// MethodIntroduce sets the nodes of a new domain and makes it known.
+	MethodIntroduce = "introduce" // Introduce → nothing
+	// MethodSet sets nodes.
+	MethodSet = "set" // Set → nothing
+	// MethodRelease removes a domain's nodes, ends its connections and forgets it.
+	MethodRelease = "release" // Release → nothing
 )
 
 // Store → Builder.
@@ -66,6 +74,23 @@ type Connect struct {
 	Domain tree.Domain `json:"domain"`
 }
 
+// Introduce is MethodIntroduce's argument.
+type Introduce struct {
+	Domain tree.Domain  `json:"domain"`
+	Nodes  []state.Node `json:"nodes"`
+}
+
+// Set is MethodSet's argument.
+type Set struct {
+	Nodes []state.Node `json:"nodes"`
+}
+
+// Release is MethodRelease's argument. Paths that are not there are no error.
+type Release struct {
+	Domain tree.Domain `json:"domain"`
+	Paths  []string    `json:"paths"`
+}
+
 // Worker names a worker process.
 type Worker struct {
 	ID uint64 `json:"id"`
@@ -78,9 +103,9 @@ type service struct {
 	accept chan state.Client
 	wg     sync.WaitGroup
 
-	mu      sync.Mutex
-	db      *disk.DB
-	running bool
+	mu    sync.Mutex
+	db    *disk.DB
+	state *state.State // nil until it runs
 }
 
 // Serve runs the service until its control connection or ctx ends.
@@ -106,7 +131,8 @@ func (s *service) handle(_ context.Context, r *rpc.Request) (any, error) {
 		}
 	}()
 	want := 1
-	if r.Method == MethodConfigure {
+	switch r.Method {
+	case MethodConfigure, MethodIntroduce, MethodSet, MethodRelease:
 		want = 0
 	}
 	if len(r.Files) != want {
@@ -114,27 +140,34 @@ func (s *service) handle(_ context.Context, r *rpc.Request) (any, error) {
 	}
 	switch r.Method {
 	case MethodConfigure:
-		var in Configure
-		if err := r.Decode(&in); err != nil {
-			return nil, err
-		}
-		return struct{}{}, s.configure(in)
+		return take(r, s.configure)
 	case MethodConnect:
-		var in Connect
-		if err := r.Decode(&in); err != nil {
-			return nil, err
-		}
-		return struct{}{}, s.connect(in, r.Files[0])
+		return take(r, func(in Connect) error { return s.connect(in, r.Files[0]) })
 	case MethodListen:
 		return struct{}{}, s.listen(r.Files[0])
+	case MethodIntroduce:
+		return take(r, func(in Introduce) error { return s.ensure().Introduce(in.Domain, in.Nodes) })
+	case MethodSet:
+		return take(r, func(in Set) error { return s.ensure().Set(in.Nodes) })
+	case MethodRelease:
+		return take(r, func(in Release) error { return s.ensure().Release(in.Domain, in.Paths) })
 	}
 	return nil, rpc.Errorf(rpc.Invalid, "store: no method %q", r.Method)
+}
+
+// take decodes a call's argument for f, which has no more to answer than its error.
+func take[T any](r *rpc.Request, f func(T) error) (any, error) {
+	var in T
+	if err := r.Decode(&in); err != nil {
+		return nil, err
+	}
+	return struct{}{}, f(in)
 }
 
 func (s *service) configure(in Configure) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.running {
+	if s.state != nil {
 		return rpc.Errorf(rpc.Exists, "store: it runs already")
 	}
 	if in.Reset < int(state.ResetOff) || in.Workers < 0 || in.Workers > maxWorkers/2 {
@@ -164,17 +197,20 @@ func (s *service) configure(in Configure) error {
 
 // run starts the store; s.mu is held.
 func (s *service) run(o state.Options) {
-	s.running = true
-	s.wg.Go(func() { state.New(s.log, o).Run(s.ctx, s.accept) })
+	x := state.New(s.log, o)
+	s.state = x
+	s.wg.Go(func() { x.Run(s.ctx, s.accept) })
 }
 
-func (s *service) ensure() {
+// ensure returns the store, which runs.
+func (s *service) ensure() *state.State {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.running && s.ctx.Err() == nil {
+	if s.state == nil {
 		s.log.Warn("store was not configured: contents in memory, requests parsed in this process")
 		s.run(state.Options{Tree: tree.New(server.ReservedNames()...)})
 	}
+	return s.state
 }
 
 // worker asks the Builder for a worker.

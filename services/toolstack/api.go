@@ -150,6 +150,11 @@ func (a *api) Console(ctx context.Context, s *connect.BidiStream[v1.ConsoleReque
 	if first.Channel {
 		con = g.channel
 	}
+	// The Builder records who comes, or refuses.
+	attach := protocol.AttachConsole{UUID: g.saved.UUID, Name: first.Name, Channel: first.Channel, Caller: caller(ctx)}
+	if _, err := a.t.builder.Call(ctx, protocol.MethodAttachConsole, attach, nil); err != nil {
+		return status(err)
+	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	// Output, and the guest's end, in a goroutine of its own; typing in this one.
@@ -271,7 +276,7 @@ func (a *api) Quote(ctx context.Context, r *v1.QuoteRequest) (*v1.QuoteResponse,
 		return nil, status(rpc.Errorf(rpc.Invalid, "nonce: %d bytes: use 16 to 64", len(r.Nonce)))
 	}
 	var out protocol.Quoted
-	in := protocol.Quote{UUID: g.saved.UUID, Name: r.Name, Nonce: r.Nonce}
+	in := protocol.Quote{UUID: g.saved.UUID, Name: r.Name, Nonce: r.Nonce, Caller: caller(ctx)}
 	if _, err := a.t.builder.Call(ctx, protocol.MethodQuote, in, &out); err != nil {
 		return nil, status(err)
 	}
@@ -288,7 +293,7 @@ func (a *api) ActivateCredential(ctx context.Context, r *v1.ActivateCredentialRe
 		return nil, status(rpc.Errorf(rpc.Invalid, "credential: over %d bytes", maxInput))
 	}
 	var out protocol.Activated
-	in := protocol.Activate{UUID: g.saved.UUID, CredentialBlob: r.CredentialBlob, Secret: r.Secret}
+	in := protocol.Activate{UUID: g.saved.UUID, Name: r.Name, CredentialBlob: r.CredentialBlob, Secret: r.Secret, Caller: caller(ctx)}
 	if _, err := a.t.builder.Call(ctx, protocol.MethodActivate, in, &out); err != nil {
 		return nil, status(err)
 	}

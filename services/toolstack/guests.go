@@ -254,7 +254,7 @@ func (t *Toolstack) forget(g *guest) {
 // launch opens what the spec names and has the Builder start the guest.
 func (t *Toolstack) launch(ctx context.Context, g *guest, opt protocol.Options) error {
 	s := g.saved.Spec
-	msg := protocol.Build{UUID: g.saved.UUID, Spec: s, Options: opt}
+	msg := protocol.Build{UUID: g.saved.UUID, Spec: s, Options: opt, Caller: caller(ctx)}
 	var files, own []*os.File // for the Builder, and ours
 	defer func() {
 		for _, f := range append(files, own...) {
@@ -439,7 +439,7 @@ func (t *Toolstack) stop(ctx context.Context, name string, grace time.Duration) 
 	}
 	g.set(Stopping, "")
 	g.mu.Unlock()
-	if _, err := t.builder.Call(ctx, protocol.MethodStop, protocol.Stop{UUID: g.saved.UUID, Grace: grace}, nil); err != nil {
+	if _, err := t.builder.Call(ctx, protocol.MethodStop, protocol.Stop{UUID: g.saved.UUID, Name: name, Grace: grace, Caller: caller(ctx)}, nil); err != nil {
 		return nil, err
 	}
 	return g, g.await(ctx, func() bool { return !g.up() })
@@ -457,7 +457,7 @@ func (t *Toolstack) remove(ctx context.Context, name string) error {
 		return rpc.Errorf(rpc.Exists, "guest %q is running: stop it first (`redoubt stop %s`)", name, name)
 	}
 	// The vTPM first: a record without a vTPM can be removed again, a vTPM without a record not.
-	if _, err := t.builder.Call(ctx, protocol.MethodDestroy, protocol.Destroy{UUID: g.saved.UUID}, nil); err != nil {
+	if _, err := t.builder.Call(ctx, protocol.MethodDestroy, protocol.Destroy{UUID: g.saved.UUID, Name: name, Caller: caller(ctx)}, nil); err != nil {
 		return err
 	}
 	t.forget(g)

@@ -102,6 +102,7 @@ func (t *Toolstack) serve(ctx context.Context, l net.Listener) error {
 	s := &http.Server{
 		Handler: mux, Protocols: &p, ReadHeaderTimeout: 10 * time.Second, MaxHeaderBytes: 64 << 10,
 		BaseContext: func(net.Listener) context.Context { return base },
+		ConnContext: withCaller,
 	}
 	var closing sync.WaitGroup
 	stop := context.AfterFunc(ctx, func() {

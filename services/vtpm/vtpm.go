@@ -42,7 +42,7 @@ type service struct {
 
 	mu      sync.Mutex
 	manager *manager.Manager
-	store   *client.Client
+	store   *client.Lasting
 	hub     *backend.Hub
 	guests  map[string]*guest
 	wg      sync.WaitGroup
@@ -69,6 +69,9 @@ func (s *service) close() error {
 	s.guests = map[string]*guest{}
 	m, store := s.manager, s.store
 	s.mu.Unlock()
+	if store != nil {
+		store.Last() // a store that dies now is not waited for
+	}
 	for _, g := range guests {
 		g.detach()
 	}
@@ -90,6 +93,11 @@ func (s *service) handle(ctx context.Context, r *rpc.Request) (any, error) {
 	switch r.Method {
 	case protocol.MethodConfigure:
 		return struct{}{}, s.configure(r)
+	case protocol.MethodStore:
+		return struct{}{}, s.renew(r)
+	case protocol.NoticeStoreLost:
+		s.store.Last()
+		return nil, nil
 	case protocol.MethodAttach:
 		return struct{}{}, s.attach(r)
 	case protocol.MethodCreate:
@@ -152,7 +160,7 @@ func (s *service) configure(r *rpc.Request) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.manager, s.store = m, client.New(c)
+	s.manager, s.store = m, client.NewLasting(c)
 	s.hub = backend.NewHub(s.store, s.log)
 	s.wg.Go(func() {
 		if err := s.hub.Run(s.ctx); err != nil && s.ctx.Err() == nil {
@@ -165,6 +173,28 @@ func (s *service) configure(r *rpc.Request) error {
 	}
 	s.log.Info("vTPM manager", "host", m.HostID(), "guests", len(m.Inventory()), "root key in", root)
 	return nil
+}
+
+// renew goes on with a store that was started again.
+func (s *service) renew(r *rpc.Request) error {
+	var in protocol.Store
+	if err := r.Decode(&in); err != nil {
+		return err
+	}
+	files, err := in.Files.Take(r)
+	if err != nil {
+		return err
+	}
+	if len(files[protocol.FileStore]) != 1 {
+		return rpc.Errorf(rpc.Invalid, "vTPM: no connection to the store")
+	}
+	f := files[protocol.FileStore][0]
+	defer f.Close()
+	c, err := net.FileConn(f)
+	if err != nil {
+		return rpc.Errorf(rpc.Invalid, "vTPM: store: %v", err)
+	}
+	return s.store.Renew(c)
 }
 
 func (s *service) guest(uuid string) (*guest, error) {

@@ -269,6 +269,12 @@ func (c *core) commit(x *tree.Tx) (*tree.Effects, error) {
 	if err != nil {
 		return nil, err
 	}
+	c.committed()
+	return e, nil
+}
+
+// committed counts a commit and takes the views of transactions that are open for too many.
+func (c *core) committed() {
 	c.commits++
 	if c.commits%(maxAge/8) == 0 {
 		for s := range c.sessions {
@@ -280,7 +286,6 @@ func (c *core) commit(x *tree.Tx) (*tree.Effects, error) {
 			}
 		}
 	}
-	return e, nil
 }
 
 func (c *core) transaction(s *session, m wire.Message, a logic.Action, then *effects) ([]byte, error) {

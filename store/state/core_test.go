@@ -44,10 +44,19 @@ func (t *table) ask(s *session, tx uint32, ty wire.Type, payload []byte) {
 	t.handle(s, wire.Message{Type: ty, Tx: tx}, a)
 }
 
-// line performs one line of a transcript: "name joins domain", "name leaves", or
-// "name[/transaction] TYPE argument|argument|".
+// line performs one line of a transcript: "name joins domain", "name leaves",
+// "name[/transaction] TYPE argument|argument|", or what the store is told by whoever runs it:
+// "set node…", "introduce domain node…", "release domain path…", with path[=value][,perm]… for a
+// node.
 func (t *table) line(l string) error {
 	who, rest, _ := strings.Cut(l, " ")
+	switch who {
+	case "set", "introduce", "release":
+		if err := t.told(who, strings.Fields(rest)); err != nil {
+			fmt.Fprintf(&t.out, "  %v\n", err)
+		}
+		return t.tree.Verify()
+	}
 	if d, ok := strings.CutPrefix(rest, "joins "); ok {
 		n, err := strconv.Atoi(d)
 		t.join(who, tree.Domain(n))
@@ -71,6 +80,37 @@ func (t *table) line(l string) error {
 		}
 	}
 	return fmt.Errorf("no type %q", op)
+}
+
+func (t *table) told(what string, args []string) error {
+	if what == "set" {
+		return t.set(nodes(args))
+	}
+	d, err := strconv.Atoi(args[0])
+	if err != nil {
+		return err
+	}
+	if what == "introduce" {
+		return t.introduce(tree.Domain(d), nodes(args[1:]))
+	}
+	return t.release(tree.Domain(d), args[1:])
+}
+
+func nodes(args []string) (all []Node) {
+	for _, a := range args {
+		w := strings.Split(a, ",")
+		var n Node
+		n.Path, n.Value, _ = strings.Cut(w[0], "=")
+		for _, p := range w[1:] {
+			perm, err := tree.ParsePerm(p)
+			if err != nil {
+				panic(err)
+			}
+			n.Perms = append(n.Perms, perm)
+		}
+		all = append(all, n)
+	}
+	return all
 }
 
 // TestTranscripts: what clients of several domains ask and are told.

@@ -83,6 +83,23 @@ func (x *Tx) Commit(persist Persist) (*Effects, error) {
 	return e, nil
 }
 
+// CommitDomain commits x and makes a the attributes of d, as one change: both are kept or neither.
+func (x *Tx) CommitDomain(d Domain, a Attributes, persist Persist) (*Effects, error) {
+	kept := false
+	e, err := x.Commit(func(c []Change) error {
+		kept = true
+		return persist.keep(append(c, a.change(d)))
+	})
+	if err == nil && !kept { // x changes nothing
+		err = persist.keep([]Change{a.change(d)})
+	}
+	if err != nil {
+		return nil, err
+	}
+	x.t.setDomain(d, a)
+	return e, nil
+}
+
 func (x *Tx) conflicts() bool {
 	if x.base == x.t.root {
 		return false
@@ -213,6 +230,10 @@ func (t *Tree) Load(c Change) error {
 const domainPrefix = "@domain/"
 
 func domainKey(d Domain) string { return domainPrefix + fmt.Sprint(uint32(d)) }
+
+func (a Attributes) change(d Domain) Change {
+	return Change{Path: domainKey(d), Removed: a == Attributes{}, Value: a.encode()}
+}
 
 func (a Attributes) encode() []byte { return fmt.Appendf(nil, "%t %d", a.Introduced, a.Target) }
 

@@ -204,15 +204,19 @@ func (t *Tree) Domain(d Domain) Attributes { return t.domains[d] }
 
 // SetDomain changes it, once persist has kept the change.
 func (t *Tree) SetDomain(d Domain, a Attributes, persist Persist) error {
-	if err := persist.keep([]Change{{Path: domainKey(d), Removed: a == Attributes{}, Value: a.encode()}}); err != nil {
+	if err := persist.keep([]Change{a.change(d)}); err != nil {
 		return err
 	}
+	t.setDomain(d, a)
+	return nil
+}
+
+func (t *Tree) setDomain(d Domain, a Attributes) {
 	if a == (Attributes{}) {
 		delete(t.domains, d)
 	} else {
 		t.domains[d] = a
 	}
-	return nil
 }
 
 // SpecialPerms are the permissions of a special event: who may read is told.

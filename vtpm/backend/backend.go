@@ -61,7 +61,8 @@ type Backend struct {
 	done  chan struct{}
 	err   error // set before done is closed
 
-	decided chan struct{} // closed when the gate has opened or failed
+	decided chan struct{}  // closed when the gate has opened or failed
+	looks   sync.WaitGroup // the hub's first look at the store
 }
 
 type engine struct {
@@ -77,11 +78,12 @@ func (h *Hub) Attach(ctx context.Context, opt Options) (*Backend, error) {
 		hub: h, opt: opt, ctx: ctx, stop: stop,
 		inbox: make(chan gate.Event), up: make(chan engine), done: make(chan struct{}), decided: make(chan struct{}),
 	}
-	go b.run()
 	if err := h.attach(b); err != nil {
-		b.Close()
+		stop()
+		opt.Channel.Close()
 		return nil, err
 	}
+	go b.run()
 	return b, nil
 }
 
@@ -121,6 +123,7 @@ func (b *Backend) post(e gate.Event) {
 // run owns the guest's gate and, later, its channel.
 func (b *Backend) run() {
 	defer close(b.done)
+	defer b.looks.Wait()
 	defer b.hub.detach(b)
 	defer b.opt.Channel.Close()
 	defer b.stop()
@@ -187,7 +190,8 @@ func (b *Backend) wait(u *ungated) (TPM, []byte, error) {
 		if e.Kind == gate.Instance {
 			number = e.Number
 		}
-		for _, a := range g.Step(e) {
+		actions := g.Step(e)
+		for i, a := range actions {
 			switch a.Kind {
 			case gate.WatchReady:
 				if err := b.hub.watchReady(b, a.Number); err != nil {
@@ -196,6 +200,9 @@ func (b *Backend) wait(u *ungated) (TPM, []byte, error) {
 			case gate.SetState:
 				if a.State == gate.Connected {
 					connected = time.Now()
+				}
+				if i+1 < len(actions) && actions[i+1].Kind == gate.SetState {
+					continue // nobody needs to see what is over at once
 				}
 				if err := b.hub.store.Write(server.BackPath(b.opt.Domain)+"/state", strconv.Itoa(int(a.State))); err != nil && a.State != gate.Closing {
 					return nil, nil, fmt.Errorf("vTPM back end: %w", err)

@@ -28,9 +28,20 @@ import (
 	"redoubt.dev/redoubt/vtpm/gate"
 )
 
-// Hub shares the vTPM service's one store connection among the back ends of all guests.
+// Store is a connection with the vTPM service's identity; *client.Lasting is one. Where the
+// store's death is outlived, its watches fire again.
+type Store interface {
+	Events() <-chan client.Event
+	Watch(path, token string) error
+	Unwatch(path, token string) error
+	Read(path string) (string, error)
+	Write(path, value string) error
+}
+
+// Hub shares the vTPM service's one store connection among the back ends of all guests, and one
+// watch: each request costs the store a worker process.
 type Hub struct {
-	store *client.Client
+	store Store
 	log   *slog.Logger
 
 	mu     sync.Mutex
@@ -38,16 +49,21 @@ type Hub struct {
 	ready  map[int]*Backend // by instance number, once a back end watches it
 }
 
-// NewHub makes a hub over a connection whose identity is the vTPM service's.
-func NewHub(store *client.Client, log *slog.Logger) *Hub {
+// NewHub makes a hub over a connection.
+func NewHub(store Store, log *slog.Logger) *Hub {
 	return &Hub{store: store, log: log, guests: map[tree.Domain]*Backend{}, ready: map[int]*Backend{}}
 }
 
-// Run watches until ctx ends or the store is gone. A lost store fails every guest that still
-// waits: a gate that cannot hear must not open.
+// domains is the directory beneath which everything is that the back ends watch, but the ready
+// nodes.
+const domains = "/local/domain"
+
+// Run watches until ctx ends or the store is gone for good. A lost store fails every guest that
+// still waits: a gate that cannot hear must not open.
 func (h *Hub) Run(ctx context.Context) error {
 	// Step 2: whatever the tool writes about a new guest appears beneath this directory.
-	if err := h.store.Watch(strings.TrimSuffix(server.BackPath(0), "/0/0"), "guests"); err != nil {
+	if err := h.store.Watch(domains, ""); err != nil {
+		h.failAll("the store is gone")
 		return err
 	}
 	for {
@@ -76,45 +92,142 @@ func (h *Hub) failAll(reason string) {
 // dispatch reads what an event points at and tells the guest's gate. A value is always read
 // anew: an event says only that something changed.
 func (h *Hub) dispatch(e client.Event) {
-	kind, id, _ := strings.Cut(e.Token, "/")
-	n, _ := strconv.Atoi(id)
-	h.mu.Lock()
-	b := h.guests[tree.Domain(n)]
-	if kind == "ready" {
-		b = h.ready[n]
-	}
-	h.mu.Unlock()
-	if b == nil {
+	if id, ok := strings.CutPrefix(e.Token, "ready/"); ok {
+		n, _ := strconv.Atoi(id)
+		h.mu.Lock()
+		b := h.ready[n]
+		h.mu.Unlock()
+		if b.waits() {
+			h.lookReady(b, n)
+		}
 		return
 	}
-	switch kind {
-	case "front":
-		v, err := h.store.Read(server.FrontPath(b.opt.Domain) + "/state")
-		if err == nil && v == strconv.Itoa(int(gate.Connected)) {
-			b.post(gate.Event{Kind: gate.FrontConnected})
+	if e.Path == domains { // the watch was set, or set anew: anything may have changed before
+		h.mu.Lock()
+		all := slices.Collect(maps.Values(h.guests))
+		h.mu.Unlock()
+		for _, b := range all {
+			h.look(b)
 		}
-	case "instance":
-		v, err := h.store.Read(server.BackPath(b.opt.Domain) + "/instance")
-		if errors.Is(err, tree.ENOENT) || (err == nil && v == "") {
-			return // not written yet
-		}
-		number, perr := strconv.Atoi(v)
-		if err != nil || perr != nil {
-			b.post(gate.Event{Kind: gate.Failed, Reason: fmt.Sprintf("instance number %q is none", v)})
-			return
-		}
-		b.post(gate.Event{Kind: gate.Instance, Number: number})
-	case "ready":
-		if _, err := h.store.Read(server.ReadyNode(n)); err != nil {
-			b.post(gate.Event{Kind: gate.ReadyGone, Number: n})
-		} else {
-			b.post(gate.Event{Kind: gate.ReadyNode, Number: n})
-		}
+		return
+	}
+	d, front, ok := concerns(e.Path)
+	if !ok {
+		return
+	}
+	h.mu.Lock()
+	b := h.guests[d]
+	h.mu.Unlock()
+	switch {
+	case !b.waits():
+	case front:
+		h.lookFront(b)
+	default:
+		h.lookInstance(b)
 	}
 }
 
-// attach registers a back end and sets its watches; each fires once at once, so nothing that
-// happened before is missed.
+// concerns says which guest's front end state or instance number is at path, if any.
+func concerns(path string) (d tree.Domain, front, ok bool) {
+	rest := strings.TrimPrefix(path, domains+"/")
+	id, rest, _ := strings.Cut(rest, "/")
+	if back, ok := strings.CutPrefix(rest, "backend/vtpm/"); ok {
+		id, _, _ = strings.Cut(back, "/")
+	}
+	n, err := strconv.ParseUint(id, 10, 32)
+	if err != nil {
+		return 0, false, false
+	}
+	d = tree.Domain(n)
+	switch path {
+	case frontState(d):
+		return d, true, true
+	case instance(d):
+		return d, false, true
+	}
+	return 0, false, false // among them what a guest calls a back end
+}
+
+func frontState(d tree.Domain) string { return server.FrontPath(d) + "/state" }
+
+func instance(d tree.Domain) string { return server.BackPath(d) + "/instance" }
+
+// waits reports whether the gate may still be told something; false for no back end.
+func (b *Backend) waits() bool {
+	if b == nil {
+		return false
+	}
+	select {
+	case <-b.decided:
+		return false
+	case <-b.done:
+		return false
+	default:
+		return true
+	}
+}
+
+func (h *Hub) look(b *Backend) {
+	if b.waits() {
+		h.lookFront(b)
+		h.lookInstance(b)
+	}
+}
+
+func (h *Hub) lookFront(b *Backend) {
+	v, err := h.read(frontState(b.opt.Domain))
+	switch {
+	case errors.Is(err, tree.ENOENT):
+	case err != nil:
+		b.post(gate.Event{Kind: gate.Failed, Reason: err.Error()})
+	case v == strconv.Itoa(int(gate.Connected)):
+		b.post(gate.Event{Kind: gate.FrontConnected})
+	}
+}
+
+func (h *Hub) lookInstance(b *Backend) {
+	v, err := h.read(instance(b.opt.Domain))
+	switch {
+	case errors.Is(err, tree.ENOENT), err == nil && v == "": // not written yet
+		return
+	case err != nil:
+		b.post(gate.Event{Kind: gate.Failed, Reason: err.Error()})
+		return
+	}
+	number, err := strconv.Atoi(v)
+	if err != nil {
+		b.post(gate.Event{Kind: gate.Failed, Reason: fmt.Sprintf("instance number %q is none", v)})
+		return
+	}
+	b.post(gate.Event{Kind: gate.Instance, Number: number})
+}
+
+func (h *Hub) lookReady(b *Backend, n int) {
+	_, err := h.read(server.ReadyNode(n))
+	switch {
+	case errors.Is(err, tree.ENOENT):
+		b.post(gate.Event{Kind: gate.ReadyGone, Number: n})
+	case err != nil:
+		b.post(gate.Event{Kind: gate.Failed, Reason: err.Error()})
+	default:
+		b.post(gate.Event{Kind: gate.ReadyNode, Number: n})
+	}
+}
+
+// readAttempts: a worker of the store that dies costs the request it had, which is answered EIO.
+const readAttempts = 3
+
+func (h *Hub) read(path string) (v string, err error) {
+	for range readAttempts {
+		if v, err = h.store.Read(path); !errors.Is(err, tree.EIO) {
+			break
+		}
+	}
+	return v, err
+}
+
+// attach registers a back end and looks at what is there already, so that nothing that happened
+// before is missed.
 func (h *Hub) attach(b *Backend) error {
 	d := b.opt.Domain
 	h.mu.Lock()
@@ -124,11 +237,8 @@ func (h *Hub) attach(b *Backend) error {
 	}
 	h.guests[d] = b
 	h.mu.Unlock()
-	id := strconv.Itoa(int(d))
-	if err := h.store.Watch(server.FrontPath(d)+"/state", "front/"+id); err != nil {
-		return err
-	}
-	return h.store.Watch(server.BackPath(d)+"/instance", "instance/"+id)
+	b.looks.Go(func() { h.look(b) })
+	return nil
 }
 
 func (h *Hub) watchReady(b *Backend, number int) error {
@@ -143,16 +253,17 @@ func (h *Hub) watchReady(b *Backend, number int) error {
 }
 
 func (h *Hub) detach(b *Backend) {
-	id := strconv.Itoa(int(b.opt.Domain))
-	_ = h.store.Unwatch(server.FrontPath(b.opt.Domain)+"/state", "front/"+id)
-	_ = h.store.Unwatch(server.BackPath(b.opt.Domain)+"/instance", "instance/"+id)
 	h.mu.Lock()
-	defer h.mu.Unlock()
 	delete(h.guests, b.opt.Domain)
+	var ready []int
 	for n, o := range h.ready {
 		if o == b {
 			delete(h.ready, n)
-			_ = h.store.Unwatch(server.ReadyNode(n), "ready/"+strconv.Itoa(n))
+			ready = append(ready, n)
 		}
+	}
+	h.mu.Unlock()
+	for _, n := range ready {
+		_ = h.store.Unwatch(server.ReadyNode(n), "ready/"+strconv.Itoa(n))
 	}
 }
