@@ -70,7 +70,7 @@ func TestAuditQEMU(t *testing.T) {
 		"builder instance-start vtpm done ", "builder instance-start toolstack done ",
 		"toolstack build stored asked ", "builder instance-start blkback done ", "builder link stored done blkback",
 		"builder hand-over stored done blkback", "builder link stored done store-state", "builder link stored done vtpm",
-		"builder instance-start emulator done ", "builder link stored done emulator", "builder hand-over stored done emulator",
+		"builder instance-start emulator done ", "builder link stored done emulator", "builder hand-over stored done emulator", "builder hand-over stored done qemu",
 		"toolstack build stored done ", "toolstack build diskless asked ", "toolstack build diskless done ",
 		"builder instance-end blkback done ", "builder instance-start blkback done ", "builder link stored done blkback",
 		"builder instance-end store-state done ", "builder instance-start store-state done ",

@@ -65,7 +65,7 @@ var Table = []Service{
 			{"xenstore clients of root", "XenStore's protocol"},
 		},
 		Holds:    []string{"its directory", "the listening socket", "a connection a client"},
-		Lifetime: "Redoubt's", Reset: Never,
+		Lifetime: "Redoubt's", Reset: OnCrash,
 		// The kernel tells a peer's user in terms of the asker's user namespace: in one of its own
 		// every caller would be nobody.
 		Share: []sandbox.Namespace{sandbox.User}, ShareWhy: "tells root's clients by SO_PEERCRED",

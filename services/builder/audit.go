@@ -389,6 +389,12 @@ func (b *Builder) handOver(g *guest, r *run, kvm bool) error {
 	return b.journal.record(b.journal.started(r.is, "guest", name, "emulator", string(g.emulator)), b.journal.linked(name, r.is), e)
 }
 
+// handQEMU records what a QEMU is given by the emulator that keeps it.
+func (b *Builder) handQEMU(g *guest, r *run, kvm bool) error {
+	return b.journal.record(b.journal.entry(ActHandOver, g.build.Spec.Name, audit.Done, "to", services.QEMU,
+		"emulator", r.is.id, "memory", strconv.FormatInt(int64(g.build.Spec.Memory), 10), "kvm", strconv.FormatBool(kvm)))
+}
+
 // serviceStarted records an instance of a service that all guests share. Guests that run depend on
 // it from here on; only the store can be started again under them.
 func (b *Builder) serviceStarted(service string, p *process.Process, detail ...string) error {

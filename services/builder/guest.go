@@ -223,6 +223,10 @@ func (r *run) startQEMU(b *Builder, g *guest, req *rpc.Request) (any, error) {
 			return nil, rpc.Errorf(rpc.Unavailable, "/dev/kvm belongs to no group: give it one, as udev does (chgrp kvm /dev/kvm; chmod 660 /dev/kvm)")
 		}
 	}
+	if err := b.handQEMU(g, r, i.KVM); err != nil {
+		closeAll(req.Files)
+		return nil, err
+	}
 	return b.procs.program(req, services.QEMU, i)
 }
 
