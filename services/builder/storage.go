@@ -86,7 +86,7 @@ func (s *storage) reset() bool {
 	if s.ending || s.run == nil {
 		return false
 	}
-	last := s.proc
+	last, was := s.proc, s.is
 	if err := s.spawn(); err != nil {
 		s.b.log.Warn("BlkBack is not replaced", "guest", s.g.build.Spec.Name, "err", err)
 		return false
@@ -97,6 +97,7 @@ func (s *storage) reset() bool {
 		s.b.log.Warn("BlkBack ended badly", "guest", s.g.build.Spec.Name, "err", err)
 	}
 	s.reattach()
+	s.b.journal.note(s.b.journal.ended(was, last.Err(), []string{s.g.build.Spec.Name}))
 	return true
 }
 
@@ -119,10 +120,18 @@ func (s *storage) spawn() error {
 	err = j.record(j.started(s.is, "guest", name), j.linked(name, s.is), j.entry(ActHandOver, name, audit.Done,
 		"to", services.BlkBack, audit.DetailInstance, s.is.id, "memory", strconv.FormatInt(int64(s.g.build.Spec.Memory), 10)))
 	if err != nil {
-		s.ending = true
+		s.end()
 		p.Kill()
 	}
 	return err
+}
+
+// end ends the replacing of BlkBacks. s.mu is held.
+func (s *storage) end() {
+	if !s.ending {
+		s.ending = true
+		close(s.ended)
+	}
 }
 
 // attach gives a new emulator its disks: what it needs for each is returned.
@@ -291,10 +300,7 @@ func (s *storage) close() {
 		return
 	}
 	s.mu.Lock()
-	if !s.ending {
-		s.ending = true
-		close(s.ended)
-	}
+	s.end()
 	s.release()
 	p := s.proc
 	s.mu.Unlock()
