@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -107,8 +108,17 @@ func (h *host) run(args ...string) result {
 
 func (h *host) runInput(ctx context.Context, input string, args ...string) result {
 	h.t.Helper()
+	return h.runAs(ctx, 0, input, args...)
+}
+
+// runAs runs the command line as a user.
+func (h *host) runAs(ctx context.Context, uid uint32, input string, args ...string) result {
+	h.t.Helper()
 	c := exec.CommandContext(ctx, filepath.Join(programsDir, "redoubt"), args...)
 	c.Env = append(os.Environ(), "REDOUBT_TOOLS="+h.cache.Tools(), "REDOUBT_RUN_DIR="+h.path("run"), "REDOUBT_STATE_DIR="+h.path("state"))
+	if uid != 0 {
+		c.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
+	}
 	c.Stdin = strings.NewReader(input)
 	var out, errs bytes.Buffer
 	c.Stdout, c.Stderr = &out, &errs

@@ -107,7 +107,7 @@ var Table = []Service{
 	{
 		Name: Toolstack, Program: "redoubt-toolstack", Seed: "Toolstack",
 		Purpose: "outer API, specs and consoles of guests",
-		Creator: Builder, Count: One, Tag: Tenant, DependsOn: []string{VTPM},
+		Creator: Builder, Count: PerTenant, Tag: Tenant, DependsOn: []string{VTPM},
 		Peers: []Peer{
 			{Builder, "control"},
 			{"redoubt (the operator)", "outer API"},
@@ -115,7 +115,7 @@ var Table = []Service{
 			{QEMU, "console, byte channel"},
 		},
 		Holds:    []string{"its directory", "the listening socket of the API", "a console and a channel a guest", "a console's log a guest"},
-		Lifetime: "Redoubt's", Reset: Never,
+		Lifetime: "Redoubt's", Reset: OnTimer,
 		Share: []sandbox.Namespace{sandbox.User}, ShareWhy: "tells callers by SO_PEERCRED",
 		State: ReadWrite, Policy: list("toolstack", toolstackCalls), Memory: 4 * goMemory,
 	},

@@ -2,6 +2,7 @@ package builder
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -9,7 +10,9 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
+	"redoubt.dev/redoubt/audit"
 	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/sandbox"
@@ -24,6 +27,13 @@ const MethodServices = "services" // nothing → []RunningService
 
 // MethodReset replaces a service's processes now, as its timer would.
 const MethodReset = "reset" // Reset → ResetDone
+
+// Calls that are about tenants.
+const (
+	MethodTenants      = "tenants"       // nothing → []Tenant
+	MethodSetTenant    = "set-tenant"    // Tenant → nothing: it is there, its toolstack runs
+	MethodRemoveTenant = "remove-tenant" // Tenant, of which the name counts → nothing
+)
 
 // Reset names the service and, where it is not to be all, the guest.
 type Reset struct {
@@ -91,7 +101,7 @@ func (b *Builder) admin(ctx context.Context, c *net.UnixConn) {
 	if err != nil {
 		return
 	}
-	_ = rpc.New(conn, func(_ context.Context, r *rpc.Request) (any, error) {
+	_ = rpc.New(conn, func(ctx context.Context, r *rpc.Request) (any, error) {
 		closeAll(r.Files)
 		switch r.Method {
 		case MethodServices:
@@ -102,9 +112,37 @@ func (b *Builder) admin(ctx context.Context, c *net.UnixConn) {
 				return nil, err
 			}
 			return b.reset(in)
+		case MethodTenants:
+			return b.ledger.all(), nil
+		case MethodSetTenant:
+			var in Tenant
+			if err := r.Decode(&in); err != nil {
+				return nil, err
+			}
+			return struct{}{}, b.recordTenant(r.Method, in.Name, func() error { return b.setTenant(ctx, in) })
+		case MethodRemoveTenant:
+			var in Tenant
+			if err := r.Decode(&in); err != nil {
+				return nil, err
+			}
+			return struct{}{}, b.recordTenant(r.Method, in.Name, func() error { return b.removeTenant(in.Name) })
 		}
 		return nil, rpc.Errorf(rpc.Refused, "builder: no call %q", r.Method)
 	}).Run(ctx)
+}
+
+// recordTenant has an act on a tenant in the log before it is done and with what came of it.
+func (b *Builder) recordTenant(method, tenant string, act func() error) error {
+	e := b.journal.entry(method, tenant, audit.Asked)
+	if err := b.journal.record(e); err != nil {
+		return err
+	}
+	err := act()
+	e.Time, e.Outcome = time.Now(), outcome(err)
+	if err != nil {
+		e = withDetail(e, "reason", err.Error())
+	}
+	return errors.Join(err, b.journal.record(e))
 }
 
 // list is what runs, by label.

@@ -286,7 +286,7 @@ type asked struct {
 
 // recorded has each call of the toolstack in the log: that it was asked for before anything is
 // done, unless the answer is all that is done, and what came of it before it is answered. Who asked is the toolstack's word.
-func (b *Builder) recorded(next rpc.Handler) rpc.Handler {
+func (b *Builder) recorded(tenant string, next rpc.Handler) rpc.Handler {
 	return func(ctx context.Context, r *rpc.Request) (any, error) {
 		var who asked
 		if err := r.Decode(&who); err != nil {
@@ -301,13 +301,13 @@ func (b *Builder) recorded(next rpc.Handler) rpc.Handler {
 				name = other
 			}
 		}
-		e := b.journal.entry(text(clip(r.Method, 64)), name, audit.Asked, "uuid", who.UUID)
+		e := b.journal.entry(text(clip(r.Method, 64)), name, audit.Asked, "uuid", who.UUID, "tenant", tenant)
 		e.Actor = audit.Actor{Service: services.Toolstack, UID: who.Caller.UID, PID: who.Caller.PID}
 		if e.Act == "" {
 			e.Act = ActCall
 		}
 		switch r.Method {
-		case protocol.MethodOpen, protocol.MethodVars, protocol.MethodConsole:
+		case protocol.MethodOpen, protocol.MethodVars:
 			// What these make is the caller's with the answer only.
 		default:
 			if err := b.journal.record(e); err != nil {

@@ -175,7 +175,7 @@ func TestCallsAreRecorded(t *testing.T) {
 	dir := t.TempDir()
 	b := &Builder{journal: open(t, dir), guests: map[string]*guest{}, log: quiet()}
 	calls := 0
-	call := served(t, b.recorded(func(_ context.Context, r *rpc.Request) (any, error) {
+	call := served(t, b.recorded("acme", func(_ context.Context, r *rpc.Request) (any, error) {
 		calls++
 		if all := records(t, dir); !strings.HasSuffix(all[len(all)-1], " asked") {
 			t.Errorf("%s: served before it was recorded: %q", r.Method, all)

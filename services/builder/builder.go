@@ -48,7 +48,7 @@ type Config struct {
 }
 
 // Resettable are the services whose processes are replaced under running guests.
-var Resettable = []string{services.BlkBack}
+var Resettable = []string{services.BlkBack, services.Toolstack}
 
 // Names in the run directory.
 const (
@@ -63,20 +63,20 @@ type Builder struct {
 	log   *slog.Logger
 	procs *processes
 
-	journal   *journal
-	store     *store
-	vtpm      *rpc.Peer
-	toolstack *rpc.Peer
+	journal *journal
+	ledger  *ledger
+	store   *store
+	vtpm    *rpc.Peer
 
-	mu     sync.Mutex
-	guests map[string]*guest
+	mu        sync.Mutex
+	guests    map[string]*guest
+	tenancies map[string]*tenancy
 	// tenures are the running instances of the services that all guests share.
 	tenures map[string]tenure
 	next    tree.Domain
 	closing bool // no new guests
 
-	toolstackDone chan struct{}  // closed when no call of the toolstack is under way any more
-	wg            sync.WaitGroup // everything Run must wait for
+	wg sync.WaitGroup // everything Run must wait for
 }
 
 // stopGrace bounds how long children may take to end with their Builder.
@@ -84,7 +84,7 @@ const stopGrace = 10 * time.Second
 
 // Run starts the services, serves until ctx ends or a service dies, and ends everything.
 func Run(ctx context.Context, cfg Config) error {
-	b := &Builder{cfg: cfg, log: cfg.Log, guests: map[string]*guest{}, tenures: map[string]tenure{}, next: server.FirstGuest, toolstackDone: make(chan struct{})}
+	b := &Builder{cfg: cfg, log: cfg.Log, guests: map[string]*guest{}, tenures: map[string]tenure{}, tenancies: map[string]*tenancy{}, next: server.FirstGuest}
 	logs := filepath.Join(cfg.RunDir, LogDir)
 	if b.cfg.Pool == "" {
 		b.cfg.Pool = "/"
@@ -100,6 +100,9 @@ func Run(ctx context.Context, cfg Config) error {
 	}
 	defer unlock()
 
+	if b.ledger, err = openLedger(cfg.StateDir, b.cfg.Pool); err != nil {
+		return err
+	}
 	if b.journal, err = openJournal(cfg.StateDir, cfg.Log); err != nil {
 		return err
 	}
@@ -115,7 +118,7 @@ func Run(ctx context.Context, cfg Config) error {
 	b.procs = newProcesses(logs, cfg.Users)
 	var running []*process.Process
 	defer func() {
-		// The toolstack first, so that nothing new is asked for; then guests; then the rest.
+		// The toolstacks first, so that nothing new is asked for; then guests; then the rest.
 		end := func(p *process.Process) {
 			c, stop := context.WithTimeout(context.Background(), stopGrace)
 			defer stop()
@@ -123,11 +126,7 @@ func Run(ctx context.Context, cfg Config) error {
 				b.log.Warn("service ended badly", "service", p.Name, "err", err)
 			}
 		}
-		if b.toolstack != nil {
-			end(running[len(running)-1])
-			running = running[:len(running)-1]
-			<-b.toolstackDone
-		}
+		b.closeTenants()
 		b.endGuests()
 		for i := len(running) - 1; i >= 0; i-- {
 			end(running[i])
@@ -151,9 +150,6 @@ func Run(ctx context.Context, cfg Config) error {
 		}
 		peer := rpc.New(p.Control, h)
 		b.wg.Go(func() {
-			if name == services.Toolstack {
-				defer close(b.toolstackDone)
-			}
 			if err := peer.Run(context.Background()); err != nil {
 				b.log.Error("service", "service", name, "err", err)
 			}
@@ -196,11 +192,9 @@ func Run(ctx context.Context, cfg Config) error {
 }
 
 func (b *Builder) startServices(ctx context.Context, spawn func(name, dir string, h rpc.Handler) (*rpc.Peer, error), fatal func(error)) error {
-	vtpmDir, guestsDir := b.vtpmDir(), filepath.Join(b.cfg.StateDir, "guests")
-	for _, d := range []string{vtpmDir, guestsDir} {
-		if err := os.MkdirAll(d, 0o700); err != nil {
-			return err
-		}
+	vtpmDir := b.vtpmDir()
+	if err := os.MkdirAll(vtpmDir, 0o700); err != nil {
+		return err
 	}
 	err := b.layout(ctx)
 	if err != nil {
@@ -229,20 +223,10 @@ func (b *Builder) startServices(ctx context.Context, spawn func(name, dir string
 		return fmt.Errorf("vTPM manager: %w", err)
 	}
 	b.store.hold(server.VTPM, number, b.vtpm, fatal)
-	// Root and the group redoubt's members may use the API.
-	l, err := listen(filepath.Join(b.cfg.RunDir, APISocket), 0o660)
-	if err != nil {
-		return err
-	}
-	defer l.Close()
-	if b.toolstack, err = spawn(services.Toolstack, guestsDir, b.recorded(b.fromToolstack)); err != nil {
-		return err
-	}
-	_, err = b.toolstack.Call(ctx, protocol.MethodConfigure, protocol.ConfigureToolstack{
-		StateDir: services.StateDir, Files: protocol.Files{protocol.FileListener},
-	}, nil, l)
-	if err != nil {
-		return fmt.Errorf("toolstack: %w", err)
+	for _, t := range b.ledger.all() {
+		if err := b.openTenant(ctx, t.Name); err != nil {
+			return err
+		}
 	}
 	return nil
 }

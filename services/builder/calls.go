@@ -48,18 +48,21 @@ func closeFiles(m map[string][]*os.File) {
 	}
 }
 
-// fromToolstack serves the toolstack.
-func (b *Builder) fromToolstack(ctx context.Context, r *rpc.Request) (any, error) {
+// fromToolstack serves a tenant's toolstack. It acts on the guests of its own trust list only.
+func (b *Builder) fromToolstack(ctx context.Context, t *tenancy, r *rpc.Request) (any, error) {
 	switch r.Method {
 	case protocol.MethodBuild:
 		var in protocol.Build
 		if err := r.Decode(&in); err != nil {
 			return nil, err
 		}
-		return b.build(ctx, in, r)
+		return b.build(ctx, t, in, r)
 	case protocol.MethodStop:
 		var in protocol.Stop
 		if err := r.Decode(&in); err != nil {
+			return nil, err
+		}
+		if err := b.ledger.check(in.UUID, t.name); err != nil {
 			return nil, err
 		}
 		return struct{}{}, b.stop(ctx, in)
@@ -68,13 +71,13 @@ func (b *Builder) fromToolstack(ctx context.Context, r *rpc.Request) (any, error
 		if err := r.Decode(&in); err != nil {
 			return nil, err
 		}
-		if b.guest(in.UUID) != nil {
-			return nil, rpc.Errorf(rpc.Exists, "the guest runs: stop it first")
-		}
-		return forward(ctx, b, r.Method, in, &struct{}{})
+		return struct{}{}, b.destroy(ctx, t, in)
 	case protocol.MethodQuote:
 		var in protocol.Quote
 		if err := r.Decode(&in); err != nil {
+			return nil, err
+		}
+		if err := b.ledger.check(in.UUID, t.name); err != nil {
 			return nil, err
 		}
 		return b.quote(ctx, in)
@@ -83,23 +86,26 @@ func (b *Builder) fromToolstack(ctx context.Context, r *rpc.Request) (any, error
 		if err := r.Decode(&in); err != nil {
 			return nil, err
 		}
-		return forward(ctx, b, r.Method, in, &protocol.Activated{})
+		if err := b.ledger.check(in.UUID, t.name); err != nil {
+			return nil, err
+		}
+		var out protocol.Activated
+		_, err := b.vtpm.Call(ctx, r.Method, in, &out)
+		return out, err
 	case protocol.MethodOpen:
-		return b.handFile(ctx, r)
+		return b.handFile(t.name, r)
 	case protocol.MethodVars:
 		f, err := os.Open(qemu.VarsTemplate())
 		if err != nil {
 			return nil, rpc.Errorf(rpc.Unavailable, "boot.firmware: OVMF (Debian package ovmf): %v", err)
 		}
 		return rpc.WithFiles{Value: struct{}{}, Files: []*os.File{f}}, nil
-	case protocol.MethodConsole:
-		var in protocol.MakeConsole
+	case protocol.MethodAttachConsole:
+		var in protocol.AttachConsole
 		if err := r.Decode(&in); err != nil {
 			return nil, err
 		}
-		return b.console(in)
-	case protocol.MethodAttachConsole:
-		return struct{}{}, nil // that it is asked is what the Builder must know
+		return struct{}{}, b.ledger.check(in.UUID, t.name) // that it is asked is what the Builder must know
 	}
 	return nil, rpc.Errorf(rpc.Refused, "builder: no call %q", r.Method)
 }
@@ -128,9 +134,23 @@ func (b *Builder) quote(ctx context.Context, in protocol.Quote) (any, error) {
 	return out, nil
 }
 
-func forward[T any](ctx context.Context, b *Builder, method string, in any, out *T) (any, error) {
-	_, err := b.vtpm.Call(ctx, method, in, out)
-	return out, err
+// destroy destroys the vTPM of a guest that is down. One that was never built has none.
+func (b *Builder) destroy(ctx context.Context, t *tenancy, in protocol.Destroy) error {
+	owner := b.ledger.owner(in.UUID)
+	if owner == "" {
+		return nil
+	}
+	if err := b.ledger.check(in.UUID, t.name); err != nil {
+		return err
+	}
+	if b.guest(in.UUID) != nil {
+		return rpc.Errorf(rpc.Exists, "the guest runs: stop it first")
+	}
+	if _, err := b.vtpm.Call(ctx, protocol.MethodDestroy, in, nil); err != nil {
+		return err
+	}
+	t.forget(in.UUID)
+	return b.ledger.drop(in.UUID)
 }
 
 // fromVTPM serves the vTPM service.
@@ -150,7 +170,12 @@ func (b *Builder) fromVTPM(_ context.Context, r *rpc.Request) (any, error) {
 		if err := r.Decode(&e); err != nil {
 			return nil, err
 		}
-		return nil, b.toolstack.Notify(protocol.NoticeEvent, e)
+		if g := b.guest(e.UUID); g != nil {
+			b.event(g, e)
+		} else if t := b.tenancy(b.ledger.owner(e.UUID)); t != nil {
+			t.notify(protocol.NoticeEvent, e)
+		}
+		return nil, nil
 	case protocol.NoticeFailed:
 		var f protocol.Failed
 		if err := r.Decode(&f); err != nil {
@@ -205,24 +230,32 @@ func (b *Builder) guest(uuid string) *guest {
 	return b.guests[uuid]
 }
 
+// maxTimeline bounds the events of a guest that a new toolstack is told.
+const maxTimeline = 256
+
 // event tells the toolstack; the time is now where the event has none.
 func (b *Builder) event(g *guest, e protocol.Event) {
 	e.UUID = g.build.UUID
 	if e.Time.IsZero() {
 		e.Time = time.Now()
 	}
-	if err := b.toolstack.Notify(protocol.NoticeEvent, e); err != nil {
-		b.log.Warn("event lost: the toolstack is gone", "guest", g.build.Spec.Name, "kind", e.Kind)
+	g.mu.Lock()
+	if len(g.timeline) < maxTimeline {
+		g.timeline = append(g.timeline, e)
+	}
+	g.mu.Unlock()
+	if t := b.tenancy(g.tenant); t != nil {
+		t.notify(protocol.NoticeEvent, e)
 	}
 }
 
 // build makes a guest and starts it.
-func (b *Builder) build(ctx context.Context, in protocol.Build, r *rpc.Request) (any, error) {
+func (b *Builder) build(ctx context.Context, t *tenancy, in protocol.Build, r *rpc.Request) (_ any, err error) {
 	files, err := in.Files.Take(r)
 	if err != nil {
 		return nil, err
 	}
-	g := &guest{build: in, down: make(chan struct{})}
+	g := &guest{build: in, tenant: t.name, down: make(chan struct{})}
 	claimed := false
 	defer func() {
 		closeFiles(files)
@@ -236,20 +269,39 @@ func (b *Builder) build(ctx context.Context, in protocol.Build, r *rpc.Request) 
 	if len(in.Spec.NICs) > 0 { // rather than a guest that lacks them without a word
 		return nil, rpc.Errorf(rpc.Invalid, "nics: this Redoubt starts no NetBack yet: leave them out")
 	}
+	in.Spec.Name = qualified(t.name, in.Spec.Name)
 	if g.emulator, err = choose(&in.Spec); err != nil {
 		return nil, err
 	}
 	g.build = in
-	if len(files[protocol.FileDisk]) != len(in.Spec.Disks) || len(files[protocol.FileConsole]) != 1 ||
-		len(files[protocol.FileChannel]) != 1 ||
+	if len(files[protocol.FileDisk]) != len(in.Spec.Disks) ||
 		len(files[protocol.FileKernel]) > 1 || len(files[protocol.FileInitrd]) > 1 ||
 		(len(files[protocol.FileKernel]) == 1) != (in.Spec.Boot.Kernel != "") ||
 		(len(files[protocol.FileVars]) == 1) != (in.Spec.Boot.Firmware == spec.OVMF) {
 		return nil, rpc.Errorf(rpc.Invalid, "build: the descriptors do not match the spec")
 	}
+	if err := b.ledger.claim(in.UUID, t.name); err != nil {
+		return nil, err
+	}
 	if err := b.claim(g); err != nil {
 		return nil, err
 	}
+	console, ends, err := b.console(in.Spec.Name)
+	if err != nil {
+		b.unclaim(g)
+		return nil, err
+	}
+	g.console, g.channel, g.ends = console[0], console[1], ends
+	answer, err := duplicates(ends)
+	if err != nil {
+		b.unclaim(g)
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			closeAll(answer)
+		}
+	}()
 	if err := g.take(files); err != nil {
 		b.unclaim(g)
 		return nil, err
@@ -268,7 +320,7 @@ func (b *Builder) build(ctx context.Context, in protocol.Build, r *rpc.Request) 
 	claimed = true
 	g.setRun(run)
 	b.wg.Go(func() { b.supervise(g) })
-	return protocol.Built{Domain: run.domain, Emulator: g.emulator}, nil
+	return rpc.WithFiles{Value: protocol.Built{UUID: in.UUID, Domain: run.domain, Emulator: g.emulator}, Files: answer}, nil
 }
 
 func (b *Builder) claim(g *guest) error {
@@ -317,11 +369,7 @@ func (g *guest) take(files map[string][]*os.File) error {
 		g.vars = v[0]
 		delete(files, protocol.FileVars)
 	}
-	g.console = files[protocol.FileConsole][0]
-	g.channel = files[protocol.FileChannel][0]
-	delete(files, protocol.FileChannel)
 	g.disks = files[protocol.FileDisk]
-	delete(files, protocol.FileConsole)
 	delete(files, protocol.FileDisk)
 	return nil
 }
@@ -357,8 +405,8 @@ func (b *Builder) supervise(g *guest) {
 		g.close()
 		b.unclaim(g)
 		close(g.down)
-		if err := b.toolstack.Notify(protocol.NoticeEnded, protocol.Ended{UUID: g.build.UUID, Outcome: exit.Outcome, Reason: exit.Reason}); err != nil {
-			b.log.Warn("the toolstack does not learn of an end", "guest", g.build.Spec.Name, "outcome", exit.Outcome, "reason", exit.Reason)
+		if t := b.tenancy(g.tenant); t != nil {
+			t.notify(protocol.NoticeEnded, protocol.Ended{UUID: g.build.UUID, Outcome: exit.Outcome, Reason: exit.Reason})
 		}
 		return
 	}

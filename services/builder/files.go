@@ -1,8 +1,8 @@
 package builder
 
 import (
-	"context"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"path/filepath"
@@ -17,19 +17,19 @@ import (
 // open opens a file that a guest's spec names, for the toolstack, which can open nothing itself.
 // The file must lie beneath the pool; no link on the way is followed, so that what a tenant may
 // write in its pool cannot lead out of it.
-func (b *Builder) open(in protocol.Open) (*os.File, error) {
+func (b *Builder) open(pool string, in protocol.Open) (*os.File, error) {
 	refuse := func(why string) error {
 		return rpc.Errorf(rpc.Invalid, "%s: %s: %s", in.Field, clip(in.Path, 4096), why)
 	}
-	rel, err := filepath.Rel(b.cfg.Pool, in.Path)
+	rel, err := filepath.Rel(pool, in.Path)
 	if !filepath.IsAbs(in.Path) || err != nil || rel == ".." || strings.HasPrefix(rel, "../") {
-		return nil, rpc.Errorf(rpc.Refused, "%s: %s lies outside the pool %s: move it there, or start Redoubt with another --pool", in.Field, clip(in.Path, 4096), b.cfg.Pool)
+		return nil, rpc.Errorf(rpc.Refused, "%s: %s lies outside the pool %s: move it there, or name another one (`redoubt tenant set`, `redoubt up --pool`)", in.Field, clip(in.Path, 4096), pool)
 	}
 	flags := unix.O_RDONLY
 	if in.Write {
 		flags = unix.O_RDWR
 	}
-	f, err := openBeneath(b.cfg.Pool, rel, flags|unix.O_NONBLOCK|unix.O_NOCTTY)
+	f, err := openBeneath(pool, rel, flags|unix.O_NONBLOCK|unix.O_NOCTTY)
 	switch {
 	case errors.Is(err, unix.ELOOP):
 		return nil, refuse("a symbolic link is on the way: name the file itself")
@@ -63,44 +63,46 @@ func openBeneath(dir, name string, flags int) (*os.File, error) {
 // consoleBuffer is the room of a console's socket in the kernel's own count of bytes.
 const consoleBuffer = 16 << 20
 
-// console makes what a guest's console needs: a pair for the console, one for the byte channel, and
-// the console's log. The toolstack's ends come first of each pair.
-func (b *Builder) console(in protocol.MakeConsole) (rpc.WithFiles, error) {
-	var files []*os.File
-	fail := func(err error) (rpc.WithFiles, error) {
-		closeAll(files)
-		return rpc.WithFiles{}, err
-	}
-	if in.Name == "" || strings.ContainsAny(in.Name, "/\x00") || len(in.Name) > 128 {
-		return fail(rpc.Errorf(rpc.Invalid, "console: not a guest's name"))
-	}
+// console makes what a guest's console needs: the guest's ends of the console and of the byte
+// channel, and for the toolstack the other ends and the console's log.
+func (b *Builder) console(name string) (guest, toolstack []*os.File, err error) {
+	defer func() {
+		if err != nil {
+			closeAll(append(guest, toolstack...))
+		}
+	}()
 	for range 2 {
 		fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 		if err != nil {
-			return fail(err)
+			return guest, toolstack, fmt.Errorf("console: %w", err)
 		}
 		for _, fd := range fds {
 			// QEMU writes a console byte by byte and drops what the socket does not take; each
 			// such byte counts for the better part of a KiB.
 			_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, consoleBuffer)
-			files = append(files, os.NewFile(uintptr(fd), "console"))
 		}
+		toolstack = append(toolstack, os.NewFile(uintptr(fds[0]), "console"))
+		guest = append(guest, os.NewFile(uintptr(fds[1]), "console"))
 	}
-	log, err := os.OpenFile(filepath.Join(b.procs.logs, "console-"+in.Name+".log"),
-		os.O_CREATE|os.O_TRUNC|os.O_WRONLY|unix.O_NOFOLLOW, 0o600)
+	log, err := os.OpenFile(filepath.Join(b.procs.logs, "console-"+name+".log"),
+		os.O_CREATE|os.O_TRUNC|os.O_RDWR|os.O_APPEND|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
-		return fail(err)
+		return guest, toolstack, err
 	}
-	return rpc.WithFiles{Value: struct{}{}, Files: append(files, log)}, nil
+	return guest, append(toolstack, log), nil
 }
 
 // handFile answers protocol.MethodOpen.
-func (b *Builder) handFile(_ context.Context, r *rpc.Request) (any, error) {
+func (b *Builder) handFile(tenant string, r *rpc.Request) (any, error) {
 	var in protocol.Open
 	if err := r.Decode(&in); err != nil {
 		return nil, err
 	}
-	f, err := b.open(in)
+	t, err := b.ledger.tenant(tenant)
+	if err != nil {
+		return nil, err
+	}
+	f, err := b.open(t.Pool, in)
 	if err != nil {
 		return nil, err
 	}

@@ -28,6 +28,7 @@ import (
 // those beneath mu.
 type guest struct {
 	build    protocol.Build
+	tenant   string
 	emulator spec.Emulator
 	kernel   *os.File // sealed copies of what the toolstack gave
 	initrd   *os.File
@@ -37,13 +38,15 @@ type guest struct {
 	storage  *storage // nil without disks
 	console  *os.File
 	channel  *os.File
-	log      []byte // event log of the measurements, once made; they are the same at each reboot
+	ends     []*os.File // the toolstack's ends of both, and the console's log, for the next toolstack
+	log      []byte     // event log of the measurements, once made; they are the same at each reboot
 
-	mu    sync.Mutex
-	run   *run
-	asked bool          // the operator asked for the end
-	lost  string        // why the vTPM failed before run was there
-	down  chan struct{} // closed when the guest is down for good
+	mu       sync.Mutex
+	timeline []protocol.Event
+	run      *run
+	asked    bool          // the operator asked for the end
+	lost     string        // why the vTPM failed before run was there
+	down     chan struct{} // closed when the guest is down for good
 }
 
 // A run is one emulator process of a guest; a reboot makes a new one.
@@ -65,7 +68,7 @@ type run struct {
 const pauseAfter = 10 * time.Second
 
 func (g *guest) close() {
-	for _, f := range append([]*os.File{g.kernel, g.initrd, g.firmware, g.vars, g.console, g.channel}, g.disks...) {
+	for _, f := range append([]*os.File{g.kernel, g.initrd, g.firmware, g.vars, g.console, g.channel}, append(g.disks, g.ends...)...) {
 		if f != nil {
 			f.Close()
 		}

@@ -255,6 +255,19 @@ func duplicate(f *os.File) (*os.File, error) {
 	return os.NewFile(uintptr(fd), f.Name()), nil
 }
 
+// duplicates are copies of descriptors; none after an error.
+func duplicates(files []*os.File) (out []*os.File, err error) {
+	for _, f := range files {
+		d, err := duplicate(f)
+		if err != nil {
+			closeAll(out)
+			return nil, err
+		}
+		out = append(out, d)
+	}
+	return out, nil
+}
+
 func closeAll(files []*os.File) {
 	for _, f := range files {
 		f.Close()

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"redoubt.dev/redoubt/ipc/rpc"
+	"redoubt.dev/redoubt/services"
 )
 
 // DefaultResets are in force for services that the operator does not name.
@@ -42,6 +43,42 @@ func ParseResets(text string) (map[string]time.Duration, error) {
 	return out, nil
 }
 
+// every calls f again and again until stop is closed.
+func every(d time.Duration, stop <-chan struct{}, f func()) {
+	t := time.NewTicker(d)
+	defer t.Stop()
+	for {
+		select {
+		case <-t.C:
+			f()
+		case <-stop:
+			return
+		}
+	}
+}
+
+// resetToolstacks replaces all toolstacks, or that of one guest's tenant.
+func (b *Builder) resetToolstacks(guest string) (done ResetDone) {
+	b.mu.Lock()
+	var all []*tenancy
+	for _, t := range b.tenancies {
+		wanted := guest == ""
+		for _, g := range b.guests {
+			wanted = wanted || g.tenant == t.name && g.build.Spec.Name == guest
+		}
+		if wanted {
+			all = append(all, t)
+		}
+	}
+	b.mu.Unlock()
+	for _, t := range all {
+		if t.reset() {
+			done.Replaced++
+		}
+	}
+	return done
+}
+
 // reset replaces a service's processes now.
 func (b *Builder) reset(in Reset) (ResetDone, error) {
 	if !slices.Contains(Resettable, in.Service) {
@@ -56,6 +93,9 @@ func (b *Builder) reset(in Reset) (ResetDone, error) {
 	}
 	b.mu.Unlock()
 	var done ResetDone
+	if in.Service == services.Toolstack {
+		return b.resetToolstacks(in.Guest), nil
+	}
 	for _, g := range all {
 		if g.storage != nil && g.storage.reset() {
 			done.Replaced++

@@ -57,25 +57,11 @@ func (b *Builder) newStorage(g *guest) (*storage, error) {
 	if err := s.spawn(); err != nil {
 		return nil, err
 	}
-	if every := b.cfg.Resets[services.BlkBack]; every > 0 {
-		b.wg.Go(func() { s.resetEvery(every) })
+	// What took it over has it for that long at most.
+	if d := b.cfg.Resets[services.BlkBack]; d > 0 {
+		b.wg.Go(func() { every(d, s.ended, func() { s.reset() }) })
 	}
 	return s, nil
-}
-
-// resetEvery replaces BlkBack again and again until the guest is gone: what took it over has it for
-// that long at most.
-func (s *storage) resetEvery(every time.Duration) {
-	t := time.NewTicker(every)
-	defer t.Stop()
-	for {
-		select {
-		case <-t.C:
-			s.reset()
-		case <-s.ended:
-			return
-		}
-	}
 }
 
 // reset replaces a BlkBack that runs well: the next one is started before this one ends its

@@ -67,8 +67,34 @@ type ConfigureVTPM struct {
 
 // ConfigureToolstack configures the toolstack. Files: FileListener.
 type ConfigureToolstack struct {
+	Tenant   string `json:"tenant"`
 	StateDir string `json:"stateDir"`
-	Files    Files  `json:"files"`
+	// Operators may do everything, as root may; Viewers may look. Nobody else may do anything.
+	Operators []uint32 `json:"operators,omitempty"`
+	Viewers   []uint32 `json:"viewers,omitempty"`
+	Files     Files    `json:"files"`
+}
+
+// MethodAdopt gives a toolstack a guest that runs already. Descriptors: the toolstack's ends of its
+// console and its byte channel, the console's log.
+const MethodAdopt = "adopt" // Adopt → nothing
+
+// Adopt is a guest that an earlier toolstack of the tenant started.
+type Adopt struct {
+	UUID     string        `json:"uuid"`
+	Domain   tree.Domain   `json:"domain"`
+	Emulator spec.Emulator `json:"emulator"`
+	Stopping bool          `json:"stopping"`
+	Events   []Event       `json:"events"`
+}
+
+// NoticeDenied tells the Builder of a caller whom the toolstack turned away.
+const NoticeDenied = "denied" // Denied
+
+// Denied is such a call.
+type Denied struct {
+	Method string `json:"method"`
+	Caller Caller `json:"caller"`
 }
 
 // Builder → who has a connection to the store, the vTPM service and each emulator, when the store
@@ -94,9 +120,6 @@ const (
 	MethodOpen = "open" // Open → nothing
 	// MethodVars opens the template of OVMF's variable store. Descriptor of the answer: the file.
 	MethodVars = "vars" // nothing → nothing
-	// MethodConsole makes a guest's console. Descriptors of the answer: the console's two ends,
-	// the channel's two ends, the console's log; of each pair the toolstack keeps the first.
-	MethodConsole = "console" // MakeConsole → nothing
 	// MethodAttachConsole says that a caller attaches to a console.
 	MethodAttachConsole = "attach-console" // AttachConsole → nothing: it may
 )
@@ -106,11 +129,6 @@ type Open struct {
 	Field string `json:"field"` // of the spec, for messages
 	Path  string `json:"path"`  // absolute, beneath the tenant's pool, without links
 	Write bool   `json:"write,omitempty"`
-}
-
-// MakeConsole names the guest.
-type MakeConsole struct {
-	Name string `json:"name"`
 }
 
 // Caller is who asked the toolstack, by the credentials of the API's connection.
@@ -127,7 +145,8 @@ type AttachConsole struct {
 	Caller  Caller `json:"caller"`
 }
 
-// Build asks for a guest. Files: FileConsole, FileChannel, FileKernel, FileInitrd, FileDisk….
+// Build asks for a guest. Files: FileKernel, FileInitrd, FileVars, FileDisk…. Descriptors of the
+// answer: the toolstack's ends of the console and the byte channel, the console's log.
 type Build struct {
 	UUID    string     `json:"uuid"`
 	Spec    spec.Guest `json:"spec"`
@@ -146,6 +165,7 @@ type Options struct {
 
 // Built is the answer: the guest's kernel is about to run.
 type Built struct {
+	UUID     string        `json:"uuid"`
 	Domain   tree.Domain   `json:"domain"`
 	Emulator spec.Emulator `json:"emulator"`
 }

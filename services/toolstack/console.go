@@ -38,8 +38,24 @@ func (c *console) attach(conn net.Conn, log *os.File, moment func(kind string)) 
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.conn, c.done = conn, make(chan struct{})
-	c.back, c.end, c.partial = nil, 0, nil
+	c.back, c.partial = tail(log), nil
+	c.end = int64(len(c.back))
 	go c.read(conn, c.done, log, moment)
+}
+
+// tail is the end of what a log holds already: a toolstack that takes a guest over goes on there.
+func tail(log *os.File) []byte {
+	if log == nil {
+		return nil
+	}
+	st, err := log.Stat()
+	if err != nil || st.Size() == 0 {
+		return nil
+	}
+	from := max(0, st.Size()-scrollback)
+	b := make([]byte, st.Size()-from)
+	n, _ := log.ReadAt(b, from) // what cannot be read is not shown
+	return b[:n]
 }
 
 func (c *console) read(conn net.Conn, done chan struct{}, log *os.File, moment func(kind string)) {
@@ -49,6 +65,11 @@ func (c *console) read(conn net.Conn, done chan struct{}, log *os.File, moment f
 	}
 	buf := make([]byte, 8<<10)
 	logged, started := 0, moment == nil
+	if log != nil {
+		if st, err := log.Stat(); err == nil {
+			logged = int(st.Size())
+		}
+	}
 	for {
 		n, err := conn.Read(buf)
 		if err != nil {

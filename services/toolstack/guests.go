@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -74,6 +73,7 @@ func (g *guest) up() bool { return g.state == Starting || g.state == Running || 
 type Toolstack struct {
 	log     *slog.Logger
 	dir     string
+	roles   *roles
 	builder *rpc.Peer
 	events  *broadcast[protocol.Event]
 
@@ -255,9 +255,9 @@ func (t *Toolstack) forget(g *guest) {
 func (t *Toolstack) launch(ctx context.Context, g *guest, opt protocol.Options) error {
 	s := g.saved.Spec
 	msg := protocol.Build{UUID: g.saved.UUID, Spec: s, Options: opt, Caller: caller(ctx)}
-	var files, own []*os.File // for the Builder, and ours
+	var files []*os.File
 	defer func() {
-		for _, f := range append(files, own...) {
+		for _, f := range files {
 			f.Close()
 		}
 	}()
@@ -297,33 +297,25 @@ func (t *Toolstack) launch(ctx context.Context, g *guest, opt protocol.Options) 
 			return err
 		}
 	}
-	made, err := t.builder.Call(ctx, protocol.MethodConsole, protocol.MakeConsole{Name: s.Name}, nil)
-	if err == nil && len(made) != 5 {
-		err = fmt.Errorf("console: %d descriptors", len(made))
-	}
-	if err != nil {
-		own = append(own, made...)
-		return err
-	}
-	own, files = append(own, made[0], made[2]), append(files, made[1], made[3])
-	logFile := made[4]
-	msg.Files = append(msg.Files, protocol.FileConsole, protocol.FileChannel)
-	var ends [2]net.Conn
-	for i := range ends {
-		if ends[i], err = net.FileConn(made[2*i]); err != nil {
-			return errors.Join(err, logFile.Close(), closeConns(ends[:i]))
-		}
-	}
-	g.channel.attach(ends[1], nil, nil)
-	g.console.attach(ends[0], logFile, func(kind string) {
-		t.event(protocol.Event{UUID: g.saved.UUID, Kind: kind, Time: time.Now()})
-	})
 	t.event(protocol.Event{UUID: g.saved.UUID, Kind: protocol.EventRequested, Time: time.Now()})
 	var built protocol.Built
-	if _, err := t.builder.Call(ctx, protocol.MethodBuild, msg, &built, files...); err != nil {
+	made, err := t.builder.Call(ctx, protocol.MethodBuild, msg, &built, files...)
+	if err != nil {
+		closeFiles(made)
+		return err
+	}
+	e, err := takeEnds(made)
+	if err != nil {
+		return err
+	}
+	t.connect(g, e, false)
+	g.mu.Lock()
+	up := g.up()
+	g.mu.Unlock()
+	if !up { // it ended meanwhile; what it printed is there
 		g.console.detach()
 		g.channel.detach()
-		return err
+		return nil
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -363,14 +355,6 @@ func (t *Toolstack) makeVars(ctx context.Context, path string) error {
 		return fmt.Errorf("boot.firmware: %w", err)
 	}
 	return renameio.WriteFile(path, fresh, 0o600)
-}
-
-func closeConns(conns []net.Conn) error {
-	var errs []error
-	for _, c := range conns {
-		errs = append(errs, c.Close())
-	}
-	return errors.Join(errs...)
 }
 
 // event records one moment of a guest and tells those who follow.

@@ -11,6 +11,8 @@ import (
 	"sync"
 	"time"
 
+	"connectrpc.com/connect"
+
 	"redoubt.dev/redoubt/api/redoubt/v1/redoubtv1connect"
 	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/ipc/rpc"
@@ -40,6 +42,8 @@ func Serve(ctx context.Context, log *slog.Logger, control *ipc.Conn) error {
 				}
 			})
 			return struct{}{}, nil
+		case protocol.MethodAdopt:
+			return struct{}{}, t.adopt(r)
 		case protocol.NoticeEvent:
 			var e protocol.Event
 			if err := r.Decode(&e); err != nil {
@@ -82,6 +86,11 @@ func (t *Toolstack) configure(r *rpc.Request) (net.Listener, error) {
 		return nil, err
 	}
 	t.dir = in.StateDir
+	t.roles = &roles{in.Tenant, in.Operators, in.Viewers, func(d protocol.Denied) {
+		if err := t.builder.Notify(protocol.NoticeDenied, d); err != nil {
+			t.log.Warn("the Builder does not learn of a call that was refused", "method", d.Method, "uid", d.Caller.UID)
+		}
+	}}
 	if err := t.load(); err != nil {
 		l.Close()
 		return nil, fmt.Errorf("guests: %w", err)
@@ -93,7 +102,7 @@ func (t *Toolstack) configure(r *rpc.Request) (net.Listener, error) {
 // come. HTTP/2 without TLS is for the console's two-way stream.
 func (t *Toolstack) serve(ctx context.Context, l net.Listener) error {
 	mux := http.NewServeMux()
-	mux.Handle(redoubtv1connect.NewGuestServiceHandler(&api{t}))
+	mux.Handle(redoubtv1connect.NewGuestServiceHandler(&api{t}, connect.WithInterceptors(t.roles)))
 	var p http.Protocols
 	p.SetHTTP1(true)
 	p.SetUnencryptedHTTP2(true)
