@@ -11,6 +11,7 @@ import (
 
 	"redoubt.dev/redoubt/programs"
 	"redoubt.dev/redoubt/qemu"
+	"redoubt.dev/redoubt/sandbox"
 )
 
 // A finding is one thing this host can or cannot do.
@@ -88,7 +89,7 @@ func (a *app) examine() []finding {
 	} else {
 		tpm.OK, tpm.Mend = true, ""
 	}
-	all = append(all, tpm, hugePages())
+	all = append(all, tpm, hugePages(), sandboxes())
 	for _, d := range []struct{ what, dir string }{{"run directory", a.runDir}, {"state directory", a.stateDir}} {
 		all = append(all, directory(d.what, d.dir))
 	}
@@ -101,6 +102,20 @@ func (a *app) examine() []finding {
 		running.Detail = "not started on " + a.runDir
 	}
 	return append(all, running)
+}
+
+// sandboxes: without any part of them no service starts.
+func sandboxes() finding {
+	f := finding{What: "sandboxes for services", OK: true, Needed: true, Detail: "user namespaces, seccomp, Landlock, mounts, memory cgroup"}
+	var lacks []string
+	for _, l := range sandbox.Check() {
+		lacks = append(lacks, l.Error())
+	}
+	if lacks != nil {
+		f.OK, f.Detail = false, strings.Join(lacks, "; ")
+		f.Mend = "a kernel from 5.19 on with CONFIG_USER_NS, CONFIG_SECCOMP_FILTER, CONFIG_SECURITY_LANDLOCK (lsm=landlock) and a memory cgroup that may be delegated"
+	}
+	return f
 }
 
 // hugePages: nested page faults are most of what a start costs; the monitor asks for huge
