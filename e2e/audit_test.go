@@ -64,10 +64,13 @@ func TestAuditQEMU(t *testing.T) {
 			t.Errorf("%s %s was asked for by uid %d", r.Act, r.Object, r.Actor.UID)
 		}
 	}
+	if !slices.Contains(got, "builder instance-start toolstack done ") { // beside the vTPM service, in any order
+		t.Errorf("no toolstack: %q", got)
+	}
 	at := 0
 	for _, want := range []string{
-		"builder audit-begin audit log done ", "builder instance-start builder done ", "builder instance-start store-state done ",
-		"builder instance-start vtpm done ", "builder instance-start toolstack done ",
+		"builder audit-begin audit log done ", "builder instance-start builder done ", "builder instance-start bootstrapper done ",
+		"builder instance-start store-state done ", "builder instance-start vtpm done ", "builder instance-end bootstrapper done ",
 		"toolstack build stored asked ", "builder instance-start blkback done ", "builder link stored done blkback",
 		"builder hand-over stored done blkback", "builder link stored done store-state", "builder link stored done vtpm",
 		"builder instance-start emulator done ", "builder link stored done emulator", "builder hand-over stored done emulator", "builder hand-over stored done qemu",

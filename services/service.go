@@ -24,6 +24,7 @@ type Service struct {
 	Holds     []string // descriptors handed to it, in words
 	Count     Count
 	Lifetime  string
+	Leaves    bool // is done before Redoubt is up
 	Reset     Reset
 	Tag       Tag
 
@@ -68,6 +69,7 @@ const (
 	OnTimer     Reset = "on a timer, under its guests"
 	OnCrash     Reset = "after a crash"
 	Ends        Reset = "ends with its guest"
+	Leave       Reset = "never: it leaves"
 )
 
 // Tag says whose guests may share a process.

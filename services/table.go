@@ -10,15 +10,16 @@ import (
 
 // Names of the services in [Table].
 const (
-	Builder    = "builder"
-	StoreState = "store-state"
-	StoreLogic = "store-logic"
-	VTPM       = "vtpm"
-	SWTPM      = "swtpm"
-	Toolstack  = "toolstack"
-	BlkBack    = "blkback"
-	Emulator   = "emulator"
-	QEMU       = "qemu"
+	Builder      = "builder"
+	Bootstrapper = "bootstrapper"
+	StoreState   = "store-state"
+	StoreLogic   = "store-logic"
+	VTPM         = "vtpm"
+	SWTPM        = "swtpm"
+	Toolstack    = "toolstack"
+	BlkBack      = "blkback"
+	Emulator     = "emulator"
+	QEMU         = "qemu"
 )
 
 const (
@@ -26,6 +27,9 @@ const (
 	// goMemory is room for a service in Go: its program, the runtime and what it does.
 	goMemory = 128 * mib
 )
+
+//go:embed bootstrapper/seccomp.txt
+var bootstrapperCalls []byte
 
 //go:embed store/state.seccomp.txt
 var stateCalls []byte
@@ -54,9 +58,17 @@ var qemuKVM = list("qemu-kvm", []byte("include qemu-kvm"))
 // Table is every service but the Builder itself, which makes them and is not confined by itself.
 var Table = []Service{
 	{
+		Name: Bootstrapper, Program: "redoubt-bootstrapper", Seed: "Bootstrapper",
+		Purpose: "has the services started, each as soon as what it needs is ready",
+		Creator: Builder, Count: One, Tag: AnyGuest,
+		Peers:    []Peer{{Builder, "control"}},
+		Lifetime: "until all services are ready", Leaves: true, Reset: Leave,
+		Policy: list("bootstrapper", bootstrapperCalls), Memory: goMemory,
+	},
+	{
 		Name: StoreState, Program: "redoubt-store-state", Seed: "XenStore-State",
 		Purpose: "contents, sockets, identities and watches of the store; parses nothing a client wrote",
-		Creator: Builder, Count: One, Tag: AnyGuest,
+		Creator: Bootstrapper, Count: One, Tag: AnyGuest,
 		Peers: []Peer{
 			{Builder, "control"},
 			{StoreLogic, "one request, one answer"},
@@ -82,7 +94,7 @@ var Table = []Service{
 	{
 		Name: VTPM, Program: "redoubt-vtpm", Seed: "–",
 		Purpose: "vTPM manager: guests' keys, the engines' control channels, the gate's back end, quotes",
-		Creator: Builder, Count: One, Tag: AnyGuest, DependsOn: []string{StoreState},
+		Creator: Bootstrapper, Count: One, Tag: AnyGuest, DependsOn: []string{StoreState},
 		Peers: []Peer{
 			{Builder, "control"},
 			{StoreState, "XenStore's protocol"},
@@ -107,7 +119,7 @@ var Table = []Service{
 	{
 		Name: Toolstack, Program: "redoubt-toolstack", Seed: "Toolstack",
 		Purpose: "outer API, specs and consoles of guests",
-		Creator: Builder, Count: PerTenant, Tag: Tenant, DependsOn: []string{VTPM},
+		Creator: Bootstrapper, Count: PerTenant, Tag: Tenant, DependsOn: []string{StoreState},
 		Peers: []Peer{
 			{Builder, "control"},
 			{"redoubt (the operator)", "outer API"},

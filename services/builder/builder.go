@@ -76,6 +76,8 @@ type Builder struct {
 	next    tree.Domain
 	closing bool // no new guests
 
+	ready chan struct{} // closed when all services are
+
 	wg sync.WaitGroup // everything Run must wait for
 }
 
@@ -84,7 +86,7 @@ const stopGrace = 10 * time.Second
 
 // Run starts the services, serves until ctx ends or a service dies, and ends everything.
 func Run(ctx context.Context, cfg Config) error {
-	b := &Builder{cfg: cfg, log: cfg.Log, guests: map[string]*guest{}, tenures: map[string]tenure{}, tenancies: map[string]*tenancy{}, next: server.FirstGuest}
+	b := &Builder{cfg: cfg, log: cfg.Log, guests: map[string]*guest{}, tenures: map[string]tenure{}, tenancies: map[string]*tenancy{}, ready: make(chan struct{}), next: server.FirstGuest}
 	logs := filepath.Join(cfg.RunDir, LogDir)
 	if b.cfg.Pool == "" {
 		b.cfg.Pool = "/"
@@ -171,10 +173,14 @@ func Run(ctx context.Context, cfg Config) error {
 		})
 		return peer, nil
 	}
-	if b.store, err = b.openStore(ctx, cancel); err != nil {
-		return err
-	}
-	if err := b.startServices(ctx, spawn, cancel); err != nil {
+	if err := b.boot(ctx, map[string]func(context.Context) error{
+		services.StoreState: func(ctx context.Context) (err error) {
+			b.store, err = b.openStore(ctx, cancel)
+			return err
+		},
+		services.VTPM:      func(ctx context.Context) error { return b.startVTPM(ctx, spawn, cancel) },
+		services.Toolstack: b.openTenants,
+	}); err != nil {
 		if cause := context.Cause(ctx); cause != nil {
 			err = cause
 		}
@@ -183,6 +189,7 @@ func Run(ctx context.Context, cfg Config) error {
 	if err := b.serveAdmin(ctx); err != nil {
 		return err
 	}
+	close(b.ready)
 	cfg.Ready()
 	<-ctx.Done()
 	if cause := context.Cause(ctx); !errors.Is(cause, context.Canceled) {
@@ -191,7 +198,8 @@ func Run(ctx context.Context, cfg Config) error {
 	return nil
 }
 
-func (b *Builder) startServices(ctx context.Context, spawn func(name, dir string, h rpc.Handler) (*rpc.Peer, error), fatal func(error)) error {
+// startVTPM starts the vTPM service.
+func (b *Builder) startVTPM(ctx context.Context, spawn func(name, dir string, h rpc.Handler) (*rpc.Peer, error), fatal func(error)) error {
 	vtpmDir := b.vtpmDir()
 	if err := os.MkdirAll(vtpmDir, 0o700); err != nil {
 		return err
@@ -223,11 +231,6 @@ func (b *Builder) startServices(ctx context.Context, spawn func(name, dir string
 		return fmt.Errorf("vTPM manager: %w", err)
 	}
 	b.store.hold(server.VTPM, number, b.vtpm, fatal)
-	for _, t := range b.ledger.all() {
-		if err := b.openTenant(ctx, t.Name); err != nil {
-			return err
-		}
-	}
 	return nil
 }
 

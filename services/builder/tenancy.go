@@ -272,6 +272,10 @@ func (t *tenancy) forget(uuid string) {
 // handler serves the toolstack of that number.
 func (t *tenancy) handler(number int) rpc.Handler {
 	recorded := t.b.recorded(t.name, func(ctx context.Context, r *rpc.Request) (any, error) {
+		if err := t.b.awaitReady(ctx); err != nil {
+			closeAll(r.Files)
+			return nil, err
+		}
 		v, err := t.b.fromToolstack(ctx, t, r)
 		if built, ok := v.(rpc.WithFiles); ok && err == nil && r.Method == protocol.MethodBuild {
 			t.late(number, built)

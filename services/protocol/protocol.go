@@ -109,6 +109,28 @@ type Store struct {
 	Files Files `json:"files"`
 }
 
+// MethodBoot is the Builder's only call to the Bootstrapper.
+const MethodBoot = "boot" // Boot → nothing: all services are ready
+
+// Boot lists the services.
+type Boot struct {
+	Services []Bootable `json:"services"`
+}
+
+// Bootable is a service and what must be ready before it.
+type Bootable struct {
+	Name  string   `json:"name"`
+	Needs []string `json:"needs,omitempty"`
+}
+
+// MethodStartService is the Bootstrapper's only call to the Builder.
+const MethodStartService = "start-service" // StartService → nothing: it is ready
+
+// StartService names the service.
+type StartService struct {
+	Name string `json:"name"`
+}
+
 // Toolstack → Builder.
 const (
 	MethodBuild    = "build"    // Build → Built
