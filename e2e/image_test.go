@@ -29,7 +29,8 @@ what=$(sed 's/.*e2e=\([a-z-]*\).*/\1/' /proc/cmdline)
 dmesg | grep -iE 'tpm|ima:|lockup|stall|hung|timed out|timeout|watchdog: BUG' | grep -v 'ACPI: ' | sed 's/^/KERNEL /'
 echo "AGG $(head -1 /sys/kernel/security/ima/ascii_runtime_measurements | cut -d' ' -f4)"
 for p in 0 1 2 3 4 5 6 7 8 9; do echo "PCR $p $(cat /sys/class/tpm/tpm0/pcr-sha256/$p)"; done
-button() { for e in /dev/input/event*; do exec 7<$e; (head -c 1 <&7 >/dev/null; echo PRESSED; sync; poweroff -f) & done; }
+sick() { dmesg | grep -iE 'i/o error|blocked for more' | sed 's/^/DISK-ERROR /'; }
+button() { for e in /dev/input/event*; do exec 7<$e; (head -c 1 <&7 >/dev/null; echo PRESSED; sync; sick; poweroff -f) & done; }
 churn() {
   for round in 1 2 3 4; do
     dd if=/dev/urandom of=/data bs=64k count=48 2>/dev/null
@@ -39,7 +40,7 @@ churn() {
     got=$(dd if=/dev/vda bs=64k count=48 2>/dev/null | md5sum)
     [ "$got" = "$(md5sum </data)" ] && echo "SAME $round"
   done
-  dmesg | grep -i 'i/o error' | sed 's/^/DISK-ERROR /'
+  sick
 }
 case $what in
   off) ;;
@@ -57,6 +58,8 @@ case $what in
   wait) echo "LOG $(base64 -w0 </sys/kernel/security/tpm0/binary_bios_measurements)"; button; echo READY; while :; do sleep 1000; done ;;
   churn) churn ;;
   io) /bin/guest io $(sed 's/.*io=\([a-z]*\).*/\1/' /proc/cmdline) /dev/vda ;;
+  # It reboots after so many rounds, if it is told a number.
+  verify) button; /bin/guest verify /dev/vda $(sed -n 's/.*rounds=\([0-9]*\).*/\1/p' /proc/cmdline) && sick && reboot -f ;;
   deaf) echo READY; while :; do sleep 1000; done ;;
 esac
 echo E2E-DONE

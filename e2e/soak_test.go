@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
-	"strconv"
 	"testing"
 	"time"
 )
@@ -23,17 +22,8 @@ func TestSoakStarts(t *testing.T) {
 	if os.Getenv("REDOUBT_SOAK") != "1" {
 		t.Skip("takes an hour: run it by `make soak`")
 	}
-	starts := uint64(soakStarts)
-	seed := uint64(time.Now().UnixNano())
-	for name, v := range map[string]*uint64{"REDOUBT_SOAK_STARTS": &starts, "REDOUBT_SOAK_SEED": &seed} {
-		if s := os.Getenv(name); s != "" {
-			n, err := strconv.ParseUint(s, 10, 64)
-			if err != nil {
-				t.Fatalf("%s: %v", name, err)
-			}
-			*v = n
-		}
-	}
+	starts := soakSetting(t, "REDOUBT_SOAK_STARTS", soakStarts)
+	seed := soakSetting(t, "REDOUBT_SOAK_SEED", uint64(time.Now().UnixNano()))
 	t.Logf("%d starts; REDOUBT_SOAK_SEED=%d repeats their delays", starts, seed)
 	t.Cleanup(func() {
 		if t.Failed() {

@@ -157,6 +157,11 @@ func Find(name string) (*Service, error) {
 	return nil, fmt.Errorf("there is no service %q", name)
 }
 
+// Survived says that guests go on when the service's process is killed: another one takes its place.
+func (s *Service) Survived() bool {
+	return s.Reset == AfterAnswer || s.Reset == OnTimer || s.Reset == OnCrash
+}
+
 // Foreign says that a service's program is another's (QEMU, swtpm).
 func (s *Service) Foreign() bool { return s.Packages != nil }
 

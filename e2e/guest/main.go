@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strconv"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
@@ -26,6 +27,16 @@ func run(args []string) error {
 	if len(args) == 3 && args[0] == "io" {
 		return load(args[1], args[2])
 	}
+	if len(args) >= 2 && args[0] == "verify" {
+		rounds := 0
+		if len(args) == 3 {
+			var err error
+			if rounds, err = strconv.Atoi(args[2]); err != nil {
+				return err
+			}
+		}
+		return verify(args[1], rounds)
+	}
 	tpm, err := linuxtpm.Open("/dev/tpmrm0")
 	if err != nil {
 		return err
@@ -39,7 +50,7 @@ func run(args []string) error {
 	case len(args) == 1 && args[0] == "clear":
 		return clearTPM(tpm)
 	}
-	return errors.New("usage: guest seal|unseal DISK, guest clear, guest io WORKLOAD DISK")
+	return errors.New("usage: guest seal|unseal DISK, guest clear, guest io WORKLOAD DISK, guest verify DISK [ROUNDS]")
 }
 
 // pcrs are those the Builder measures what it boots into.

@@ -1,7 +1,6 @@
 package emulator
 
 import (
-	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -43,9 +42,6 @@ func newXenbus(f *os.File, d tree.Domain, log *slog.Logger) (*xenbus, error) {
 	return x, nil
 }
 
-// connectAttempts: a worker of the store that dies costs the request it had.
-const connectAttempts = 3
-
 // run writes Connected when told; a vCPU that tells it does not wait for the store.
 func (x *xenbus) run() {
 	defer close(x.done)
@@ -54,12 +50,7 @@ func (x *xenbus) run() {
 	case <-x.stop:
 		return
 	}
-	var err error
-	for range connectAttempts {
-		if err = x.store.Write(x.path, strconv.Itoa(int(gate.Connected))); !errors.Is(err, tree.EIO) {
-			break
-		}
-	}
+	err := x.store.Write(x.path, strconv.Itoa(int(gate.Connected)))
 	select {
 	case <-x.stop: // the store was left
 	default:

@@ -83,9 +83,9 @@ func (l *Lasting) signal() {
 	l.changed = make(chan struct{})
 }
 
-// renewAttempts is how often a watch is set anew before a connection is given up: a request
-// that a worker of the store fails is answered EIO.
-const renewAttempts = 3
+// attempts is how often an operation is tried that is answered EIO: a worker of the store that dies
+// costs the request it had, which was not carried out.
+const attempts = 3
 
 // Renew ends the connection there is and takes over another one, on which every watch is set
 // before anything else is done. Its error says that this connection was no good, too, and
@@ -146,7 +146,7 @@ func (l *Lasting) again(c *Client) error {
 			if err == nil {
 				break
 			}
-			if attempt == renewAttempts || !errors.Is(err, tree.EIO) {
+			if attempt == attempts || !errors.Is(err, tree.EIO) {
 				return err
 			}
 		}
@@ -183,18 +183,25 @@ func (l *Lasting) Close() {
 func (l *Lasting) Events() <-chan Event { return l.events }
 
 // on performs an operation on the connection there is, and on the next if that one ends. lost
-// says that it may have been carried out before.
+// says that it may have been carried out before. A worker's death is not the caller's matter.
 func (l *Lasting) on(op func(c *Client, lost bool) error) error {
 	var old *Client
-	for {
+	lost := false
+	for failed := 0; ; {
 		c, err := l.current(old)
 		if err != nil {
 			return err
 		}
-		if err := op(c, old != nil); !errors.Is(err, ErrClosed) {
+		err = op(c, lost)
+		switch {
+		case errors.Is(err, ErrClosed):
+			old, lost = c, true
+		case errors.Is(err, tree.EIO) && failed < attempts-1:
+			failed++
+			old = nil
+		default:
 			return err
 		}
-		old = c
 	}
 }
 

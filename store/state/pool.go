@@ -55,6 +55,9 @@ const (
 // errWorker says that a request failed because its worker did.
 var errWorker = errors.New("store worker failed")
 
+// errAsleep says that a worker was gone before it was asked: the request may go to another one.
+var errAsleep = errors.New("it died while it waited")
+
 // pool keeps workers ready. A request takes one out and no other request uses it meanwhile; so
 // a worker that hangs holds up its own client, and others as long as there are spares.
 type pool struct {
@@ -187,11 +190,20 @@ func (p *pool) retire(w *served) {
 // decide asks a worker what a request means. What the worker does wrong is the request's
 // error; the next request gets another worker.
 func (p *pool) decide(r logic.Request) (logic.Action, error) {
-	w, err := p.get()
-	if err != nil {
-		return logic.Action{}, fmt.Errorf("%w: %w", errWorker, err)
+	var w *served
+	var a logic.Action
+	err := errAsleep
+	// Each that is found dead is retired: after as many as there can be, one was started just now.
+	for tries := 0; errors.Is(err, errAsleep) && tries <= cap(p.slots); tries++ {
+		if w != nil {
+			p.retire(w)
+			p.refill()
+		}
+		if w, err = p.get(); err != nil {
+			return logic.Action{}, fmt.Errorf("%w: %w", errWorker, err)
+		}
+		a, err = w.ask(r)
 	}
-	a, err := w.ask(r)
 	if err == nil {
 		err = a.Check(r.Type, r.Domain)
 	}
@@ -240,6 +252,9 @@ func (w *served) ask(r logic.Request) (logic.Action, error) {
 	w.seq++
 	w.out = logic.AppendRequest(w.out[:0], w.seq, r)
 	if err := again(func() error { return unix.Send(w.fd, w.out, unix.MSG_NOSIGNAL) }); err != nil {
+		if errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET) { // nobody will read it
+			err = fmt.Errorf("%w: %w", errAsleep, err)
+		}
 		return logic.Action{}, fmt.Errorf("ask: %w", err)
 	}
 	// Descriptors that a worker sends find no room and are gone.

@@ -175,7 +175,7 @@ func (h *Hub) look(b *Backend) {
 }
 
 func (h *Hub) lookFront(b *Backend) {
-	v, err := h.read(frontState(b.opt.Domain))
+	v, err := h.store.Read(frontState(b.opt.Domain))
 	switch {
 	case errors.Is(err, tree.ENOENT):
 	case err != nil:
@@ -186,7 +186,7 @@ func (h *Hub) lookFront(b *Backend) {
 }
 
 func (h *Hub) lookInstance(b *Backend) {
-	v, err := h.read(instance(b.opt.Domain))
+	v, err := h.store.Read(instance(b.opt.Domain))
 	switch {
 	case errors.Is(err, tree.ENOENT), err == nil && v == "": // not written yet
 		return
@@ -203,7 +203,7 @@ func (h *Hub) lookInstance(b *Backend) {
 }
 
 func (h *Hub) lookReady(b *Backend, n int) {
-	_, err := h.read(server.ReadyNode(n))
+	_, err := h.store.Read(server.ReadyNode(n))
 	switch {
 	case errors.Is(err, tree.ENOENT):
 		b.post(gate.Event{Kind: gate.ReadyGone, Number: n})
@@ -212,18 +212,6 @@ func (h *Hub) lookReady(b *Backend, n int) {
 	default:
 		b.post(gate.Event{Kind: gate.ReadyNode, Number: n})
 	}
-}
-
-// readAttempts: a worker of the store that dies costs the request it had, which is answered EIO.
-const readAttempts = 3
-
-func (h *Hub) read(path string) (v string, err error) {
-	for range readAttempts {
-		if v, err = h.store.Read(path); !errors.Is(err, tree.EIO) {
-			break
-		}
-	}
-	return v, err
 }
 
 // attach registers a back end and looks at what is there already, so that nothing that happened

@@ -1,0 +1,341 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"redoubt.dev/redoubt/lab"
+	"redoubt.dev/redoubt/services"
+	"redoubt.dev/redoubt/services/builder"
+)
+
+// How long services are killed: for a moment in every run of the tests, and for
+// REDOUBT_SOAK_MINUTES in the soak.
+const (
+	killsFor     = 20 * time.Second
+	soakKillsFor = 10 // minutes
+)
+
+func TestKillsQEMU(t *testing.T) { kills(t, "qemu", killsFor) }
+
+func TestKillsNative(t *testing.T) {
+	lab.NeedsKVM(t)
+	kills(t, "native", killsFor)
+}
+
+func TestSoakKillsQEMU(t *testing.T) {
+	if os.Getenv(lab.InLab) != "" {
+		t.Skip("runs on the host")
+	}
+	kills(t, "qemu", soakMinutes(t))
+}
+
+func TestSoakKillsNative(t *testing.T) {
+	lab.NeedsKVM(t)
+	kills(t, "native", soakMinutes(t))
+}
+
+func soakMinutes(t *testing.T) time.Duration {
+	t.Helper()
+	if os.Getenv("REDOUBT_SOAK") != "1" {
+		t.Skip("takes ten minutes: run it by `make soak`")
+	}
+	return time.Duration(soakSetting(t, "REDOUBT_SOAK_MINUTES", soakKillsFor)) * time.Minute
+}
+
+// soakSetting is a number that the environment may set.
+func soakSetting(t *testing.T, name string, otherwise uint64) uint64 {
+	t.Helper()
+	s := os.Getenv(name)
+	if s == "" {
+		return otherwise
+	}
+	n, err := strconv.ParseUint(s, 10, 64)
+	if err != nil {
+		t.Fatalf("%s: %v", name, err)
+	}
+	return n
+}
+
+// kills kills each service that guests outlive, and has those replaced in good order that can be, at
+// random moments under two guests that write to their disks and verify it without end; one of them
+// reboots again and again, by itself, by its power button and by force. No guest sees an error,
+// nothing that was flushed is lost, trust is kept, and nothing of the dead is left.
+func kills(t *testing.T, emulator string, length time.Duration) {
+	seed := soakSetting(t, "REDOUBT_SOAK_SEED", uint64(time.Now().UnixNano()))
+	t.Logf("%v of kills; REDOUBT_SOAK_SEED=%d repeats their choice", length, seed)
+	h := newHost(t, "--reset", "blkback=7s")
+	before := h.settled()
+	// Guests on a machine this busy are told not to judge their timers by it.
+	steady := &verifier{host: h, name: "steady", facts: map[string]string{}}
+	restless := &verifier{host: h, name: "restless", facts: map[string]string{}}
+	for _, v := range []*verifier{steady, restless} {
+		disk, cmdline := h.path(v.name+".img"), "no_timer_check"
+		if v == restless {
+			cmdline += " rounds=6"
+		}
+		h.must("disk", "create", disk, "4MiB")
+		h.start(start{name: v.name, emulator: emulator, what: "verify", cmdline: cmdline, withGuest: true, args: []string{"--disk", disk}})
+	}
+	for _, v := range []*verifier{steady, restless} {
+		h.await(v.name, "ROUND 2\n", 2*bootTime)
+	}
+	h.must("attest", steady.name, "--save-policy", h.path("good.yaml"))
+
+	ctx, cancel := context.WithTimeout(t.Context(), length)
+	defer cancel()
+	var both sync.WaitGroup
+	both.Go(func() { fire(ctx, h, rand.New(rand.NewPCG(seed, 0))) })
+	both.Go(func() { restless.restarts(ctx, rand.New(rand.NewPCG(seed, 1)), min(length/3, 45*time.Second)) })
+	both.Wait()
+
+	for _, v := range []*verifier{steady, restless} {
+		v.goesOn()
+	}
+	h.must("attest", steady.name, "--policy", h.path("good.yaml"))
+	h.must("services")
+	for _, v := range []*verifier{steady, restless} {
+		h.must("stop", v.name, "--grace", "60s")
+		v.check()
+		if g := h.show(v.name); g.State != "stopped" {
+			t.Errorf("%s is %s: %s", v.name, g.State, g.Reason)
+		}
+		if c := h.console(v.name); !strings.Contains(c, "PRESSED") {
+			t.Errorf("%s did not power off by itself\n%s", v.name, lastLines(c, 10))
+		}
+		t.Logf("%s: %d boots, last round %d", v.name, v.boots, v.round)
+		h.must("rm", v.name)
+	}
+	h.nothingInStore()
+	h.must("audit", "verify")
+	h.must("services")
+	h.letGo(before)
+}
+
+// fire kills and resets at random moments until ctx ends.
+func fire(ctx context.Context, h *host, random *rand.Rand) {
+	type act struct {
+		name string
+		do   func() int
+	}
+	var acts []act
+	for i := range services.Table {
+		if s := &services.Table[i]; s.Survived() {
+			acts = append(acts, act{"kill " + s.Name, func() int {
+				pids := h.processes(s.Program)
+				if len(pids) == 0 || unix.Kill(pids[random.IntN(len(pids))], unix.SIGKILL) != nil {
+					return 0 // it is being replaced
+				}
+				return 1
+			}})
+		}
+	}
+	for _, name := range builder.Resettable {
+		acts = append(acts, act{"reset " + name, func() int {
+			if r := h.run("reset", name); r.status != 0 {
+				h.t.Errorf("reset %s: %s", name, r.err)
+			}
+			return 1
+		}})
+	}
+	done := map[string]int{}
+	defer func() { h.t.Logf("done: %v", done) }()
+	for {
+		// No more than twenty in ten seconds: that is the bound at which the Builder gives up.
+		pause := 550*time.Millisecond + time.Duration(random.Int64N(int64(600*time.Millisecond)))
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(pause): // what is tested is a moment nobody chose
+		}
+		a := acts[random.IntN(len(acts))]
+		done[a.name] += a.do()
+	}
+}
+
+// A verifier is a guest that runs `guest verify`.
+type verifier struct {
+	*host
+	name  string
+	facts map[string]string // what each boot has to tell alike
+	boots int
+	round uint64
+}
+
+// restarts ends the guest at random moments and starts it anew, until ctx ends.
+func (v *verifier) restarts(ctx context.Context, random *rand.Rand, most time.Duration) {
+	for {
+		pause := most/3 + time.Duration(random.Int64N(int64(most)))
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(pause): // the same
+		}
+		grace := []string{"0s", "30s"}[random.IntN(2)]
+		for _, args := range [][]string{{"stop", v.name, "--grace", grace}, {"run", v.name}} {
+			if args[0] == "run" {
+				v.check() // the next start begins another console
+			}
+			if r := v.run(args...); r.status != 0 {
+				v.t.Errorf("redoubt %s: %s", strings.Join(args, " "), r.err)
+				return
+			}
+		}
+	}
+}
+
+var (
+	verifyFact  = regexp.MustCompile(`(?m)^(AGG|PCR [0-9]) (\S+)\n`)
+	verifyRound = regexp.MustCompile(`(?m)^(FOUND|ROUND) ([0-9]+)\n`)
+)
+
+// check reads a console: no error, every boot measured the same, no round was lost.
+func (v *verifier) check() {
+	v.t.Helper()
+	c := v.console(v.name)
+	if strings.Contains(c, "DISK-ERROR") || strings.Contains(c, "GUEST FAILED") {
+		v.t.Errorf("%s:\n%s", v.name, lastLines(c, 20))
+	}
+	f := readFacts(c)
+	if strings.Contains(c, "FOUND") {
+		f.keptTrust(v.t)
+	}
+	for _, m := range verifyFact.FindAllStringSubmatch(c, -1) {
+		if first := v.facts[m[1]]; first == "" {
+			v.facts[m[1]] = m[2]
+		} else if first != m[2] {
+			v.t.Errorf("%s: %s is %s, at its first boot %s", v.name, m[1], m[2], first)
+		}
+	}
+	if len(v.facts) != 11 || v.facts["PCR 4"] == strings.Repeat("0", 64) {
+		v.t.Errorf("%s told %v", v.name, v.facts)
+	}
+	for _, m := range verifyRound.FindAllStringSubmatch(c, -1) {
+		n, err := strconv.ParseUint(m[2], 10, 64)
+		if err != nil {
+			v.t.Fatal(err)
+		}
+		switch {
+		case m[1] == "FOUND":
+			v.boots++
+			// The round's own mark may have come to the disk, and its line not to the console.
+			if n != v.round && n != v.round+1 {
+				v.t.Errorf("%s found round %d on its disk after round %d", v.name, n, v.round)
+			}
+		case n != v.round+1:
+			v.t.Errorf("%s: round %d after round %d", v.name, n, v.round)
+		}
+		v.round = n
+	}
+}
+
+// goesOn waits until the guest has done two rounds more.
+func (v *verifier) goesOn() {
+	v.t.Helper()
+	rounds := verifyRound.FindAllStringSubmatch(v.console(v.name), -1)
+	last := v.round
+	if len(rounds) > 0 {
+		last, _ = strconv.ParseUint(rounds[len(rounds)-1][2], 10, 64)
+	}
+	v.await(v.name, fmt.Sprintf("ROUND %d\n", last+2), 3*bootTime)
+}
+
+// holdings are what the processes that outlive all guests have: the Builder's descendants by name,
+// zombies too, and each lasting one's descriptors by kind.
+func (h *host) holdings() map[string]int {
+	h.t.Helper()
+	b, err := os.ReadFile(h.path("run", "lock"))
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	top, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	out := map[string]int{}
+	h.descriptors(out, "builder", top)
+	for _, p := range []string{"redoubt-vtpm", "redoubt-toolstack"} {
+		for _, pid := range h.processes(p) {
+			h.descriptors(out, p, pid)
+		}
+	}
+	children := map[int][]int{}
+	name := map[int]string{}
+	all, _ := filepath.Glob("/proc/[0-9]*/stat")
+	for _, p := range all {
+		stat, err := os.ReadFile(p)
+		if err != nil {
+			continue // it ended meanwhile
+		}
+		pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(p)))
+		head, rest, _ := strings.Cut(string(stat), ") ")
+		_, name[pid], _ = strings.Cut(head, "(")
+		if f := strings.Fields(rest); len(f) > 1 {
+			parent, _ := strconv.Atoi(f[1])
+			children[parent] = append(children[parent], pid)
+		}
+	}
+	for next := children[top]; len(next) > 0; next = next[1:] {
+		out["process "+name[next[0]]]++
+		next = append(next, children[next[0]]...)
+	}
+	return out
+}
+
+var inode = regexp.MustCompile(`\[?[0-9]+\]?|\(deleted\)`)
+
+func (h *host) descriptors(out map[string]int, what string, pid int) {
+	h.t.Helper()
+	dir := fmt.Sprintf("/proc/%d/fd", pid)
+	list, err := os.ReadDir(dir)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	for _, e := range list {
+		if to, err := os.Readlink(filepath.Join(dir, e.Name())); err == nil { // else it was closed meanwhile
+			out[what+" "+inode.ReplaceAllString(to, "")]++
+		}
+	}
+}
+
+// settled waits until what the services start beside their readiness, the store's workers, is there.
+func (h *host) settled() map[string]int {
+	h.t.Helper()
+	was := h.holdings()
+	for alike := 0; alike < 20; {
+		now := h.holdings()
+		if alike++; !maps.Equal(now, was) {
+			was, alike = now, 0
+		}
+	}
+	return was
+}
+
+// letGo waits until what the guests needed is gone: their processes' ends are still being told.
+func (h *host) letGo(before map[string]int) {
+	h.t.Helper()
+	var now map[string]int
+	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); {
+		if now = h.holdings(); maps.Equal(now, before) {
+			return
+		}
+	}
+	for _, what := range slices.Sorted(maps.Keys(now)) {
+		if now[what] != before[what] {
+			h.t.Errorf("%s: %d, before any guest %d", what, now[what], before[what])
+		}
+	}
+}
