@@ -20,7 +20,7 @@ all: build
 build:
 	$(GO) build -o $(BIN)/ ./cmd/...
 
-# The program that end-to-end tests run inside their guests.
+# The program that end-to-end tests and the demo run inside their guests.
 guest:
 	$(GO) build -ldflags '-s -w' -o $(BIN)/e2e-guest ./e2e/guest
 
@@ -42,7 +42,8 @@ lab-tests: fetch build guest
 
 test: fetch lint unit lab-tests
 
-demo: fetch build
+demo: fetch build guest
+	@$(GO) build -o $(BIN)/attack-probe ./sandbox/attack/probe
 	@$(GO) run ./demo
 
 bench: fetch build guest

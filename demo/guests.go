@@ -14,6 +14,7 @@ const (
 	gated     = "late"
 	cmdlined  = "cmdline"
 	kerneled  = "kernel"
+	stored    = "stored"
 )
 
 // cmdline is the good one.

@@ -21,6 +21,8 @@ import (
 // host is one Redoubt with directories of its own.
 type host struct {
 	program string // the command line
+	probe   string // the program that attacks
+	guest   string // the program that loads a guest's disk
 	dir     string
 	cache   *debian.Root
 }

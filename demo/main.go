@@ -59,9 +59,11 @@ func newHost(bin string) (*host, error) {
 	if err != nil {
 		return nil, err
 	}
-	program := filepath.Join(bin, "redoubt")
-	if _, err := os.Stat(program); err != nil {
-		return nil, fmt.Errorf("%w: run `make build`", err)
+	h := &host{program: filepath.Join(bin, "redoubt"), probe: filepath.Join(bin, "attack-probe"), guest: filepath.Join(bin, "e2e-guest")}
+	for _, p := range []string{h.program, h.probe, h.guest} {
+		if _, err := os.Stat(p); err != nil {
+			return nil, fmt.Errorf("%w: run `make demo`", err)
+		}
 	}
 	cache, err := debian.Open()
 	if err != nil {
@@ -71,7 +73,7 @@ func newHost(bin string) (*host, error) {
 	if err != nil {
 		return nil, err
 	}
-	h := &host{program: program, dir: dir, cache: cache}
+	h.dir, h.cache = dir, cache
 	for _, d := range []string{"run", "state"} {
 		if err := os.Mkdir(h.path(d), 0o700); err != nil {
 			return nil, errors.Join(err, os.RemoveAll(dir))

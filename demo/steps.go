@@ -46,6 +46,14 @@ func steps() []step {
 			name: "replay", needs: []string{"late-attest"}, do: (*demo).replay,
 			title: "The event log adds up to what the guest's own TPM holds",
 		},
+		{
+			name: "attacks", needs: []string{"up"}, do: (*demo).attacks,
+			title: "What a service that was taken over cannot do: every attack in the sandbox of every service",
+		},
+		{
+			name: "load", needs: []string{"attacks"}, do: (*demo).load,
+			title: "BlkBack is killed and replaced while its guest writes and verifies its disk",
+		},
 		{name: "down", needs: []string{"up"}, title: "All goes down, nothing is left behind", do: (*demo).down},
 	}
 }

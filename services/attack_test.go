@@ -1,9 +1,6 @@
 package services_test
 
 import (
-	"bufio"
-	"bytes"
-	"encoding/json"
 	"fmt"
 	"os"
 	"os/exec"
@@ -12,13 +9,10 @@ import (
 	"testing"
 
 	"redoubt.dev/redoubt/lab/debian"
-	"redoubt.dev/redoubt/sandbox"
 	"redoubt.dev/redoubt/sandbox/attack"
 	"redoubt.dev/redoubt/services"
+	"redoubt.dev/redoubt/services/matrix"
 )
-
-// uid is of nobody on the machine.
-const uid = 0x52450020
 
 // TestAttacks runs every attack in the sandbox of every service, where it must fail. That it
 // succeeds without a sandbox is shown by package attack's own test, for each.
@@ -38,53 +32,31 @@ func TestAttacks(t *testing.T) {
 			t.Fatalf("%v: %s", err, out)
 		}
 	}
-	victim := startVictim(t, bin)
-	host := &sandbox.Host{Launcher: bin}
+	field, err := matrix.New(bin, t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := field.Close(); err != nil {
+			t.Errorf("victim: %v", err)
+		}
+	})
 	for i := range services.Table {
 		s := &services.Table[i]
 		t.Run(s.Name, func(t *testing.T) {
-			in := services.Instance{Label: s.Name, UID: uid, Memory: 64 << 20}
-			if s.State == services.ReadWrite {
-				in.StateDir = t.TempDir()
-				if err := os.Chown(in.StateDir, uid, uid); err != nil {
-					t.Fatal(err)
-				}
-			}
-			spec, err := s.Sandbox(in)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if s.Foreign() {
-				// The probe is in Go: it has the calls of the program and its own runtime's.
-				spec.Policy = sandbox.MustParsePolicy(s.Name, []byte("include "+s.Policy.Name+"\ninclude go\n"))
-			}
+			state := t.TempDir()
 			for _, a := range append([]attack.Attack{attack.Nothing}, attack.All...) {
-				want := a.Name == attack.Nothing.Name || declared(s.Name, a.Name) != ""
-				cmd := exec.Command(bin, "attack", a.Name, victim)
-				var out bytes.Buffer
-				cmd.Stdout, cmd.Stderr = &out, &out
-				g, err := host.Prepare(cmd, spec)
+				want := a.Name == attack.Nothing.Name || matrix.Declared(s.Name, a.Name) != ""
+				r, err := field.Inside(s, state, a)
 				if err != nil {
 					t.Fatal(err)
 				}
-				if err := g.Start(); err != nil {
-					t.Fatal(err)
-				}
-				err = g.Wait()
-				if got := err == nil && strings.HasPrefix(out.String(), "allowed"); got != want {
-					t.Errorf("%s: succeeds: %v, declared: %v (%v, %s)", a.Name, got, want, err, out.String())
+				if r.Succeeded != want {
+					t.Errorf("%s: succeeds: %v, declared: %v (%s)", a.Name, r.Succeeded, want, r.Text)
 				}
 			}
 		})
 	}
-}
-
-// declared says why an attack is none for a service: what it does is declared for it.
-func declared(service, name string) string {
-	if service == services.QEMU && name == "executable memory" {
-		return "with TCG it executes what it writes; on KVM it may not"
-	}
-	return ""
 }
 
 // The matrix is a page of the documentation.
@@ -107,41 +79,11 @@ pass, which TestMatrix tries, too.
 			by = "the list of system calls"
 		}
 		for i := range services.Table {
-			if why := declared(services.Table[i].Name, a.Name); why != "" {
+			if why := matrix.Declared(services.Table[i].Name, a.Name); why != "" {
 				by += "; declared for " + services.Table[i].Name + ": " + why
 			}
 		}
 		fmt.Fprintf(&b, "| %s | %s |\n", a.Name, by)
 	}
 	samePage(t, "../docs/ATTACKS.md", b.String())
-}
-
-func startVictim(t *testing.T, bin string) string {
-	t.Helper()
-	cmd := exec.Command(bin, "victim", t.TempDir())
-	in, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		in.Close()
-		if err := cmd.Wait(); err != nil {
-			t.Errorf("victim: %v", err)
-		}
-	})
-	line, err := bufio.NewReader(out).ReadString('\n')
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := json.Unmarshal([]byte(line), &attack.Victim{}); err != nil {
-		t.Fatal(fmt.Errorf("victim: %w", err))
-	}
-	return strings.TrimSpace(line)
 }

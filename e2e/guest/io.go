@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -18,6 +19,7 @@ type workload struct {
 	write   bool
 	size    int64 // of a request
 	streams int   // requests under way at once
+	verify  bool  // read back and compare what was written
 }
 
 var workloads = map[string]workload{
@@ -26,7 +28,8 @@ var workloads = map[string]workload{
 	"seqread":   {size: 256 << 10, streams: 2},
 	"seqwrite":  {write: true, size: 256 << 10, streams: 2},
 	// One request at a time: its longest is how long the disk was away.
-	"single": {random: true, write: true, size: 4 << 10, streams: 1},
+	"single":   {random: true, write: true, size: 4 << 10, streams: 1},
+	"verified": {random: true, write: true, verify: true, size: 4 << 10, streams: 1},
 }
 
 // load runs a workload and prints each second how much was done and what the longest request took:
@@ -54,11 +57,14 @@ func load(name, path string) error {
 	errs := make(chan error, 1)
 	for range w.streams {
 		go func() { // ends with the guest
-			buf := aligned(int(w.size))
-			for {
+			buf, back := aligned(int(w.size)), aligned(int(w.size))
+			for n := uint64(1); ; n++ {
 				at := next.Add(1)
 				if w.random {
 					at = rand.Int64N(places)
+				}
+				if w.verify {
+					pattern(buf, n, uint64(at))
 				}
 				begin := time.Now()
 				var err error
@@ -66,6 +72,11 @@ func load(name, path string) error {
 					_, err = f.WriteAt(buf, at%places*w.size)
 				} else {
 					_, err = f.ReadAt(buf, at%places*w.size)
+				}
+				if w.verify && err == nil {
+					if _, err = f.ReadAt(back, at%places*w.size); err == nil && !bytes.Equal(buf, back) {
+						err = fmt.Errorf("block %d is not what was written", at)
+					}
 				}
 				if err != nil {
 					failed.Do(func() { errs <- err })

@@ -1,7 +1,7 @@
 // Package attack tries what a process in its sandbox must not be able to do. Each attack is real:
 // the tests run it without a sandbox first, where it must succeed.
 //
-// It is used by tests only.
+// It is used by tests and the demo only.
 package attack
 
 import (
