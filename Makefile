@@ -13,7 +13,7 @@ LAB       := $(GO) run ./lab/cmd/lab
 # natively where KVM can run guests, else in the lab.
 KVM       := ./kvm ./monitor ./network ./vhostuser ./e2e
 
-.PHONY: all build guest fetch lint unit lab-tests test demo bench soak fuzz lab proto clean
+.PHONY: all build guest fetch lint unit lab-tests test demo bench soak fuzz lab tcb proto clean
 
 all: build
 
@@ -66,6 +66,10 @@ fuzz:
 # A command in the nested test machine: make lab CMD='lsmod'
 lab: fetch
 	@$(LAB) run -- sh -c '$(CMD)'
+
+# The lines of code that run with all privileges.
+tcb:
+	@$(GO) run ./lab/cmd/tcb
 
 # Regenerates the outer API from api/redoubt/v1/redoubt.proto.
 proto:

@@ -1,0 +1,139 @@
+// Package tcb counts the code that runs with all of Redoubt's privileges: the Builder and what it is
+// built of.
+package tcb
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"go/scanner"
+	"go/token"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+)
+
+// Program is the one that has the privileges.
+const Program = "redoubt.dev/redoubt/cmd/redoubt-builder"
+
+// own are the packages that are the Builder's alone; others serve unprivileged programs, too.
+var own = []string{Program, "redoubt.dev/redoubt/services/builder"}
+
+// A Package is a part of the program.
+type Package struct {
+	Path, Module string
+	Lines        int  // of code: neither blank nor comment only
+	Own          bool // the Builder's alone
+}
+
+// Count counts the program's packages, the standard library's left out, as they are built for this
+// machine; dir is somewhere in Redoubt's module. What the linker leaves out of a package is counted.
+func Count(ctx context.Context, dir string) ([]Package, error) {
+	c := exec.CommandContext(ctx, "go", "list", "-deps", "-json=ImportPath,Dir,Standard,Module,GoFiles,SFiles", Program)
+	c.Dir, c.Env = dir, append(os.Environ(), "CGO_ENABLED=0")
+	var errs bytes.Buffer
+	c.Stderr = &errs
+	out, err := c.Output()
+	if err != nil {
+		return nil, fmt.Errorf("go list: %w: %s", err, errs.String())
+	}
+	var all []Package
+	for dec := json.NewDecoder(bytes.NewReader(out)); dec.More(); {
+		var l struct {
+			ImportPath, Dir string
+			Standard        bool
+			Module          struct{ Path string }
+			GoFiles, SFiles []string
+		}
+		if err := dec.Decode(&l); err != nil {
+			return nil, fmt.Errorf("go list: %w", err)
+		}
+		if l.Standard {
+			continue
+		}
+		p := Package{Path: l.ImportPath, Module: l.Module.Path, Own: slices.Contains(own, l.ImportPath)}
+		for _, name := range append(l.GoFiles, l.SFiles...) {
+			text, err := os.ReadFile(filepath.Join(l.Dir, name))
+			if err != nil {
+				return nil, err
+			}
+			p.Lines += lines(text)
+		}
+		all = append(all, p)
+	}
+	return all, nil
+}
+
+// lines counts those that hold a token. Assembler has Go's comments, and its tokens are near enough
+// to Go's.
+func lines(text []byte) int {
+	files := token.NewFileSet()
+	file := files.AddFile("", files.Base(), len(text))
+	var s scanner.Scanner
+	s.Init(file, text, func(token.Position, string) {}, 0)
+	n, last := 0, 0
+	for {
+		pos, tok, lit := s.Scan()
+		if tok == token.EOF {
+			return n
+		}
+		if tok == token.SEMICOLON && lit == "\n" {
+			continue // the scanner's own
+		}
+		first := file.Line(pos)
+		if first == last { // more of a line that is counted
+			first++
+		}
+		end := file.Line(pos) + strings.Count(lit, "\n")
+		if end >= first {
+			n += end - first + 1
+			last = end
+		}
+	}
+}
+
+// Own sums up the Builder's own packages.
+func Own(all []Package) int {
+	n := 0
+	for _, p := range all {
+		if p.Own {
+			n += p.Lines
+		}
+	}
+	return n
+}
+
+// Print writes sums by module, largest last, and within each by package.
+func Print(w io.Writer, all []Package) {
+	const module, self = "redoubt.dev/redoubt", "redoubt.dev/redoubt (the Builder's own)"
+	by := map[string][]Package{}
+	sum := map[string]int{}
+	total := 0
+	for _, p := range all {
+		m := p.Module
+		if p.Own {
+			m = self
+		}
+		by[m] = append(by[m], p)
+		sum[m] += p.Lines
+		total += p.Lines
+	}
+	names := make([]string, 0, len(by))
+	for m := range by {
+		names = append(names, m)
+	}
+	slices.SortFunc(names, func(a, b string) int { return sum[a] - sum[b] })
+	for _, m := range names {
+		fmt.Fprintf(w, "%7d  %s\n", sum[m], m)
+		slices.SortFunc(by[m], func(a, b Package) int { return b.Lines - a.Lines })
+		for _, p := range by[m] {
+			name := strings.TrimPrefix(strings.TrimPrefix(p.Path, module+"/"), p.Module+"/")
+			fmt.Fprintf(w, "         %7d  %s\n", p.Lines, name)
+		}
+	}
+	fmt.Fprintf(w, "%7d  lines of code in all, without the standard library\n", total)
+}
