@@ -257,6 +257,26 @@ func (v *verifier) goesOn() {
 // zombies too, and each lasting one's descriptors by kind.
 func (h *host) holdings() map[string]int {
 	h.t.Helper()
+	out := map[string]int{}
+	for _, m := range h.family() {
+		out["process "+m.name]++
+		switch m.name {
+		case "redoubt-builder", "redoubt-vtpm", "redoubt-toolsta": // as the kernel cuts names
+			h.descriptors(out, m)
+		}
+	}
+	return out
+}
+
+// A member is the Builder or a process that descends from it.
+type member struct {
+	name string // the kernel's, 15 bytes
+	pid  int
+}
+
+// family is all of them, zombies too, the Builder first.
+func (h *host) family() []member {
+	h.t.Helper()
 	b, err := os.ReadFile(h.path("run", "lock"))
 	if err != nil {
 		h.t.Fatal(err)
@@ -264,13 +284,6 @@ func (h *host) holdings() map[string]int {
 	top, err := strconv.Atoi(strings.TrimSpace(string(b)))
 	if err != nil {
 		h.t.Fatal(err)
-	}
-	out := map[string]int{}
-	h.descriptors(out, "builder", top)
-	for _, p := range []string{"redoubt-vtpm", "redoubt-toolstack"} {
-		for _, pid := range h.processes(p) {
-			h.descriptors(out, p, pid)
-		}
 	}
 	children := map[int][]int{}
 	name := map[int]string{}
@@ -288,8 +301,9 @@ func (h *host) holdings() map[string]int {
 			children[parent] = append(children[parent], pid)
 		}
 	}
-	for next := children[top]; len(next) > 0; next = next[1:] {
-		out["process "+name[next[0]]]++
+	var out []member
+	for next := []int{top}; len(next) > 0; next = next[1:] {
+		out = append(out, member{name[next[0]], next[0]})
 		next = append(next, children[next[0]]...)
 	}
 	return out
@@ -297,16 +311,16 @@ func (h *host) holdings() map[string]int {
 
 var inode = regexp.MustCompile(`\[?[0-9]+\]?|\(deleted\)`)
 
-func (h *host) descriptors(out map[string]int, what string, pid int) {
+func (h *host) descriptors(out map[string]int, of member) {
 	h.t.Helper()
-	dir := fmt.Sprintf("/proc/%d/fd", pid)
+	dir := fmt.Sprintf("/proc/%d/fd", of.pid)
 	list, err := os.ReadDir(dir)
 	if err != nil {
 		h.t.Fatal(err)
 	}
 	for _, e := range list {
 		if to, err := os.Readlink(filepath.Join(dir, e.Name())); err == nil { // else it was closed meanwhile
-			out[what+" "+inode.ReplaceAllString(to, "")]++
+			out[of.name+" "+inode.ReplaceAllString(to, "")]++
 		}
 	}
 }
