@@ -23,6 +23,9 @@ const Program = "redoubt.dev/redoubt/cmd/redoubt-builder"
 // own are the packages that are the Builder's alone; others serve unprivileged programs, too.
 var own = []string{Program, "redoubt.dev/redoubt/services/builder"}
 
+// Most is how many lines the Builder itself may have.
+const Most = 3000
+
 // A Package is a part of the program.
 type Package struct {
 	Path, Module string

@@ -1,4 +1,5 @@
-// Command tcb prints how many lines of code run with all of Redoubt's privileges.
+// Command tcb prints how many lines of code run with all of Redoubt's privileges. Its exit status is
+// 1 where the Builder has more of its own than it may have.
 package main
 
 import (
@@ -16,4 +17,8 @@ func main() {
 		os.Exit(1)
 	}
 	tcb.Print(os.Stdout, all)
+	if n := tcb.Own(all); n > tcb.Most {
+		fmt.Fprintf(os.Stderr, "tcb: the Builder has %d lines of code of its own, it may have %d\n", n, tcb.Most)
+		os.Exit(1)
+	}
 }
