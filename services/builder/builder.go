@@ -68,6 +68,8 @@ type Builder struct {
 	store   *store
 	vtpm    *rpc.Peer
 
+	tenantChange sync.Mutex // over one change of a tenant
+
 	mu        sync.Mutex
 	guests    map[string]*guest
 	tenancies map[string]*tenancy

@@ -74,8 +74,18 @@ func (b *Builder) openTenant(ctx context.Context, name string) error {
 		return fmt.Errorf("toolstack of %s: %w", name, err)
 	}
 	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.tenancies[name] = t
+	closing := b.closing
+	if !closing {
+		b.tenancies[name] = t
+	}
+	b.mu.Unlock()
+	if closing {
+		last := t.proc
+		t.proc, t.peer, t.ending = nil, nil, true
+		t.end(last)
+		l.Close()
+		return rpc.Errorf(rpc.Unavailable, "Redoubt is going down")
+	}
 	if d := b.cfg.Resets[services.Toolstack]; d > 0 {
 		t.wg.Go(func() { every(d, t.closed, func() { t.reset() }) })
 	}
@@ -327,6 +337,8 @@ func (t *tenancy) note(r *rpc.Request) error {
 
 // setTenant makes a tenant or changes it; its toolstack is replaced.
 func (b *Builder) setTenant(ctx context.Context, in Tenant) error {
+	b.tenantChange.Lock()
+	defer b.tenantChange.Unlock()
 	if err := b.ledger.set(in); err != nil {
 		return err
 	}
@@ -339,6 +351,8 @@ func (b *Builder) setTenant(ctx context.Context, in Tenant) error {
 
 // removeTenant forgets a tenant without guests and ends its toolstack.
 func (b *Builder) removeTenant(name string) error {
+	b.tenantChange.Lock()
+	defer b.tenantChange.Unlock()
 	if err := b.ledger.remove(name); err != nil {
 		return err
 	}
@@ -356,6 +370,7 @@ func (b *Builder) removeTenant(name string) error {
 // closeTenants ends every toolstack, so that nothing new is asked for.
 func (b *Builder) closeTenants() {
 	b.mu.Lock()
+	b.closing = true
 	all := maps.Clone(b.tenancies)
 	b.mu.Unlock()
 	var wg sync.WaitGroup

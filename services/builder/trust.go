@@ -194,6 +194,9 @@ func (l *ledger) claim(uuid, tenant string) error {
 	default:
 		return notTrusted(uuid, tenant)
 	}
+	if _, ok := l.tenants[tenant]; !ok {
+		return rpc.Errorf(rpc.NotFound, "tenant %q: no such tenant", tenant)
+	}
 	l.guests[uuid] = tenant
 	if err := l.write(TrustFile, trustFile{ledgerVersion, l.guests}); err != nil {
 		delete(l.guests, uuid)
