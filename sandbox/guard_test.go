@@ -428,3 +428,23 @@ func TestCheck(t *testing.T) {
 		t.Errorf("this host: %v", l)
 	}
 }
+
+// A process that has ended is none, whether or not its parent knows.
+func TestObserveEnded(t *testing.T) {
+	cmd := exec.Command("/proc/self/exe", "-test.run=^$")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Waitid(unix.P_PID, cmd.Process.Pid, nil, unix.WEXITED|unix.WNOWAIT, nil); err != nil {
+		t.Fatal(err)
+	}
+	if s, err := Observe(cmd.Process.Pid); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("a zombie: %+v, %v", s, err)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Error(err)
+	}
+	if _, err := Observe(cmd.Process.Pid); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("one that was waited for: %v", err)
+	}
+}

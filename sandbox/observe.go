@@ -84,11 +84,31 @@ func (s *Spec) Declared() State {
 // Observe reads what is in force for a process. The observer is outside of its sandbox and may
 // trace it.
 func Observe(pid int) (State, error) {
-	s, err := observe(filepath.Join("/proc", strconv.Itoa(pid)))
+	dir := filepath.Join("/proc", strconv.Itoa(pid))
+	s, err := observe(dir)
+	if ended(dir) { // then or meanwhile: what was read says nothing
+		s, err = State{}, os.ErrNotExist
+	}
 	if err != nil {
 		return s, fmt.Errorf("process %d: %w", pid, err)
 	}
 	return s, nil
+}
+
+// ended reports whether no thread of a process runs any more, though nobody may have waited for it yet.
+func ended(dir string) bool {
+	tasks, _ := filepath.Glob(filepath.Join(dir, "task", "*", "stat")) // the pattern is a good one
+	for _, task := range tasks {
+		text, err := os.ReadFile(task)
+		if err != nil {
+			continue
+		}
+		// Its name, in parentheses, may hold anything.
+		if i := bytes.LastIndexByte(text, ')'); i >= 0 && i+2 < len(text) && text[i+2] != 'Z' && text[i+2] != 'X' {
+			return false
+		}
+	}
+	return true
 }
 
 func observe(dir string) (s State, err error) {
