@@ -39,13 +39,17 @@ left as it is.
 The spec's schema is docs/guest.schema.json.`,
 		Example: `  redoubt run web-1.yaml
   redoubt run --name web-1 --kernel /boot/vmlinuz --initrd /boot/initrd.img --cmdline "console=ttyS0 root=/dev/vda1" --disk web-1.img
+  redoubt run --name web-2 --kernel vmlinuz --disk path=web-2.img,base=debian.img
   redoubt run web-1 --wait`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
 			g.Emulator, g.Boot.Firmware = spec.Emulator(emulator), spec.Firmware(firmware)
-			for _, d := range disks {
-				path, ro := strings.CutSuffix(d, ":ro")
-				g.Disks = append(g.Disks, spec.Disk{Path: path, ReadOnly: ro})
+			for _, text := range disks {
+				d, err := parseDisk(text)
+				if err != nil {
+					return err
+				}
+				g.Disks = append(g.Disks, d)
 			}
 			if memory != "" {
 				m, err := spec.ParseSize(memory)
@@ -70,7 +74,7 @@ The spec's schema is docs/guest.schema.json.`,
 	f.StringVar(&g.Boot.Initrd, "initrd", "", "initial RAM file system")
 	f.StringVar(&g.Boot.Cmdline, "cmdline", "", "kernel command line")
 	f.StringVar(&firmware, "firmware", "", "seabios or ovmf: boot the first disk through firmware")
-	f.StringArrayVar(&disks, "disk", nil, "raw image, PATH or PATH:ro (repeatable)")
+	f.StringArrayVar(&disks, "disk", nil, "raw image, PATH or PATH:ro; or an overlay, path=PATH,base=PATH[,ro] (repeatable)")
 	f.BoolVar(&g.TPM.Disabled, "no-tpm", false, "start without a TPM")
 	f.BoolVar(&wait, "wait", false, "return when the vTPM is ready")
 	f.BoolVar(&req.UnsafeNoGate, "unsafe-no-gate", false, "do not gate the guest's first TPM access; it may lose its trust (for comparison only)")
@@ -81,6 +85,28 @@ The spec's schema is docs/guest.schema.json.`,
 		_ = f.MarkHidden(n)
 	}
 	return c
+}
+
+// parseDisk reads --disk: PATH, PATH:ro, or path=PATH,base=PATH[,ro], whose paths hold no comma.
+func parseDisk(text string) (d spec.Disk, err error) {
+	if !strings.HasPrefix(text, "path=") {
+		d.Path, d.ReadOnly = strings.CutSuffix(text, ":ro")
+		return d, nil
+	}
+	for item := range strings.SplitSeq(text, ",") {
+		key, value, _ := strings.Cut(item, "=")
+		switch {
+		case key == "path" && d.Path == "" && value != "":
+			d.Path = value
+		case key == "base" && d.Base == "" && value != "":
+			d.Base = value
+		case item == "ro":
+			d.ReadOnly = true
+		default:
+			return d, usagef("--disk %s: %q: use path=PATH, base=PATH and ro, each once", text, item)
+		}
+	}
+	return d, nil
 }
 
 // fillRequest makes the request from a spec file, a name, or the flags' guest. Paths in it
@@ -123,7 +149,7 @@ func encodeSpec(req *v1.RunRequest, g *spec.Guest, base string) error {
 	}
 	paths := []*string{&g.Boot.Kernel, &g.Boot.Initrd}
 	for i := range g.Disks {
-		paths = append(paths, &g.Disks[i].Path)
+		paths = append(paths, &g.Disks[i].Path, &g.Disks[i].Base)
 	}
 	for _, p := range paths {
 		if *p == "" {

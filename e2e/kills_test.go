@@ -72,7 +72,7 @@ func soakSetting(t *testing.T, name string, otherwise uint64) uint64 {
 
 // kills kills each service that guests outlive, and has those replaced in good order that can be, at
 // random moments under two guests that write to their disks and verify it without end; one of them
-// reboots again and again, by itself, by its power button and by force. No guest sees an error,
+// has an overlay and reboots again and again, by itself, by its power button and by force. No guest sees an error,
 // nothing that was flushed is lost, trust is kept, and nothing of the dead is left.
 func kills(t *testing.T, emulator string, length time.Duration) {
 	seed := soakSetting(t, "REDOUBT_SOAK_SEED", uint64(time.Now().UnixNano()))
@@ -84,10 +84,12 @@ func kills(t *testing.T, emulator string, length time.Duration) {
 	restless := &verifier{host: h, name: "restless", facts: map[string]string{}}
 	for _, v := range []*verifier{steady, restless} {
 		disk, cmdline := h.path(v.name+".img"), "no_timer_check"
+		h.must("disk", "create", disk, "4MiB")
 		if v == restless {
 			cmdline += " rounds=6"
+			h.must("disk", "create", "--base", disk, disk+".overlay")
+			disk = "path=" + disk + ".overlay,base=" + disk
 		}
-		h.must("disk", "create", disk, "4MiB")
 		h.start(start{name: v.name, emulator: emulator, what: "verify", cmdline: cmdline, withGuest: true, args: []string{"--disk", disk}})
 	}
 	for _, v := range []*verifier{steady, restless} {

@@ -136,7 +136,7 @@ var Table = []Service{
 		Purpose: "disks of a guest, as vhost-user back ends",
 		Creator: Builder, Count: PerGuest, Tag: OneGuest,
 		Peers:    []Peer{{Builder, "control"}, {Emulator, "vhost-user"}, {QEMU, "rings and events, passed on by the emulator"}},
-		Holds:    []string{"its guest's images", "its guest's memory"},
+		Holds:    []string{"its guest's images, and overlays' bases to read", "its guest's memory"},
 		Lifetime: "its guest's", Reset: OnTimer,
 		Policy: list("blkback", blkbackCalls), Memory: goMemory, GuestMemory: true,
 	},

@@ -53,9 +53,10 @@ const (
 	OVMF    Firmware = "ovmf"
 )
 
-// A Disk is a raw image.
+// A Disk is a raw image, or an overlay over one.
 type Disk struct {
 	Path     string `yaml:"path" json:"path" jsonschema:"required,description=raw image; make one with redoubt disk create"`
+	Base     string `yaml:"base,omitempty" json:"base,omitempty" jsonschema:"description=raw image that is only read; path is an overlay over it\\, made with redoubt disk create --base"`
 	ReadOnly bool   `yaml:"readonly,omitempty" json:"readonly,omitempty"`
 }
 
@@ -223,6 +224,12 @@ func (g *Guest) Complete() error {
 		}
 		if strings.ContainsAny(d.Path, "\x00\n") {
 			return bad(fmt.Sprintf("disks[%d].path", i), "%q: no such characters in a path", d.Path)
+		}
+		if strings.ContainsAny(d.Base, "\x00\n") {
+			return bad(fmt.Sprintf("disks[%d].base", i), "%q: no such characters in a path", d.Base)
+		}
+		if d.Base == d.Path {
+			return bad(fmt.Sprintf("disks[%d].base", i), "%s is the overlay itself: name what it was made over", d.Base)
 		}
 	}
 	if len(g.NICs) > MaxNICs {

@@ -274,7 +274,7 @@ func (b *Builder) build(ctx context.Context, t *tenancy, in protocol.Build, r *r
 		return nil, err
 	}
 	g.build = in
-	if len(files[protocol.FileDisk]) != len(in.Spec.Disks) ||
+	if len(files[protocol.FileDisk]) != len(in.Spec.Disks) || len(files[protocol.FileBase]) != overlays(in.Spec.Disks) ||
 		len(files[protocol.FileKernel]) > 1 || len(files[protocol.FileInitrd]) > 1 ||
 		(len(files[protocol.FileKernel]) == 1) != (in.Spec.Boot.Kernel != "") ||
 		(len(files[protocol.FileVars]) == 1) != (in.Spec.Boot.Firmware == spec.OVMF) {
@@ -371,6 +371,7 @@ func (g *guest) take(files map[string][]*os.File) error {
 	}
 	g.disks = files[protocol.FileDisk]
 	delete(files, protocol.FileDisk)
+	g.takeBases(files)
 	return nil
 }
 

@@ -35,7 +35,8 @@ type guest struct {
 	firmware *os.File // sealed copy of the firmware image, for a guest that boots through it
 	vars     *os.File // OVMF's variable store of this guest
 	disks    []*os.File
-	storage  *storage // nil without disks
+	bases    []*os.File // of those that are overlays, nil for others
+	storage  *storage   // nil without disks
 	console  *os.File
 	channel  *os.File
 	ends     []*os.File // the toolstack's ends of both, and the console's log, for the next toolstack
@@ -68,7 +69,7 @@ type run struct {
 const pauseAfter = 10 * time.Second
 
 func (g *guest) close() {
-	for _, f := range append([]*os.File{g.kernel, g.initrd, g.firmware, g.vars, g.console, g.channel}, append(g.disks, g.ends...)...) {
+	for _, f := range slices.Concat([]*os.File{g.kernel, g.initrd, g.firmware, g.vars, g.console, g.channel}, g.disks, g.bases, g.ends) {
 		if f != nil {
 			f.Close()
 		}

@@ -15,6 +15,7 @@ import (
 	"redoubt.dev/redoubt/process"
 	"redoubt.dev/redoubt/services"
 	"redoubt.dev/redoubt/services/protocol"
+	"redoubt.dev/redoubt/spec"
 )
 
 // storage is a guest's BlkBack, which lives as long as the guest and is replaced when it dies.
@@ -45,6 +46,29 @@ const (
 	maxDeaths   = 20
 	deathWindow = 10 * time.Second
 )
+
+// overlays counts the disks that have a base.
+func overlays(disks []spec.Disk) (n int) {
+	for _, d := range disks {
+		if d.Base != "" {
+			n++
+		}
+	}
+	return n
+}
+
+// takeBases keeps the bases of disks that are overlays: build has counted them.
+func (g *guest) takeBases(files map[string][]*os.File) {
+	all := files[protocol.FileBase]
+	delete(files, protocol.FileBase)
+	for _, d := range g.build.Spec.Disks {
+		var base *os.File
+		if d.Base != "" {
+			base, all = all[0], all[1:]
+		}
+		g.bases = append(g.bases, base)
+	}
+}
 
 // newStorage starts BlkBack for a guest that has disks; nil for one that has none.
 func (b *Builder) newStorage(g *guest) (*storage, error) {
@@ -158,10 +182,14 @@ func (s *storage) connect(ctx context.Context, i int, r *run) (*os.File, error) 
 	}
 	back, front := os.NewFile(uintptr(fds[0]), "disk"), os.NewFile(uintptr(fds[1]), "disk")
 	defer back.Close()
+	names := protocol.Files{protocol.FileDisk, protocol.FileMemory, protocol.FileBlock}
+	files := []*os.File{s.g.disks[i], s.memory, back}
+	if base := s.g.bases[i]; base != nil {
+		names, files = append(names, protocol.FileBase), append(files, base)
+	}
 	_, err = s.peer.Call(ctx, protocol.MethodAttachDisk, protocol.AttachDisk{
-		Index: i, ReadOnly: s.g.build.Spec.Disks[i].ReadOnly, Domain: r.domain,
-		Files: protocol.Files{protocol.FileDisk, protocol.FileMemory, protocol.FileBlock},
-	}, nil, s.g.disks[i], s.memory, back)
+		Index: i, ReadOnly: s.g.build.Spec.Disks[i].ReadOnly, Domain: r.domain, Files: names,
+	}, nil, files...)
 	if err != nil {
 		front.Close()
 		return nil, err

@@ -22,6 +22,7 @@ const (
 	FileKernel   = "kernel"
 	FileInitrd   = "initrd"
 	FileDisk     = "disk"      // an image; one each, in the order of the spec
+	FileBase     = "base"      // what an overlay shows where it holds nothing; one for each of the spec's
 	FileBlock    = "block"     // a vhost-user connection between a disk's front and back end
 	FileNetwork  = "network"   // a vhost-user connection between a NIC's front and back end
 	FileTun      = "tun"       // /dev/net/tun, opened in the network namespace, for one NIC
@@ -167,8 +168,8 @@ type AttachConsole struct {
 	Caller  Caller `json:"caller"`
 }
 
-// Build asks for a guest. Files: FileKernel, FileInitrd, FileVars, FileDisk…. Descriptors of the
-// answer: the toolstack's ends of the console and the byte channel, the console's log.
+// Build asks for a guest. Files: FileKernel, FileInitrd, FileVars, FileDisk…, FileBase…. Descriptors
+// of the answer: the toolstack's ends of the console and the byte channel, the console's log.
 type Build struct {
 	UUID    string     `json:"uuid"`
 	Spec    spec.Guest `json:"spec"`
@@ -335,7 +336,7 @@ const MethodAttachDisk = "attach-disk" // AttachDisk → nothing: the front end 
 const NoticeDiskFailed = "disk-failed" // DiskFailed
 
 // AttachDisk makes BlkBack serve a disk to an emulator, in place of the last one that used it.
-// Files: FileDisk, FileMemory, FileBlock. No other memory is mapped for this disk.
+// Files: FileDisk, FileMemory, FileBlock, and FileBase where the disk is an overlay. No other memory is mapped for this disk.
 type AttachDisk struct {
 	Index    int         `json:"index"`
 	ReadOnly bool        `json:"readOnly"`

@@ -296,6 +296,11 @@ func (t *Toolstack) launch(ctx context.Context, g *guest, opt protocol.Options) 
 		if err := add(protocol.FileDisk, fmt.Sprintf("disks[%d].path", i), d.Path, !d.ReadOnly); err != nil {
 			return err
 		}
+		if d.Base != "" {
+			if err := add(protocol.FileBase, fmt.Sprintf("disks[%d].base", i), d.Base, false); err != nil {
+				return err
+			}
+		}
 	}
 	t.event(protocol.Event{UUID: g.saved.UUID, Kind: protocol.EventRequested, Time: time.Now()})
 	var built protocol.Built
