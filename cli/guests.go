@@ -24,7 +24,7 @@ const defaultGrace = 30 * time.Second
 func (a *app) runCommand() *cobra.Command {
 	var g spec.Guest
 	var emulator, memory, firmware string
-	var disks []string
+	var disks, nics []string
 	var wait bool
 	var req v1.RunRequest
 	var delay, poll time.Duration
@@ -40,6 +40,7 @@ The spec's schema is docs/guest.schema.json.`,
 		Example: `  redoubt run web-1.yaml
   redoubt run --name web-1 --kernel /boot/vmlinuz --initrd /boot/initrd.img --cmdline "console=ttyS0 root=/dev/vda1" --disk web-1.img
   redoubt run --name web-2 --kernel vmlinuz --disk path=web-2.img,base=debian.img
+  redoubt run --name web-2 --kernel vmlinuz --initrd initrd.img --nic vlan=10,address=192.0.2.2
   redoubt run web-1 --wait`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
@@ -50,6 +51,13 @@ The spec's schema is docs/guest.schema.json.`,
 					return err
 				}
 				g.Disks = append(g.Disks, d)
+			}
+			for _, text := range nics {
+				n, err := spec.ParseNIC(text)
+				if err != nil {
+					return usagef("--nic: %v", err)
+				}
+				g.NICs = append(g.NICs, n)
 			}
 			if memory != "" {
 				m, err := spec.ParseSize(memory)
@@ -75,6 +83,7 @@ The spec's schema is docs/guest.schema.json.`,
 	f.StringVar(&g.Boot.Cmdline, "cmdline", "", "kernel command line")
 	f.StringVar(&firmware, "firmware", "", "seabios or ovmf: boot the first disk through firmware")
 	f.StringArrayVar(&disks, "disk", nil, "raw image, PATH or PATH:ro; or an overlay, path=PATH,base=PATH[,ro] (repeatable)")
+	f.StringArrayVar(&nics, "nic", nil, "network device, such as vlan=10,mac=02:00:00:00:00:01,address=192.0.2.1 (repeatable; each part may be left out, address repeated)")
 	f.BoolVar(&g.TPM.Disabled, "no-tpm", false, "start without a TPM")
 	f.BoolVar(&wait, "wait", false, "return when the vTPM is ready")
 	f.BoolVar(&req.UnsafeNoGate, "unsafe-no-gate", false, "do not gate the guest's first TPM access; it may lose its trust (for comparison only)")

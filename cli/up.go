@@ -23,6 +23,7 @@ import (
 
 func (a *app) upCommand() *cobra.Command {
 	var hostTPM, pool, resets, storeReset string
+	var uplinks []string
 	var users uint32
 	var foreground bool
 	c := &cobra.Command{
@@ -36,12 +37,17 @@ default /dev/tpmrm0, if it exists), else kept in a file of mode 0600 in the stat
 
 The store parses requests in worker processes, each of which is replaced after its response: what
 a request did to a worker ends with it. With --store-reset N workers serve N requests, with off
-they stay.`,
+they stay.
+
+Guests' network devices are in a network of Redoubt's own, which leads nowhere without --uplink:
+that moves an interface of the host there, where it carries one VLAN untagged, or all with their
+tags. It loses its addresses and comes back, down, when Redoubt ends.`,
 		Example: `  redoubt up
   redoubt up --host-tpm none
   redoubt up --reset blkback=10s    # whoever took it over has it for ten seconds
   redoubt up --pool /srv/guests     # kernels and disks from nowhere else
   redoubt up --store-reset off
+  redoubt up --uplink eth1:10 --uplink eth2
   redoubt up --foreground    # for a service manager`,
 		Args: names(0, "no arguments"),
 		RunE: func(c *cobra.Command, _ []string) error {
@@ -60,6 +66,10 @@ they stay.`,
 			if _, err := builder.ParseResets(resets); err != nil {
 				return usagef("up: --reset: %v", err)
 			}
+			uplink := strings.Join(uplinks, ",")
+			if _, err := builder.ParseUplinks(uplink); err != nil {
+				return usagef("up: --uplink: %v", err)
+			}
 			pool, err := filepath.Abs(pool)
 			if err == nil {
 				pool, err = filepath.EvalSymlinks(pool)
@@ -67,12 +77,13 @@ they stay.`,
 			if err != nil {
 				return usagef("up: --pool: %v", err)
 			}
-			return a.up(c.Context(), foreground, "-host-tpm", hostTPM, "-pool", pool, "-reset", resets, "-users", strconv.Itoa(int(users)), "-store-reset", storeReset)
+			return a.up(c.Context(), foreground, "-host-tpm", hostTPM, "-pool", pool, "-reset", resets, "-users", strconv.Itoa(int(users)), "-store-reset", storeReset, "-uplink", uplink)
 		},
 	}
 	c.Flags().StringVar(&hostTPM, "host-tpm", "auto", "device or socket of the host's TPM, auto, or none")
 	c.Flags().StringVar(&pool, "pool", "/", "directory beneath which guests' kernels and disks must lie")
 	c.Flags().StringVar(&resets, "reset", "", "how often services are replaced under their guests: SERVICE=DURATION or SERVICE=off, separated by commas (default "+builder.DefaultResets+")")
+	c.Flags().StringArrayVar(&uplinks, "uplink", nil, "interface of the host that leads out of the guests' network, IFACE or IFACE:VLAN (repeatable)")
 	c.Flags().Uint32Var(&users, "users", builder.DefaultUsers, "first of 65536 user ids for services, of nobody else")
 	c.Flags().StringVar(&storeReset, "store-reset", builder.DefaultStoreReset, builder.StoreResetUsage)
 	c.Flags().BoolVar(&foreground, "foreground", false, "stay; end the services at SIGTERM")

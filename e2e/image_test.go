@@ -42,7 +42,46 @@ churn() {
   done
   sick
 }
+program() { printf '#!/bin/sh\n%s\n' "$2" >/bin/$1; chmod +x /bin/$1; }
+own() { ip link set eth0 up; ip addr add 192.0.2.$1/24 dev eth0; }
+ask() { until got=$(nc -w 30 192.0.2.1 $1 </dev/null) && [ "$got" ]; do :; done; echo $got; }
+network() {
+  case $1 in
+    server)
+      own 1
+      program boots 'echo x >>/boots; grep -c x /boots'
+      program echos 'grep ^Icmp: /proc/net/snmp | (read names; read tag a b c d e f g h echos rest; echo $echos)'
+      for p in 5000=cat 5001=boots 5002=echos; do nc -ll -p ${p%=*} -e /bin/${p#*=} & done
+      echo READY; while :; do sleep 1000; done ;;
+    client)
+      own 2
+      boot=$(ask 5001); echo "BOOT $boot"
+      [ "$boot" = 1 ] && reboot -f
+      dd if=/dev/urandom of=/data bs=64k count=16 2>/dev/null
+      (nc -l -p 7000 </dev/null; touch /enough) &
+      round=0
+      until [ -e /enough ]; do
+        round=$((round+1)); echo "ROUND $round"
+        [ "$(nc 192.0.2.1 5000 </data | md5sum)" = "$(md5sum </data)" ] && echo "SAME $round" || echo "DIFFERENT $round"
+      done ;;
+    liar)
+      ip link set eth1 up
+      own 3; before=$(ask 5002); ip addr flush dev eth0
+      own 9; arp -i eth0 -s 192.0.2.1 02:00:00:00:00:01
+      heard() { ping -c $1 -W 2 192.0.2.1 >/dev/null && echo "$2 answered" || echo "$2 unanswered"; }
+      heard 3 WRONG-IP
+      ip link set eth0 down; ip addr flush dev eth0; ip link set eth0 address 02:00:00:00:00:05; own 3
+      arp -i eth0 -s 192.0.2.1 02:00:00:00:00:01
+      heard 3 WRONG-MAC
+      ip link set eth0 down; ip addr flush dev eth0; ip link set eth0 address 02:00:00:00:00:03; own 3
+      heard 2 HONEST
+      echo "ECHOS $(($(ask 5002) - before))"; echo LIED
+      nc -l -p 7000 </dev/null
+      echo "ELSEWHERE $(cat /sys/class/net/eth1/statistics/rx_packets)" ;;
+  esac
+}
 case $what in
+  net) network $(sed 's/.*net=\([a-z]*\).*/\1/' /proc/cmdline) ;;
   off) ;;
   reboot) if [ "$(head -c 6 /dev/vda)" = booted ]; then echo SECOND; else printf booted >/dev/vda; sync; echo FIRST; reboot -f; fi ;;
   panic) echo c >/proc/sysrq-trigger ;;
@@ -70,7 +109,7 @@ echo E2E-DONE
 sync; poweroff -f
 `
 
-var guestModules = []string{"virtio_pci", "virtio_blk", "virtio_rng", "virtio_console", "button", "evdev"}
+var guestModules = []string{"virtio_pci", "virtio_blk", "virtio_rng", "virtio_console", "virtio_net", "button", "evdev"}
 
 var (
 	initrdMu sync.Mutex

@@ -24,7 +24,7 @@ func sandboxes(t *testing.T, emulator string) {
 	h := newHost(t)
 	disk := h.path("disk.img")
 	h.must("disk", "create", disk, "8MiB")
-	h.start(start{emulator: emulator, what: "deaf", args: []string{"--disk", disk}})
+	h.start(start{emulator: emulator, what: "deaf", args: []string{"--wait", "--disk", disk, "--nic", "vlan=10"}})
 	type process struct {
 		Service     string   `json:"service"`
 		Label       string   `json:"label"`
@@ -69,7 +69,7 @@ func sandboxes(t *testing.T, emulator string) {
 	if p := list(1)[services.BlkBack]; len(p.Differences) != 1 || !strings.Contains(p.Differences[0], "512") {
 		t.Errorf("a changed limit is not told: %+v", p)
 	}
-	if out := h.run("services").out; !strings.Contains(out, "DIFFERS") || !strings.Contains(out, "as declared") {
-		t.Error(out)
+	if r := h.run("services"); !strings.Contains(r.out, "DIFFERS") || !strings.Contains(r.out, "as declared") {
+		t.Error(r.out, r.err)
 	}
 }

@@ -25,7 +25,7 @@ const (
 	// MaxMessage is the largest message in bytes.
 	MaxMessage = 64 << 10
 	// MaxFiles is the largest number of descriptors beside one message.
-	MaxFiles = 48
+	MaxFiles = 64
 )
 
 // ErrTooLarge says that a message or its descriptors exceed the bounds of this package.

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"slices"
 
 	"github.com/vishvananda/netlink"
@@ -220,4 +221,33 @@ func Plug(n *Namespace, name string, u Uplink) error {
 		return fmt.Errorf("network: uplink %s: %w", name, errors.Join(err, netlink.LinkSetName(l, name)))
 	}
 	return nil
+}
+
+// Unplug gives an interface that [Plug] moved into n back to the calling thread's namespace, by its
+// own name. It is down there and without addresses.
+func Unplug(n *Namespace, name string, u Uplink) error {
+	to, err := os.Open(threadNamespace)
+	if err != nil {
+		return err
+	}
+	defer to.Close()
+	return n.Do(func() error {
+		l, err := netlink.LinkByName(u.LinkName())
+		if err == nil {
+			err = netlink.LinkSetDown(l)
+		}
+		if err == nil && l.Attrs().MasterIndex != 0 {
+			err = netlink.LinkSetNoMaster(l)
+		}
+		if err == nil {
+			err = netlink.LinkSetName(l, name)
+		}
+		if err == nil {
+			err = netlink.LinkSetNsFd(l, int(to.Fd()))
+		}
+		if err != nil {
+			return fmt.Errorf("network: uplink %s: %w", name, err)
+		}
+		return nil
+	})
 }

@@ -128,6 +128,14 @@ func (p *Process) Done() <-chan struct{} { return p.done }
 // Err says how the child ended, nil for exit status 0; valid once Done is closed.
 func (p *Process) Err() error { return p.err }
 
+// GrowMemory raises the limit of its sandbox, see [sandbox.Guard.GrowMemory].
+func (p *Process) GrowMemory(limit uint64) error {
+	if p.guard == nil {
+		return nil
+	}
+	return p.guard.GrowMemory(limit)
+}
+
 // Kill ends the child at once.
 func (p *Process) Kill() { _ = p.cmd.Process.Kill() }
 

@@ -170,6 +170,21 @@ func (c *Cgroup) child(name string, limit uint64) (*group, error) {
 	return g, nil
 }
 
+// grow raises the limit. What may be swapped with version 1 is raised first: it is never below.
+func (g *group) grow(limit uint64) error {
+	files := []string{"memory.memsw.limit_in_bytes", "memory.limit_in_bytes"}
+	if g.v2 {
+		files = []string{"memory.max"}
+	}
+	for i, f := range files {
+		err := writeControl(g.dir, f, strconv.FormatUint(limit, 10))
+		if err != nil && (i == len(files)-1 || !errors.Is(err, os.ErrNotExist)) {
+			return fmt.Errorf("memory cgroup: %w", err)
+		}
+	}
+	return nil
+}
+
 func (g *group) add(pid int) error {
 	if err := writeControl(g.dir, "cgroup.procs", strconv.Itoa(pid)); err != nil {
 		return fmt.Errorf("memory cgroup: %w", err)

@@ -39,7 +39,8 @@ type Guard struct {
 	notes   *os.File // the listening descriptor
 	watched chan struct{}
 
-	mu        sync.Mutex
+	mu        sync.Mutex // over group's end, too
+	limit     uint64     // of memory
 	violation *Violation
 	learned   map[string]int
 }
@@ -55,7 +56,7 @@ func (h *Host) Prepare(cmd *exec.Cmd, spec *Spec) (*Guard, error) {
 	if err := spec.Check(); err != nil {
 		return nil, err
 	}
-	g := &Guard{cmd: cmd, spec: spec, learn: spec.Learn, pidfd: -1, learned: map[string]int{}}
+	g := &Guard{cmd: cmd, spec: spec, learn: spec.Learn, pidfd: -1, limit: spec.Memory, learned: map[string]int{}}
 	if err := g.prepare(h); err != nil {
 		g.Discard()
 		return nil, fmt.Errorf("sandbox of %s: %w", spec.Name, err)
@@ -258,6 +259,8 @@ func (g *Guard) closeFiles() {
 }
 
 func (g *Guard) dropGroup() error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
 	if g.group == nil {
 		return nil
 	}
@@ -303,6 +306,9 @@ func (g *Guard) enter() error {
 	if g.pidfd < 0 {
 		return errors.New("this kernel gives no pidfd (Linux 5.4)")
 	}
+	if err := g.joined(); err != nil {
+		return err
+	}
 	if g.group != nil {
 		if err := g.group.add(g.cmd.Process.Pid); err != nil {
 			return err
@@ -343,6 +349,25 @@ func (g *Guard) enter() error {
 		err = fmt.Errorf("launcher: unexpected message %q", kind)
 	}
 	return err
+}
+
+// joined checks that the process was born in the network namespace that it is given.
+func (g *Guard) joined() error {
+	if g.spec.NetworkNamespace == nil {
+		return nil
+	}
+	want, err := networkName(g.spec.NetworkNamespace)
+	if err != nil {
+		return fmt.Errorf("network namespace: %w", err)
+	}
+	is, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", g.cmd.Process.Pid))
+	if err == nil && is != want {
+		err = fmt.Errorf("was started in %s, not in %s", is, want)
+	}
+	if err != nil {
+		return fmt.Errorf("network namespace: %w", err)
+	}
+	return nil
 }
 
 // receive takes one message of the launcher.
@@ -421,7 +446,7 @@ func (g *Guard) Wait() error {
 	if v := g.Violation(); v != nil {
 		err = v
 	} else if g.group != nil && g.group.oomKills() > 0 {
-		err = fmt.Errorf("%s: %w of %d bytes", g.spec.Name, ErrMemory, g.spec.Memory)
+		err = fmt.Errorf("%s: %w of %d bytes", g.spec.Name, ErrMemory, g.limit)
 	}
 	if derr := g.dropGroup(); derr != nil && err == nil {
 		err = derr
@@ -431,6 +456,22 @@ func (g *Guard) Wait() error {
 
 // PID is the process's number in the parent's namespace.
 func (g *Guard) PID() int { return g.cmd.Process.Pid }
+
+// GrowMemory raises the limit of a running process to that many bytes, for one that is given memory
+// of others to share: a page counts as that process's which touches it first. The Spec's own
+// limit stays what [Spec.Declared] says.
+func (g *Guard) GrowMemory(limit uint64) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.group == nil || limit <= g.limit {
+		return nil // shared memory counts for a limit of data not at all
+	}
+	if err := g.group.grow(limit); err != nil {
+		return fmt.Errorf("sandbox of %s: %w", g.spec.Name, err)
+	}
+	g.limit = limit
+	return nil
+}
 
 // Signal sends a signal; see the package's text on which ones process 1 obeys.
 func (g *Guard) Signal(s os.Signal) error { return g.cmd.Process.Signal(s) }

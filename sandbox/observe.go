@@ -25,6 +25,7 @@ type State struct {
 	Umask        int
 	Init         bool // process 1 of its PID namespace
 	Own          []Namespace
+	Network      string // its network namespace, as /proc/PID/ns/net names it; declared only for a given one
 	Mounts       []MountPoint
 	Files        uint64
 	Processes    uint64
@@ -58,6 +59,9 @@ func (s *Spec) Declared() State {
 			d.Own = append(d.Own, n)
 		}
 	}
+	if s.NetworkNamespace != nil {
+		d.Network, _ = networkName(s.NetworkNamespace)
+	}
 	whole := false
 	for _, b := range s.Root {
 		if b.Link != "" {
@@ -79,6 +83,19 @@ func (s *Spec) Declared() State {
 		d.Mounts = append(d.Mounts, MountPoint{Target: "/proc", Options: []string{"nosuid", "nodev", "noexec"}})
 	}
 	return d
+}
+
+// networkName is a network namespace as links in /proc name it, namespaces(7).
+func networkName(f *os.File) (string, error) {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return "", err
+	}
+	var st unix.Stat_t
+	if cerr := raw.Control(func(fd uintptr) { err = unix.Fstat(int(fd), &st) }); cerr != nil {
+		return "", cerr
+	}
+	return fmt.Sprintf("net:[%d]", st.Ino), err
 }
 
 // Observe reads what is in force for a process. The observer is outside of its sandbox and may
@@ -151,6 +168,9 @@ func observe(dir string) (s State, err error) {
 		}
 		if theirs != ours {
 			s.Own = append(s.Own, n)
+		}
+		if n == Net {
+			s.Network = theirs
 		}
 	}
 	text, err := os.ReadFile(filepath.Join(dir, "mountinfo"))
@@ -321,6 +341,9 @@ func (s State) Differences(other State) (out []string) {
 	differ("seccomp", s.Seccomp, other.Seccomp)
 	differ("init of its PID namespace", s.Init, other.Init)
 	differ("own namespaces", s.Own, other.Own)
+	if s.Network != "" {
+		differ("network namespace", s.Network, other.Network)
+	}
 	differ("descriptors", s.Files, other.Files)
 	differ("processes", s.Processes, other.Processes)
 	differ("core dumps", s.Core, other.Core)

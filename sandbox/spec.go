@@ -3,6 +3,7 @@ package sandbox
 import (
 	"errors"
 	"fmt"
+	"os"
 	"path"
 	"slices"
 	"strings"
@@ -24,6 +25,13 @@ type Spec struct {
 	// Share are the namespaces that the process shares with its parent. Without a user
 	// namespace capabilities count on the host.
 	Share []Namespace
+
+	// NetworkNamespace is one that others made and hold, which the process is in instead of a new
+	// one; nil: a new one, or the parent's by Share. [Guard.Start] is then called on a thread that
+	// is in it, and refuses otherwise. Capabilities count in it only if the process shares the
+	// user namespace that it belongs to: no launcher can enter one, because a program with
+	// several threads cannot (setns(2)).
+	NetworkNamespace *os.File
 
 	// Root is what the process finds in its root, which is read-only. None: nothing at all.
 	Root []Bind
@@ -146,12 +154,20 @@ const (
 
 func (s *Spec) shares(n Namespace) bool    { return slices.Contains(s.Share, n) }
 func (s *Spec) optional(i Ingredient) bool { return slices.Contains(s.Optional, i) }
-func (s *Spec) cloneFlags() (f uintptr)    { return f | allSpaces&^s.sharedFlags() }
 func orDefault(v uint64, defaultV uint64) uint64 {
 	if v == 0 {
 		return defaultV
 	}
 	return v
+}
+
+// cloneFlags are the namespaces that are made anew.
+func (s *Spec) cloneFlags() uintptr {
+	f := allSpaces &^ s.sharedFlags()
+	if s.NetworkNamespace != nil {
+		f &^= unix.CLONE_NEWNET
+	}
+	return f
 }
 
 func (s *Spec) sharedFlags() (f uintptr) {
@@ -182,6 +198,9 @@ func (s *Spec) Check() error {
 		if cloneFlag[n] == 0 {
 			return fail("there is no namespace %q", n)
 		}
+	}
+	if s.NetworkNamespace != nil && s.shares(Net) {
+		return fail("its network namespace is a given one and the host's at once")
 	}
 	if s.shares(Mount) {
 		return fail("the mount namespace cannot be shared: the root is made in it")

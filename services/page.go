@@ -16,7 +16,7 @@ sandbox from the same table, and ` + "`redoubt services`" + ` holds it against w
 not in it: it makes the others and nothing confines it.
 
 All of them: a user of their own, no_new_privs, a list of system calls, Landlock, limits, an empty read-only root but
-for what is named here, and namespaces of their own but for those named here. None opens a network.
+for what is named here, and namespaces of their own but for those named here. None opens a network but ` + "`netback`" + `, Redoubt's.
 
 ## Who creates whom
 
@@ -44,6 +44,9 @@ for what is named here, and namespaces of their own but for those named here. No
 		row("replaced", string(s.Reset))
 		row("holds", strings.Join(s.Holds, "; "))
 		row("root", strings.Join(s.files(), ", "))
+		if s.Network {
+			row("network namespace", "Redoubt's own, with taps, bridges and filter; the Builder holds it and it outlives the process")
+		}
 		row("capabilities", s.capabilities())
 		if len(s.Share) > 0 {
 			names := make([]string, len(s.Share))
@@ -53,7 +56,10 @@ for what is named here, and namespaces of their own but for those named here. No
 			row("namespaces of the host", strings.Join(names, ", ")+": "+s.ShareWhy)
 		}
 		memory := fmt.Sprintf("%d MiB", s.Memory/mib)
-		if s.GuestMemory {
+		switch {
+		case s.GuestMemory && s.Count == One:
+			memory += " and its guests'"
+		case s.GuestMemory:
 			memory += " and its guest's"
 		}
 		row("memory", memory)

@@ -5,6 +5,7 @@ package services
 
 import (
 	"fmt"
+	"os"
 	"slices"
 
 	"redoubt.dev/redoubt/programs"
@@ -30,6 +31,7 @@ type Service struct {
 
 	Share        []sandbox.Namespace // namespaces that are the host's
 	ShareWhy     string
+	Network      bool                 // it is in Redoubt's own network namespace, which outlives it
 	Capabilities []sandbox.Capability // in its own user namespace unless that is shared
 	Devices      []string             // device files in its root
 	State        Access               // of the directory StateDir
@@ -99,10 +101,12 @@ type Instance struct {
 	Label    string // of the process: the service's name and, where there are several, whose it is
 	UID      uint32 // of nobody else; its GID too unless that is given
 	GID      uint32
-	StateDir string // on the host, for a service with State
-	Memory   uint64 // of its guest, in bytes
-	KVM      bool   // QEMU only: the guest runs on /dev/kvm, which it opens by name
-	KVMGroup uint32 // the group of /dev/kvm
+	StateDir string   // on the host, for a service with State
+	Memory   uint64   // of its guest or guests, in bytes
+	Network  *os.File // Redoubt's network namespace, for a service with Network
+	KVM      bool     // QEMU only: the guest runs on /dev/kvm, which it opens by name
+	KVMGroup uint32   // the group of /dev/kvm
+	NICs     bool     // QEMU only: it comes to its NICs' back ends by doors, see vhostuser.Door
 }
 
 // Sandbox is what confines an instance.
@@ -136,6 +140,18 @@ func (s *Service) Sandbox(i Instance) (*sandbox.Spec, error) {
 		spec.Policy = qemuKVM
 		if i.KVMGroup != 0 {
 			spec.Groups = []uint32{i.KVMGroup}
+		}
+	}
+	if s.Network != (i.Network != nil) {
+		return nil, fmt.Errorf("%s: Redoubt's network namespace is missing, or it may not be in it", i.Label)
+	}
+	spec.NetworkNamespace = i.Network
+	if i.NICs {
+		if s.Name != QEMU {
+			return nil, fmt.Errorf("%s: has no way to NICs", i.Label)
+		}
+		if spec.Policy = qemuNICs; i.KVM {
+			spec.Policy = qemuKVMNICs
 		}
 	}
 	if (s.State == None) != (i.StateDir == "") {

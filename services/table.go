@@ -18,6 +18,7 @@ const (
 	SWTPM        = "swtpm"
 	Toolstack    = "toolstack"
 	BlkBack      = "blkback"
+	NetBack      = "netback"
 	Emulator     = "emulator"
 	QEMU         = "qemu"
 )
@@ -46,6 +47,9 @@ var toolstackCalls []byte
 //go:embed blkback/seccomp.txt
 var blkbackCalls []byte
 
+//go:embed netback/seccomp.txt
+var netbackCalls []byte
+
 //go:embed emulator/seccomp.txt
 var emulatorCalls []byte
 
@@ -54,6 +58,12 @@ func list(name string, text []byte) *sandbox.Policy { return sandbox.MustParsePo
 // qemuKVM is QEMU's list where its guest runs on KVM: it may make any request to /dev/kvm, but has
 // no translated code to write and execute.
 var qemuKVM = list("qemu-kvm", []byte("include qemu-kvm"))
+
+// These are QEMU's lists where its guest has NICs: it makes a connection to each one's door.
+var (
+	qemuNICs    = list("qemu with NICs", []byte("include qemu-nics\ninclude qemu"))
+	qemuKVMNICs = list("qemu-kvm with NICs", []byte("include qemu-nics\ninclude qemu-kvm"))
+)
 
 // Table is every service but the Builder itself, which makes them and is not confined by itself.
 var Table = []Service{
@@ -141,6 +151,19 @@ var Table = []Service{
 		Policy: list("blkback", blkbackCalls), Memory: goMemory, GuestMemory: true,
 	},
 	{
+		Name: NetBack, Program: "redoubt-netback", Seed: "NetBack",
+		Purpose: "network devices of all guests, as vhost-user back ends; taps, bridges, VLANs and the filter between them",
+		Creator: Builder, Count: One, Tag: AnyGuest,
+		Peers:    []Peer{{Builder, "control"}, {Emulator, "vhost-user"}, {QEMU, "rings and events, passed on by the emulator"}},
+		Holds:    []string{"a tap a NIC", "the memory of guests with NICs", "/dev/vhost-net, one a NIC, where the host has it"},
+		Lifetime: "from the first guest with a NIC, or with an uplink from Redoubt's start, to Redoubt's end", Reset: OnTimer,
+		Network: true, Capabilities: []sandbox.Capability{sandbox.NetAdmin},
+		// The Builder has threads and so can enter no user namespace, which is that of a network
+		// namespace for good.
+		Share: []sandbox.Namespace{sandbox.User}, ShareWhy: "its capability counts only in the user namespace in which the Builder made the network's",
+		Policy: list("netback", netbackCalls), Memory: goMemory, GuestMemory: true,
+	},
+	{
 		Name: Emulator, Program: "redoubt-emulator", Seed: "QEMU",
 		Purpose: "one guest: the native monitor, or the keeper of its QEMU",
 		Creator: Toolstack, Count: PerGuest, Tag: OneGuest, DependsOn: []string{StoreState, VTPM},
@@ -149,6 +172,7 @@ var Table = []Service{
 			{StoreState, "XenStore's protocol, as its domain"},
 			{VTPM, "TPM data channel"},
 			{BlkBack, "vhost-user"},
+			{NetBack, "vhost-user"},
 			{Toolstack, "console, byte channel"},
 			{QEMU, "QMP, TPM, vhost-user"},
 		},
@@ -163,6 +187,7 @@ var Table = []Service{
 		Peers: []Peer{
 			{Emulator, "QMP, TPM, vhost-user"},
 			{BlkBack, "rings and events, passed on by the emulator"},
+			{NetBack, "rings and events, passed on by the emulator"},
 			{Toolstack, "console, byte channel"},
 		},
 		Holds:    []string{"its guest's memory", "kernel and initrd or firmware, sealed", "console, byte channel"},

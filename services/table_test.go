@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"redoubt.dev/redoubt/lab/debian"
+	"redoubt.dev/redoubt/network"
 	"redoubt.dev/redoubt/services"
 )
 
@@ -91,11 +92,19 @@ func TestSandboxes(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Setenv("REDOUBT_TOOLS", tools.Tools())
+	ns, err := network.NewNamespace()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = ns.Close() }()
 	for i := range services.Table {
 		s := &services.Table[i]
 		in := services.Instance{Label: s.Name, UID: uid}
 		if s.State == services.ReadWrite {
 			in.StateDir = t.TempDir()
+		}
+		if s.Network {
+			in.Network = ns.File()
 		}
 		spec, err := s.Sandbox(in)
 		if err != nil {
@@ -112,6 +121,12 @@ func TestSandboxes(t *testing.T) {
 		}
 		if _, err := s.Sandbox(in); err == nil {
 			t.Errorf("%s: a directory too many or too few is no error", s.Name)
+		}
+		if in.Network = ns.File(); s.Network {
+			in.Network = nil
+		}
+		if _, err := s.Sandbox(in); err == nil {
+			t.Errorf("%s: a network namespace too many or too few is no error", s.Name)
 		}
 		in.KVM = true
 		if _, err := s.Sandbox(in); err == nil && s.Name != services.QEMU {

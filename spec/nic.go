@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"strconv"
+	"strings"
 )
 
 // A NIC is a network device in one VLAN of Redoubt's network.
@@ -12,6 +14,35 @@ type NIC struct {
 	VLAN      int      `yaml:"vlan,omitempty" json:"vlan,omitempty" jsonschema:"minimum=1,maximum=4094,default=1"`
 	MAC       string   `yaml:"mac,omitempty" json:"mac,omitempty" jsonschema:"pattern=^([0-9a-fA-F]{2}:){5}[0-9a-fA-F]{2}$,description=default: made from the guest's UUID"`
 	Addresses []string `yaml:"addresses,omitempty" json:"addresses,omitempty" jsonschema:"maxItems=16,description=IPv4 and IPv6 addresses; with any the guest can send from these and link-local ones only"`
+}
+
+// ParseNIC reads a NIC of the command line: vlan=10,mac=02:00:00:00:00:01,address=192.0.2.1, each part
+// of which may be missing, and address repeated. The values are for [Guest.Complete] to check.
+func ParseNIC(text string) (NIC, error) {
+	var n NIC
+	for part := range strings.SplitSeq(text, ",") {
+		if part == "" {
+			continue
+		}
+		name, value, ok := strings.Cut(part, "=")
+		switch {
+		case !ok || value == "":
+			return n, fmt.Errorf("%q is not vlan=, mac= or address=", part)
+		case name == "vlan" && n.VLAN == 0:
+			v, err := strconv.Atoi(value)
+			if err != nil || v < 1 {
+				return n, fmt.Errorf("vlan: %q: use 1 to %d", value, MaxVLAN)
+			}
+			n.VLAN = v
+		case name == "mac" && n.MAC == "":
+			n.MAC = value
+		case name == "address":
+			n.Addresses = append(n.Addresses, value)
+		default:
+			return n, fmt.Errorf("%q is there twice, or is not vlan=, mac= or address=", part)
+		}
+	}
+	return n, nil
 }
 
 // complete fills in the defaults and checks.

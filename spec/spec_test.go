@@ -5,6 +5,7 @@ import (
 	"errors"
 	"flag"
 	"os"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -135,5 +136,22 @@ func TestPublishedSchema(t *testing.T) {
 	}
 	if got, err := os.ReadFile(path); err != nil || !bytes.Equal(got, want) {
 		t.Fatalf("%s is not the schema of the types (%v): renew it with `go test ./spec -rewrite`", path, err)
+	}
+}
+
+// A NIC of the command line is one of a spec; what is neither is refused.
+func TestParseNIC(t *testing.T) {
+	got, err := ParseNIC("vlan=10,mac=02:00:00:00:00:01,address=192.0.2.1,address=2001:db8::1")
+	want := NIC{VLAN: 10, MAC: "02:00:00:00:00:01", Addresses: []string{"192.0.2.1", "2001:db8::1"}}
+	if err != nil || !reflect.DeepEqual(got, want) {
+		t.Errorf("%+v, %v", got, err)
+	}
+	if got, err := ParseNIC(""); err != nil || !reflect.DeepEqual(got, NIC{}) {
+		t.Errorf("%+v, %v", got, err)
+	}
+	for _, text := range []string{"10", "vlan=", "vlan=x", "vlan=0", "vlan=-1", "vlan=1,vlan=2", "mac=a,mac=b", "ip=192.0.2.1"} {
+		if got, err := ParseNIC(text); err == nil {
+			t.Errorf("%q: %+v", text, got)
+		}
 	}
 }

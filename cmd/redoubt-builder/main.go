@@ -24,6 +24,7 @@ func main() {
 	flag.StringVar(&cfg.HostTPM, "host-tpm", "", "the host's TPM: a device or a socket; empty for none")
 	flag.StringVar(&cfg.Pool, "pool", "/", "directory beneath which kernels and disks of guests must lie")
 	resets := flag.String("reset", "", "how often services are replaced: SERVICE=DURATION or SERVICE=off, separated by commas")
+	uplinks := flag.String("uplink", "", "interfaces that lead out of the guests' network: IFACE or IFACE:VLAN, separated by commas")
 	users := flag.Uint("users", builder.DefaultUsers, "the first of 65536 user ids for services, of nobody else")
 	reset := flag.String("store-reset", builder.DefaultStoreReset, builder.StoreResetUsage)
 	ready := flag.Int("ready-fd", -1, "descriptor to write a line to once the API is served")
@@ -32,6 +33,10 @@ func main() {
 	var err error
 	if cfg.Resets, err = builder.ParseResets(*resets); err != nil {
 		fmt.Fprintf(os.Stderr, "redoubt-builder: -reset: %v\n", err)
+		os.Exit(2)
+	}
+	if cfg.Uplinks, err = builder.ParseUplinks(*uplinks); err != nil {
+		fmt.Fprintf(os.Stderr, "redoubt-builder: -uplink: %v\n", err)
 		os.Exit(2)
 	}
 	if cfg.StoreReset, err = builder.ParseStoreReset(*reset); err != nil {

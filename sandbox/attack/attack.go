@@ -28,6 +28,8 @@ type Victim struct {
 	TCP      string // a listening TCP socket
 	Dir      string // the directory of its files
 	Hostname string // of the host
+	// Interface is one of the host's network, "" where it can have none.
+	Interface string
 }
 
 // ErrUnavailable is an attack that this host gives no occasion for, whoever tries.
@@ -115,6 +117,10 @@ var All = []Attack{
 	{"raw IP socket", false, func(*Victim) error { return socket(unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_ICMP) }},
 	{"packet socket", false, func(*Victim) error { return socket(unix.AF_PACKET, unix.SOCK_RAW, 0) }},
 	{"netlink socket", true, func(*Victim) error { return socket(unix.AF_NETLINK, unix.SOCK_RAW, unix.NETLINK_ROUTE) }},
+	{"the host's network interfaces, seen", false, seeInterface},
+	{"the host's network interfaces, changed", false, changeInterface},
+	{"an interface put into the host's network", false, addInterface},
+	{"requests to the host's network by its number", false, nameNamespace},
 	{"vsock", true, func(*Victim) error { return socket(unix.AF_VSOCK, unix.SOCK_STREAM, 0) }},
 	{"kernel crypto socket", true, func(*Victim) error { return socket(unix.AF_ALG, unix.SOCK_SEQPACKET, 0) }},
 	{"new user namespace", true, func(*Victim) error { return forked(unix.CLONE_NEWUSER) }},

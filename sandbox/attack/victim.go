@@ -29,6 +29,7 @@ func Main(args []string) error {
 func beVictim(dir string) error {
 	v := Victim{PID: os.Getpid(), Secret: "guest memory", File: filepath.Join(dir, "state"), Socket: filepath.Join(dir, "socket"), Dir: dir}
 	v.Hostname, _ = os.Hostname()
+	v.Interface = makeInterface()
 	v.Abstract = fmt.Sprintf("@redoubt-victim-%d", v.PID)
 	keep, address := SecretIn(v.Secret)
 	v.Address = address

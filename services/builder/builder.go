@@ -43,12 +43,13 @@ type Config struct {
 	Users  uint32 // the first of 65536 user ids for services; 0: DefaultUsers
 	// StoreReset is after how many responses the store's worker is replaced, -1 for never; 0: 1.
 	StoreReset int
+	Uplinks    []Uplink // what leads out of the guests' network
 	Log        *slog.Logger
 	Ready      func() // called once the API is served
 }
 
 // Resettable are the services whose processes are replaced under running guests.
-var Resettable = []string{services.BlkBack, services.Toolstack}
+var Resettable = []string{services.BlkBack, services.NetBack, services.Toolstack}
 
 // Names in the run directory.
 const (
@@ -66,6 +67,7 @@ type Builder struct {
 	journal *journal
 	ledger  *ledger
 	store   *store
+	network *networking
 	vtpm    *rpc.Peer
 
 	tenantChange sync.Mutex // over one change of a tenant
@@ -132,6 +134,7 @@ func Run(ctx context.Context, cfg Config) error {
 		}
 		b.closeTenants()
 		b.endGuests()
+		b.network.close()
 		for i := len(running) - 1; i >= 0; i-- {
 			end(running[i])
 		}
@@ -174,6 +177,9 @@ func Run(ctx context.Context, cfg Config) error {
 			}
 		})
 		return peer, nil
+	}
+	if b.network, err = b.newNetworking(); err != nil {
+		return err
 	}
 	if err := b.boot(ctx, map[string]func(context.Context) error{
 		services.StoreState: func(ctx context.Context) (err error) {

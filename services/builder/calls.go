@@ -266,9 +266,6 @@ func (b *Builder) build(ctx context.Context, t *tenancy, in protocol.Build, r *r
 	if err := in.Spec.Complete(); err != nil {
 		return nil, rpc.Errorf(rpc.Invalid, "%v", err)
 	}
-	if len(in.Spec.NICs) > 0 { // rather than a guest that lacks them without a word
-		return nil, rpc.Errorf(rpc.Invalid, "nics: this Redoubt starts no NetBack yet: leave them out")
-	}
 	in.Spec.Name = qualified(t.name, in.Spec.Name)
 	if g.emulator, err = choose(&in.Spec); err != nil {
 		return nil, err
@@ -308,9 +305,13 @@ func (b *Builder) build(ctx context.Context, t *tenancy, in protocol.Build, r *r
 	}
 	var run *run
 	if g.storage, err = b.newStorage(g); err == nil {
+		g.nics, err = b.network.add(g)
+	}
+	if err == nil {
 		run, err = b.start(ctx, g)
 	}
 	if err != nil {
+		g.nics.close()
 		g.storage.close()
 		b.release(g, false)
 		b.journal.note(b.journal.entry(audit.ActGuestEnd, g.build.Spec.Name, audit.Done, "uuid", g.build.UUID, "reason", err.Error()))
@@ -385,6 +386,7 @@ func (b *Builder) supervise(g *guest) {
 		b.journal.note(b.journal.ended(run.is, run.proc.Err(), []string{g.build.Spec.Name}))
 		run.peer.Close()
 		g.storage.detach()
+		g.nics.detach()
 		again := exit.Outcome == protocol.Reboot
 		b.release(g, again)
 		b.forget(run.domain)
@@ -400,6 +402,7 @@ func (b *Builder) supervise(g *guest) {
 				exit = protocol.Exit{Outcome: protocol.Stopped, Reason: "stopped while it rebooted"}
 			}
 		}
+		g.nics.close()
 		g.storage.close()
 		b.journal.note(b.journal.entry(audit.ActGuestEnd, g.build.Spec.Name, audit.Done,
 			"uuid", g.build.UUID, "outcome", string(exit.Outcome), "reason", exit.Reason))

@@ -37,6 +37,7 @@ type guest struct {
 	disks    []*os.File
 	bases    []*os.File // of those that are overlays, nil for others
 	storage  *storage   // nil without disks
+	nics     *nics      // nil without any
 	console  *os.File
 	channel  *os.File
 	ends     []*os.File // the toolstack's ends of both, and the console's log, for the next toolstack
@@ -123,6 +124,24 @@ func (b *Builder) start(ctx context.Context, g *guest) (_ *run, err error) {
 		own = append(own, f)
 		add(protocol.FileBlock, f)
 	}
+	if fronts, err = g.nics.attach(r, mem); err != nil {
+		return nil, err
+	}
+	for _, f := range fronts {
+		own = append(own, f)
+		add(protocol.FileNetwork, f)
+	}
+	if g.emulator == spec.QEMU {
+		for range fronts {
+			door, entrance, err := b.door()
+			if err != nil {
+				return nil, err
+			}
+			own = append(own, door, entrance)
+			add(protocol.FileDoor, door)
+			add(protocol.FileEntrance, entrance)
+		}
+	}
 	if g.emulator == spec.Native {
 		kvm, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
 		if err != nil {
@@ -201,6 +220,7 @@ func (b *Builder) start(ctx context.Context, g *guest) (_ *run, err error) {
 		return nil, err
 	}
 	g.storage.setRun(r)
+	g.nics.setRun(r)
 	b.store.hold(d, number, r.peer, func(err error) { r.fail(err.Error()) })
 	return r, nil
 }
@@ -215,7 +235,7 @@ func (r *run) startQEMU(b *Builder, g *guest, req *rpc.Request) (any, error) {
 		closeAll(req.Files)
 		return nil, rpc.Errorf(rpc.Refused, "builder: an emulator has one QEMU")
 	}
-	i := services.Instance{Label: services.QEMU + "-" + g.build.Spec.Name, Memory: uint64(g.build.Spec.Memory), KVM: haveKVM()}
+	i := services.Instance{Label: services.QEMU + "-" + g.build.Spec.Name, Memory: uint64(g.build.Spec.Memory), KVM: haveKVM(), NICs: len(g.build.Spec.NICs) > 0}
 	if i.KVM {
 		st, err := os.Stat("/dev/kvm")
 		if err != nil {

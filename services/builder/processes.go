@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"redoubt.dev/redoubt/ipc/rpc"
+	"redoubt.dev/redoubt/network"
 	"redoubt.dev/redoubt/process"
 	"redoubt.dev/redoubt/programs"
 	"redoubt.dev/redoubt/sandbox"
@@ -44,8 +45,8 @@ type instance struct {
 // beyond those that distributions give to people, services and containers.
 const DefaultUsers = 0x52440000
 
-// Redoubt's users: those of services of which there is one come first, in the order of
-// [services.Table], because directories are theirs for long; then those of all others.
+// Redoubt's users: those of services of which there is one, with a directory, come first, in the order
+// of [services.Table], because directories are theirs for long; then those of all others.
 const (
 	firstFree = 64
 	users     = 1 << 16
@@ -72,7 +73,7 @@ func (p *processes) user(s *services.Service) uint32 {
 func (p *processes) take(s *services.Service) (uint32, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if s.Count == services.One {
+	if s.Count == services.One && s.State == services.ReadWrite {
 		id := p.user(s)
 		if p.running[id] != nil {
 			return 0, fmt.Errorf("%s runs already", s.Name)
@@ -145,6 +146,44 @@ func (p *processes) start(name, whose, dir string, memory uint64) (*process.Proc
 		return nil, err
 	}
 	return proc, nil
+}
+
+// startIn starts a service of which there is one in Redoubt's network namespace; memory is that of
+// the guests it serves.
+func (p *processes) startIn(ns *network.Namespace, name string, memory uint64) (*process.Process, error) {
+	s, err := services.Find(name)
+	if err != nil {
+		return nil, err
+	}
+	id, err := p.take(s)
+	if err != nil {
+		return nil, err
+	}
+	i := services.Instance{Label: s.Program, UID: id, Memory: memory, Network: ns.File()}
+	var proc *process.Process
+	err = ns.Do(func() (err error) { proc, err = p.startInstance(s, i); return err })
+	if err != nil {
+		p.release(id)
+		return nil, err
+	}
+	return proc, nil
+}
+
+// growMemory raises the limit of a service's running processes.
+func (p *processes) growMemory(proc *process.Process, limit uint64) error {
+	if err := proc.GrowMemory(limit); err != nil {
+		return err
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, i := range p.running {
+		if i.spec != nil && i.pid == proc.PID() && i.spec.Memory < limit {
+			grown := *i.spec // the sandbox has the other one
+			grown.Memory = limit
+			i.spec = &grown
+		}
+	}
+	return nil
 }
 
 func (p *processes) startInstance(s *services.Service, i services.Instance) (*process.Process, error) {

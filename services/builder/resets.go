@@ -11,7 +11,7 @@ import (
 )
 
 // DefaultResets are in force for services that the operator does not name.
-const DefaultResets = "blkback=10m"
+const DefaultResets = "blkback=10m,netback=10m"
 
 // minReset is the most often that a service can be replaced.
 const minReset = 100 * time.Millisecond
@@ -83,6 +83,16 @@ func (b *Builder) resetToolstacks(guest string) (done ResetDone) {
 func (b *Builder) reset(in Reset) (ResetDone, error) {
 	if !slices.Contains(Resettable, in.Service) {
 		return ResetDone{}, rpc.Errorf(rpc.Invalid, "%q is not replaced under its guests; services: %s", in.Service, strings.Join(Resettable, ", "))
+	}
+	if in.Service == services.NetBack {
+		if in.Guest != "" {
+			return ResetDone{}, rpc.Errorf(rpc.Invalid, "there is one NetBack for all guests: leave the guest out")
+		}
+		var done ResetDone
+		if b.network.reset() {
+			done.Replaced = 1
+		}
+		return done, nil
 	}
 	b.mu.Lock()
 	var all []*guest

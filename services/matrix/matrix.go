@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"strings"
 
+	"redoubt.dev/redoubt/network"
 	"redoubt.dev/redoubt/sandbox"
 	"redoubt.dev/redoubt/sandbox/attack"
 	"redoubt.dev/redoubt/services"
@@ -29,22 +30,25 @@ type Field struct {
 	command *exec.Cmd
 	in      io.Closer
 	victim  string
+	network *network.Namespace // such as NetBack's
 }
 
 // New starts the victim, whose files are in dir. Close ends it.
 func New(program, dir string) (*Field, error) {
-	f := &Field{program: program, host: sandbox.Host{Launcher: program}, command: exec.Command(program, "victim", dir)}
-	in, err := f.command.StdinPipe()
+	ns, err := network.NewNamespace()
 	if err != nil {
 		return nil, err
 	}
-	f.in = in
-	out, err := f.command.StdoutPipe()
-	if err != nil {
-		return nil, err
+	f := &Field{program: program, host: sandbox.Host{Launcher: program}, command: exec.Command(program, "victim", dir), network: ns}
+	var out io.Reader
+	if f.in, err = f.command.StdinPipe(); err == nil {
+		out, err = f.command.StdoutPipe()
 	}
-	if err := f.command.Start(); err != nil {
-		return nil, err
+	if err == nil {
+		err = f.command.Start()
+	}
+	if err != nil {
+		return nil, errors.Join(err, ns.Close())
 	}
 	line, err := bufio.NewReader(out).ReadString('\n')
 	if err == nil {
@@ -60,7 +64,7 @@ func New(program, dir string) (*Field, error) {
 // Close ends the victim.
 func (f *Field) Close() error {
 	_ = f.in.Close()
-	return f.command.Wait()
+	return errors.Join(f.command.Wait(), f.network.Close())
 }
 
 // A Result is what became of an attack.
@@ -90,31 +94,57 @@ func (f *Field) Outside(a attack.Attack) Result {
 // Inside tries an attack in the sandbox of a service. state is a directory for one that has one,
 // which is made its user's. An error says that there was no sandbox to try it in.
 func (f *Field) Inside(s *services.Service, state string, a attack.Attack) (Result, error) {
+	spec, err := f.spec(s, state)
+	if err != nil {
+		return Result{}, err
+	}
+	return f.inside(spec, "attack", a.Name, f.victim)
+}
+
+// spec is the sandbox of a service, for the attacking program.
+func (f *Field) spec(s *services.Service, state string) (*sandbox.Spec, error) {
 	in := services.Instance{Label: s.Name, UID: uid, Memory: 64 << 20}
 	if s.State == services.ReadWrite {
 		in.StateDir = state
 		if err := os.Chown(state, uid, uid); err != nil {
-			return Result{}, err
+			return nil, err
 		}
 	}
+	if s.Network {
+		in.Network = f.network.File()
+	}
+	in.NICs = s.Name == services.QEMU // which adds to its calls
 	spec, err := s.Sandbox(in)
 	if err != nil {
-		return Result{}, err
+		return nil, err
 	}
 	if s.Foreign() {
 		// The program is in Go: it has the calls of the service's and its own runtime's.
-		if spec.Policy, err = sandbox.ParsePolicy(s.Name, []byte("include "+s.Policy.Name+"\ninclude go\n")); err != nil {
-			return Result{}, err
+		list := "include " + s.Policy.Name + "\ninclude go\n"
+		if in.NICs {
+			list = "include qemu-nics\n" + list
+		}
+		if spec.Policy, err = sandbox.ParsePolicy(s.Name, []byte(list)); err != nil {
+			return nil, err
 		}
 	}
-	cmd := exec.Command(f.program, "attack", a.Name, f.victim)
+	return spec, nil
+}
+
+// inside runs the program in a sandbox.
+func (f *Field) inside(spec *sandbox.Spec, args ...string) (Result, error) {
+	cmd := exec.Command(f.program, args...)
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	g, err := f.host.Prepare(cmd, spec)
 	if err != nil {
 		return Result{}, err
 	}
-	if err := g.Start(); err != nil {
+	start := g.Start
+	if spec.NetworkNamespace != nil {
+		start = func() error { return f.network.Do(g.Start) }
+	}
+	if err := start(); err != nil {
 		return Result{}, err
 	}
 	err = g.Wait()
@@ -126,6 +156,9 @@ func (f *Field) Inside(s *services.Service, state string, a attack.Attack) (Resu
 func Declared(service, attack string) string {
 	if service == services.QEMU && attack == "executable memory" {
 		return "with TCG it executes what it writes; on KVM it may not"
+	}
+	if service == services.NetBack && attack == "netlink socket" {
+		return "by netlink it makes bridges and filter, in Redoubt's own network namespace"
 	}
 	return ""
 }

@@ -3,12 +3,14 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"runtime"
 	"sync"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"redoubt.dev/redoubt/sandbox"
@@ -50,6 +52,9 @@ func main() {
 	case "caps": // makes a packet socket, for which NET_RAW is needed
 		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW, 0)
 		fmt.Println(fd >= 0, err)
+	case "interface": // makes a bridge, for which NET_ADMIN is needed
+		b := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "probe"}}
+		fmt.Println(errors.Join(netlink.LinkAdd(b), netlink.LinkDel(b)))
 	case "late": // a call outside the list once it is told to
 		fmt.Println("ready")
 		_, _ = os.Stdin.Read(make([]byte, 1))

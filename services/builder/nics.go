@@ -1,0 +1,376 @@
+package builder
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"strconv"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"redoubt.dev/redoubt/audit"
+	"redoubt.dev/redoubt/ipc/rpc"
+	"redoubt.dev/redoubt/network"
+	"redoubt.dev/redoubt/services"
+	"redoubt.dev/redoubt/services/protocol"
+	"redoubt.dev/redoubt/spec"
+	"redoubt.dev/redoubt/store/tree"
+)
+
+// nics are a guest's network devices, from its building to its end. networking.mu is over its
+// fields.
+type nics struct {
+	n      *networking
+	g      *guest
+	config []network.NIC
+	tuns   []*os.File // keep the taps; see network.OpenTun
+
+	memory  *os.File      // of the emulator that has them or is being started; nil without one
+	domain  tree.Domain   // its domain
+	settled chan struct{} // closed when its start is over; nil without one under way
+	run     *run          // once it runs
+	stale   bool          // NetBack was replaced before the run could be told
+	told    chan struct{} // closed when the last telling of the emulator is over
+}
+
+// add makes the network devices of a guest that is being built; nil for one that has none.
+func (n *networking) add(g *guest) (_ *nics, err error) {
+	if len(g.build.Spec.NICs) == 0 {
+		return nil, nil
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.ending {
+		return nil, rpc.Errorf(rpc.Unavailable, "Redoubt is going down")
+	}
+	if err := n.open(); err != nil {
+		return nil, rpc.Errorf(rpc.Unavailable, "nics: %v", err)
+	}
+	s := &nics{n: n, g: g}
+	if s.config, err = n.choose(g); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			closeAll(s.tuns)
+		}
+	}()
+	err = n.ns.Do(func() error {
+		for range s.config {
+			f, err := network.OpenTun()
+			if err != nil {
+				return rpc.Errorf(rpc.Unavailable, "nics: %v", err)
+			}
+			s.tuns = append(s.tuns, f)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	n.guests = append(n.guests, s)
+	defer func() {
+		if err != nil {
+			s.leave()
+		}
+	}()
+	had := n.now
+	err = n.serve(func(p *netback) error {
+		if p != had { // it was told with its start
+			return nil
+		}
+		if err := n.b.journal.record(s.linked(p)...); err != nil {
+			return rpc.Errorf(rpc.Unavailable, "%v", err)
+		}
+		if err := n.b.procs.growMemory(p.proc, n.limit()); err != nil {
+			return rpc.Errorf(rpc.Unavailable, "%v", err)
+		}
+		return n.tell(p)
+	})
+	if err != nil {
+		return nil, fmt.Errorf("nics: %w", err)
+	}
+	return s, nil
+}
+
+// limit is NetBack's limit of memory for the guests it serves.
+func (n *networking) limit() uint64 {
+	s, err := services.Find(services.NetBack)
+	if err != nil {
+		panic(err)
+	}
+	return s.Memory + n.memory()
+}
+
+// choose settles what a guest's NICs are. n.mu is held.
+func (n *networking) choose(g *guest) ([]network.NIC, error) {
+	type station struct {
+		mac  network.MAC
+		vlan uint16
+	}
+	ids, stations := map[int]bool{}, map[station]bool{}
+	for _, c := range n.config(nil).NICs {
+		ids[c.ID], stations[station{c.MAC, c.VLAN}] = true, true
+	}
+	if len(ids)+len(g.build.Spec.NICs) > maxNICs {
+		return nil, rpc.Errorf(rpc.Unavailable, "nics: all guests together have %d already: the most is %d", len(ids), maxNICs)
+	}
+	var all []network.NIC
+	for i, want := range g.build.Spec.NICs {
+		c, err := configure(want, g.build.UUID, i)
+		if err != nil {
+			return nil, rpc.Errorf(rpc.Invalid, "nics[%d]: %v", i, err)
+		}
+		at := station{c.MAC, c.VLAN}
+		if stations[at] {
+			return nil, rpc.Errorf(rpc.Exists, "nics[%d].mac: %s is in VLAN %d already: give it another", i, net.HardwareAddr(c.MAC[:]), c.VLAN)
+		}
+		for ids[n.next] {
+			n.next++
+		}
+		c.ID = n.next
+		if n.next++; n.next > network.MaxID {
+			n.next = 0
+		}
+		ids[c.ID], stations[at] = true, true
+		all = append(all, c)
+	}
+	if _, err := network.NewPlan(n.config(all), true); err != nil { // the same whatever the kernel can
+		return nil, rpc.Errorf(rpc.Invalid, "nics: %v", err)
+	}
+	return all, nil
+}
+
+// configure is a NIC of a spec that was checked.
+func configure(want spec.NIC, uuid string, index int) (network.NIC, error) {
+	mac := spec.DefaultMAC(uuid, index)
+	if want.MAC != "" {
+		var err error
+		if mac, err = net.ParseMAC(want.MAC); err != nil {
+			return network.NIC{}, err
+		}
+	}
+	c := network.NIC{VLAN: uint16(want.VLAN), MAC: network.MAC(mac)}
+	for _, a := range want.Addresses {
+		ip, err := netip.ParseAddr(a)
+		if err != nil {
+			return c, err
+		}
+		c.Addresses = append(c.Addresses, ip)
+	}
+	return c, nil
+}
+
+// linked records that the guest depends on a NetBack, which may touch its memory.
+func (s *nics) linked(p *netback) []audit.Entry {
+	j, name := s.n.b.journal, s.g.build.Spec.Name
+	return []audit.Entry{j.linked(name, p.is), j.entry(ActHandOver, name, audit.Done, "to", services.NetBack,
+		audit.DetailInstance, p.is.id, "memory", strconv.FormatInt(int64(s.g.build.Spec.Memory), 10))}
+}
+
+// attach gives a new emulator its NICs: what it needs for each is returned.
+func (s *nics) attach(r *run, memory *os.File) (fronts []*os.File, err error) {
+	if s == nil {
+		return nil, nil
+	}
+	s.n.mu.Lock()
+	defer s.n.mu.Unlock()
+	fd, err := unix.FcntlInt(memory.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("nics: %w", err)
+	}
+	s.release()
+	s.memory, s.domain, s.settled = os.NewFile(uintptr(fd), "memory"), r.domain, make(chan struct{})
+	err = s.n.serve(func(p *netback) (err error) {
+		fronts, err = s.connect(p)
+		return err
+	})
+	s.stale = false
+	if err != nil {
+		s.release()
+	}
+	return fronts, err
+}
+
+// connect has NetBack serve the NICs and returns the front ends' ends. s.n.mu is held.
+func (s *nics) connect(p *netback) (fronts []*os.File, err error) {
+	defer func() {
+		if err != nil {
+			closeAll(fronts)
+			fronts = nil
+		}
+	}()
+	for i := range s.config {
+		f, err := s.connectOne(p, i)
+		if err != nil {
+			return fronts, fmt.Errorf("nics[%d]: %w", i, err)
+		}
+		fronts = append(fronts, f)
+	}
+	return fronts, nil
+}
+
+func (s *nics) connectOne(p *netback, i int) (*os.File, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, rpc.Errorf(rpc.Internal, "%v", err)
+	}
+	back, front := os.NewFile(uintptr(fds[0]), "nic"), os.NewFile(uintptr(fds[1]), "nic")
+	defer back.Close()
+	in := protocol.AttachNIC{
+		ID: s.config[i].ID, MTU: nicMTU, Domain: s.domain,
+		Files: protocol.Files{protocol.FileTun, protocol.FileMemory, protocol.FileNetwork},
+	}
+	files := []*os.File{s.tuns[i], s.memory, back}
+	// Each process needs one of its own: the kernel ties it to the memory of who uses it.
+	vhost, err := network.OpenVhost()
+	switch {
+	case err == nil:
+		defer vhost.Close()
+		in.Files, files = append(in.Files, protocol.FileVhostNet), append(files, vhost)
+	case !errors.Is(err, network.ErrUnsupported):
+		front.Close()
+		return nil, rpc.Errorf(rpc.Unavailable, "%v", err)
+	}
+	if err := s.n.call(p, protocol.MethodAttachNIC, in, files...); err != nil {
+		front.Close()
+		return nil, err
+	}
+	return front, nil
+}
+
+// setRun tells that the emulator which attach was for runs.
+func (s *nics) setRun(r *run) {
+	if s == nil {
+		return
+	}
+	s.n.mu.Lock()
+	defer s.n.mu.Unlock()
+	s.settle()
+	s.run = r
+	if !s.stale {
+		return
+	}
+	// Where there is no NetBack the next one is started, and brought to all guests.
+	if s.n.now == nil {
+		_ = s.n.begin(nil)
+	} else {
+		s.reattach()
+	}
+}
+
+// reattach connects a new NetBack with the running emulator, which is told in a goroutine. s.n.mu
+// is held.
+func (s *nics) reattach() {
+	s.stale = false
+	p, r, start := s.n.now, s.run, time.Now()
+	fronts, err := s.connect(p)
+	if err != nil {
+		if s.n.lost(p, err) { // whoever waits for its end goes on with the next
+			s.stale = true
+			return
+		}
+		r.fail(fmt.Sprintf("network: %v", err))
+		return
+	}
+	before, told := s.told, make(chan struct{})
+	s.told = told
+	s.n.b.wg.Go(func() {
+		defer close(told)
+		defer closeAll(fronts)
+		if before != nil {
+			<-before // in order: the emulator keeps the connection it was told last
+		}
+		if err := tellNICs(r, fronts); err != nil {
+			s.untold(p, r, err)
+			return
+		}
+		s.n.b.event(s.g, protocol.Event{Kind: protocol.EventNetwork, Text: fmt.Sprintf("NetBack was replaced in %v", time.Since(start).Round(10*time.Microsecond))})
+	})
+}
+
+func tellNICs(r *run, fronts []*os.File) error {
+	ctx, cancel := context.WithTimeout(context.Background(), tellLimit)
+	defer cancel()
+	for i, f := range fronts {
+		_, err := r.peer.Call(ctx, protocol.MethodNIC, protocol.NIC{Index: i, Files: protocol.Files{protocol.FileNetwork}}, nil, f)
+		if err != nil {
+			return fmt.Errorf("nics[%d]: %w", i, err)
+		}
+	}
+	return nil
+}
+
+// untold follows an emulator's failure to take a NetBack. If that is gone, or about to be, the
+// next one is told; one that runs serves the others, so the fault is this guest's.
+func (s *nics) untold(p *netback, r *run, err error) {
+	dying := time.NewTimer(tellLimit / 4)
+	defer dying.Stop()
+	select {
+	case <-p.proc.Done():
+		return
+	case <-r.proc.Done():
+		return
+	case <-dying.C:
+	}
+	s.n.mu.Lock()
+	defer s.n.mu.Unlock()
+	if s.run == r && s.n.now == p {
+		r.fail(fmt.Sprintf("network: the emulator takes no other NetBack: %v", err))
+	}
+}
+
+// settle ends the time in which a start is under way. s.n.mu is held.
+func (s *nics) settle() {
+	if s.settled != nil {
+		close(s.settled)
+		s.settled = nil
+	}
+}
+
+// detach tells that the emulator has ended, or does not start.
+func (s *nics) detach() {
+	if s == nil {
+		return
+	}
+	s.n.mu.Lock()
+	defer s.n.mu.Unlock()
+	s.release()
+}
+
+func (s *nics) release() {
+	s.settle()
+	s.run, s.stale = nil, false
+	if s.memory != nil {
+		s.memory.Close()
+		s.memory = nil
+	}
+}
+
+// close ends the NICs with their guest.
+func (s *nics) close() {
+	if s == nil {
+		return
+	}
+	s.n.mu.Lock()
+	defer s.n.mu.Unlock()
+	s.release()
+	closeAll(s.tuns)
+	s.leave()
+}
+
+// leave takes the guest out of the network. s.n.mu is held.
+func (s *nics) leave() {
+	n := s.n
+	n.guests = slices.DeleteFunc(n.guests, func(o *nics) bool { return o == s })
+	if p := n.now; p != nil {
+		if err := n.tell(p); err != nil && !n.lost(p, err) {
+			n.b.log.Warn("network", "guest", s.g.build.Spec.Name, "err", err)
+		}
+	}
+}
