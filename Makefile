@@ -48,7 +48,7 @@ demo: fetch build guest
 
 bench: fetch build guest
 	@$(GO) run ./lab/cmd/peers
-	REDOUBT_LAB_LATER=1 $(GO) test -run '^$$' -bench '$(BENCH)' -benchtime 5x -timeout 60m ./vtpm/... ./e2e
+	REDOUBT_LAB_LATER=1 $(GO) test -run '^$$' -bench '$(BENCH)' -benchtime 5x -timeout 60m ./vtpm/... ./services/netback ./e2e
 	$(GO) test -run '^$$' -bench '$(BENCH)' -benchtime 1s ./store/...
 	$(LAB) test -timeout 60m -bench '$(BENCH)' ./e2e
 

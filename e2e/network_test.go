@@ -122,7 +122,7 @@ func (h *host) process(label string) int {
 
 // newUplink makes an interface for Redoubt, which must be there again when Redoubt has ended, and
 // the network that it leads to.
-func newUplink(t *testing.T) (name string, outside *network.Namespace) {
+func newUplink(t testing.TB) (name string, outside *network.Namespace) {
 	t.Helper()
 	name = fmt.Sprintf("rte2e%d", os.Getpid())
 	pair := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: name}, PeerName: name + "p"}
@@ -163,7 +163,7 @@ func newUplink(t *testing.T) (name string, outside *network.Namespace) {
 }
 
 // ping sends echo requests from outside until the guest that serves answers one.
-func ping(t *testing.T, outside *network.Namespace) {
+func ping(t testing.TB, outside *network.Namespace) {
 	t.Helper()
 	var c net.PacketConn
 	err := outside.Do(func() (err error) { c, err = net.ListenPacket("ip4:icmp", "192.0.2.100"); return err })
@@ -188,7 +188,7 @@ func ping(t *testing.T, outside *network.Namespace) {
 }
 
 // enough tells a guest to end, from outside.
-func enough(t *testing.T, outside *network.Namespace, address string) {
+func enough(t testing.TB, outside *network.Namespace, address string) {
 	t.Helper()
 	err := outside.Do(func() error {
 		c, err := net.DialTimeout("tcp", address+":7000", time.Minute)
