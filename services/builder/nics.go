@@ -35,7 +35,8 @@ type nics struct {
 	settled chan struct{} // closed when its start is over; nil without one under way
 	run     *run          // once it runs
 	stale   bool          // NetBack was replaced before the run could be told
-	told    chan struct{} // closed when the last telling of the emulator is over
+	offered *offer        // what the emulator is to be told next
+	telling bool          // a goroutine does
 }
 
 // add makes the network devices of a guest that is being built; nil for one that has none.
@@ -278,20 +279,43 @@ func (s *nics) reattach() {
 		r.fail(fmt.Sprintf("network: %v", err))
 		return
 	}
-	before, told := s.told, make(chan struct{})
-	s.told = told
-	s.n.b.wg.Go(func() {
-		defer close(told)
-		defer closeAll(fronts)
-		if before != nil {
-			<-before // in order: the emulator keeps the connection it was told last
-		}
-		if err := tellNICs(r, fronts); err != nil {
-			s.untold(p, r, err)
+	if s.offered != nil { // the emulator is slow: it need not hear of what is gone already
+		closeAll(s.offered.fronts)
+	}
+	s.offered = &offer{p, r, fronts, start}
+	if !s.telling {
+		s.telling = true
+		s.n.b.wg.Go(s.tell)
+	}
+}
+
+// An offer is a NetBack that an emulator is to be told of.
+type offer struct {
+	from   *netback
+	to     *run
+	fronts []*os.File
+	made   time.Time
+}
+
+// tell tells the emulator of each NetBack, in order, until it knows the last.
+func (s *nics) tell() {
+	for {
+		s.n.mu.Lock()
+		o := s.offered
+		s.offered = nil
+		s.telling = o != nil
+		s.n.mu.Unlock()
+		if o == nil {
 			return
 		}
-		s.n.b.event(s.g, protocol.Event{Kind: protocol.EventNetwork, Text: fmt.Sprintf("NetBack was replaced in %v", time.Since(start).Round(10*time.Microsecond))})
-	})
+		err := tellNICs(o.to, o.fronts)
+		closeAll(o.fronts)
+		if err != nil {
+			s.untold(o, err)
+			continue
+		}
+		s.n.b.event(s.g, protocol.Event{Kind: protocol.EventNetwork, Text: fmt.Sprintf("NetBack was replaced in %v", time.Since(o.made).Round(10*time.Microsecond))})
+	}
 }
 
 func tellNICs(r *run, fronts []*os.File) error {
@@ -306,23 +330,22 @@ func tellNICs(r *run, fronts []*os.File) error {
 	return nil
 }
 
-// untold follows an emulator's failure to take a NetBack. If that is gone, or about to be, the
-// next one is told; one that runs serves the others, so the fault is this guest's.
-func (s *nics) untold(p *netback, r *run, err error) {
-	dying := time.NewTimer(tellLimit / 4)
-	defer dying.Stop()
-	select {
-	case <-p.proc.Done():
-		return
-	case <-r.proc.Done():
-		return
-	case <-dying.C:
+// untold follows an emulator's failure to take a NetBack. One that does not answer is at fault, as a
+// connection to a NetBack that is gone ends at once. For another failure the reason may be that
+// NetBack is gone, or about to be; else it serves the others, and the fault is this guest's.
+func (s *nics) untold(o *offer, err error) {
+	if !errors.Is(err, context.DeadlineExceeded) {
+		dying := time.NewTimer(tellLimit / 4)
+		defer dying.Stop()
+		select {
+		case <-o.from.proc.Done():
+			return
+		case <-o.to.proc.Done():
+			return
+		case <-dying.C:
+		}
 	}
-	s.n.mu.Lock()
-	defer s.n.mu.Unlock()
-	if s.run == r && s.n.now == p {
-		r.fail(fmt.Sprintf("network: the emulator takes no other NetBack: %v", err))
-	}
+	o.to.fail(fmt.Sprintf("network: the emulator takes no other NetBack: %v", err))
 }
 
 // settle ends the time in which a start is under way. s.n.mu is held.
@@ -346,6 +369,10 @@ func (s *nics) detach() {
 func (s *nics) release() {
 	s.settle()
 	s.run, s.stale = nil, false
+	if s.offered != nil {
+		closeAll(s.offered.fronts)
+		s.offered = nil
+	}
 	if s.memory != nil {
 		s.memory.Close()
 		s.memory = nil
