@@ -124,6 +124,12 @@ func (h *host) process(label string) int {
 // the network that it leads to.
 func newUplink(t testing.TB) (name string, outside *network.Namespace) {
 	t.Helper()
+	outside, err := network.NewNamespace()
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Last of all: the other end goes with it, and so the pair.
+	t.Cleanup(func() { _ = outside.Close() })
 	name = fmt.Sprintf("rte2e%d", os.Getpid())
 	pair := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: name}, PeerName: name + "p"}
 	if err := netlink.LinkAdd(pair); err != nil {
@@ -138,11 +144,6 @@ func newUplink(t testing.TB) (name string, outside *network.Namespace) {
 			t.Errorf("the uplink did not come back: %v", err)
 		}
 	})
-	outside, err := network.NewNamespace()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = outside.Close() })
 	peer, err := netlink.LinkByName(name + "p")
 	if err == nil {
 		err = netlink.LinkSetNsFd(peer, int(outside.File().Fd()))
