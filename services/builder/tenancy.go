@@ -135,8 +135,7 @@ func (t *tenancy) start(ctx context.Context) error {
 	if err == nil {
 		_, err = peer.Call(ctx, protocol.MethodConfigure, protocol.ConfigureToolstack{
 			Tenant: t.name, StateDir: services.StateDir, Operators: tenant.Operators, Viewers: tenant.Viewers,
-			Files: protocol.Files{protocol.FileListener},
-		}, nil, t.listener)
+		}, nil)
 	}
 	for _, g := range b.guestsOf(t.name) {
 		if err == nil {
@@ -144,9 +143,12 @@ func (t *tenancy) start(ctx context.Context) error {
 		}
 	}
 	for _, e := range t.ends {
-		if err == nil {
+		if err == nil && b.guest(e.UUID) == nil { // else it was started again since
 			err = peer.Notify(protocol.NoticeEnded, e)
 		}
+	}
+	if err == nil { // callers find what there is, not what is still to be told
+		_, err = peer.Call(ctx, protocol.MethodServe, struct{}{}, nil, t.listener)
 	}
 	if err != nil {
 		t.proc = nil // its end is no death to follow

@@ -15,10 +15,9 @@ import (
 
 // Names of descriptors.
 const (
-	FileListener = "listener" // the API's listening socket
-	FileStore    = "store"    // a connection to the store, with the receiver's identity
-	FileKVM      = "kvm"      // /dev/kvm
-	FileMemory   = "memory"   // a memfd: the guest's memory
+	FileStore    = "store"  // a connection to the store, with the receiver's identity
+	FileKVM      = "kvm"    // /dev/kvm
+	FileMemory   = "memory" // a memfd: the guest's memory
 	FileKernel   = "kernel"
 	FileInitrd   = "initrd"
 	FileDisk     = "disk"      // an image; one each, in the order of the spec
@@ -66,15 +65,18 @@ type ConfigureVTPM struct {
 	Files    Files  `json:"files"`
 }
 
-// ConfigureToolstack configures the toolstack. Files: FileListener.
+// ConfigureToolstack configures the toolstack, which then adopts guests and serves when it is told.
 type ConfigureToolstack struct {
 	Tenant   string `json:"tenant"`
 	StateDir string `json:"stateDir"`
 	// Operators may do everything, as root may; Viewers may look. Nobody else may do anything.
 	Operators []uint32 `json:"operators,omitempty"`
 	Viewers   []uint32 `json:"viewers,omitempty"`
-	Files     Files    `json:"files"`
 }
+
+// MethodServe has a toolstack serve its API: it knows all guests that run. Descriptor: the listening
+// socket.
+const MethodServe = "serve" // nothing → nothing
 
 // MethodAdopt gives a toolstack a guest that runs already. Descriptors: the toolstack's ends of its
 // console and its byte channel, the console's log.

@@ -31,7 +31,9 @@ func Serve(ctx context.Context, log *slog.Logger, control *ipc.Conn) error {
 	t.builder = rpc.New(control, func(_ context.Context, r *rpc.Request) (any, error) {
 		switch r.Method {
 		case protocol.MethodConfigure:
-			l, err := t.configure(r)
+			return struct{}{}, t.configure(r)
+		case protocol.MethodServe:
+			l, err := t.listener(r)
 			if err != nil {
 				return nil, err
 			}
@@ -67,23 +69,14 @@ func Serve(ctx context.Context, log *slog.Logger, control *ipc.Conn) error {
 	return err
 }
 
-func (t *Toolstack) configure(r *rpc.Request) (net.Listener, error) {
+func (t *Toolstack) configure(r *rpc.Request) error {
+	defer closeFiles(r.Files)
 	var in protocol.ConfigureToolstack
 	if err := r.Decode(&in); err != nil {
-		return nil, err
+		return err
 	}
-	files, err := in.Files.Take(r)
-	if err != nil {
-		return nil, err
-	}
-	if len(files[protocol.FileListener]) != 1 || t.dir != "" {
-		return nil, rpc.Errorf(rpc.Invalid, "toolstack: configured wrongly or twice")
-	}
-	f := files[protocol.FileListener][0]
-	defer f.Close()
-	l, err := net.FileListener(f)
-	if err != nil {
-		return nil, err
+	if t.dir != "" {
+		return rpc.Errorf(rpc.Invalid, "toolstack: configured twice")
 	}
 	t.dir = in.StateDir
 	t.roles = &roles{in.Tenant, in.Operators, in.Viewers, func(d protocol.Denied) {
@@ -92,10 +85,18 @@ func (t *Toolstack) configure(r *rpc.Request) (net.Listener, error) {
 		}
 	}}
 	if err := t.load(); err != nil {
-		l.Close()
-		return nil, fmt.Errorf("guests: %w", err)
+		return fmt.Errorf("guests: %w", err)
 	}
-	return l, nil
+	return nil
+}
+
+// listener takes the API's socket.
+func (t *Toolstack) listener(r *rpc.Request) (net.Listener, error) {
+	defer closeFiles(r.Files)
+	if len(r.Files) != 1 || t.dir == "" {
+		return nil, rpc.Errorf(rpc.Invalid, "toolstack: to serve before it is configured, or without a socket")
+	}
+	return net.FileListener(r.Files[0])
 }
 
 // serve runs the outer API: Connect over HTTP on the Unix socket, whose mode says who may
