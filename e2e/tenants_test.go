@@ -96,7 +96,7 @@ func TestTenantsQEMU(t *testing.T) {
 	good(run(acmeOperator, "acme", acme, acme+"/disk"))
 	good(as(acmeOperator, "--tenant", "acme", "stop", "web", "--grace", "0s"))
 	good(as(acmeOperator, "--tenant", "acme", "run", "web")) // its first end is no news any more
-	good(run(evilOperator, "evil", evil, evil+"/disk")) // of the same name
+	good(run(evilOperator, "evil", evil, evil+"/disk"))      // of the same name
 
 	// By API.
 	for _, uid := range []uint32{acmeOperator, acmeViewer} {

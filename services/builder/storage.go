@@ -300,11 +300,14 @@ func (s *storage) fromBlkBack(_ context.Context, req *rpc.Request) (any, error) 
 	if err := req.Decode(&f); err != nil {
 		return nil, err
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.run != nil && s.run.domain == f.Domain {
-		s.fail(fmt.Sprintf("disks[%d]: %s", f.Index, clip(f.Reason, 512)))
-	}
+	// Not here: a replacement may hold mu and wait for an answer that comes behind this notice.
+	s.b.wg.Go(func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.run != nil && s.run.domain == f.Domain {
+			s.fail(fmt.Sprintf("disks[%d]: %s", f.Index, clip(f.Reason, 512)))
+		}
+	})
 	return nil, nil
 }
 

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"redoubt.dev/redoubt/audit"
@@ -25,6 +26,8 @@ type tenancy struct {
 	name     string
 	listener *os.File // of its API; callers wait in its queue while there is no toolstack
 
+	denied atomic.Int64 // callers turned away
+
 	// mu is held over one change of the toolstack, so that no event is lost between an adoption
 	// and the next notice.
 	mu     sync.Mutex
@@ -33,7 +36,6 @@ type tenancy struct {
 	number int       // of the toolstack there is or was last
 	deaths deaths
 	ending bool
-	denied int
 	closed chan struct{}             // with ending
 	ends   map[string]protocol.Ended // the last of each guest
 	wg     sync.WaitGroup            // its processes' connections
@@ -324,10 +326,7 @@ func (t *tenancy) note(r *rpc.Request) error {
 	if err := r.Decode(&in); err != nil {
 		return err
 	}
-	t.mu.Lock()
-	t.denied++
-	n := t.denied
-	t.mu.Unlock()
+	n := int(t.denied.Add(1)) // without mu: a start may hold it and wait for an answer behind this
 	if n <= maxRefusals || n&(n-1) == 0 {
 		j := t.b.journal
 		e := j.entry(ActCall, services.Toolstack, audit.Refused, "method", clip(in.Method, 128), "tenant", t.name, "count", strconv.Itoa(n))
