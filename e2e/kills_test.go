@@ -112,10 +112,15 @@ func kills(t *testing.T, emulator string, length time.Duration) {
 	for _, v := range []*verifier{steady, restless} {
 		h.must("stop", v.name, "--grace", "60s")
 		v.check()
-		if g := h.show(v.name); g.State != "stopped" {
+		g := h.show(v.name)
+		if g.State != "stopped" {
 			t.Errorf("%s is %s: %s", v.name, g.State, g.Reason)
 		}
-		if c := h.console(v.name); !strings.Contains(c, "PRESSED") {
+		// The restless one may just be rebooting by itself: then it is ended before its next start.
+		c := h.console(v.name)
+		rebooting := v == restless && (strings.Contains(g.Reason, "while it rebooted") ||
+			strings.Contains(lastLines(c, 1), "reboot: Restarting system"))
+		if !rebooting && !strings.Contains(c, "PRESSED") {
 			t.Errorf("%s did not power off by itself\n%s", v.name, lastLines(c, 10))
 		}
 		t.Logf("%s: %d boots, last round %d", v.name, v.boots, v.round)
