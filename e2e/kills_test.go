@@ -38,7 +38,7 @@ func TestKillsNative(t *testing.T) {
 
 func TestSoakKillsQEMU(t *testing.T) {
 	if os.Getenv(lab.InLab) != "" {
-		t.Skip("runs on the host")
+		t.Skip("QEMU's guests are for the host, where `make soak` runs this")
 	}
 	kills(t, "qemu", soakMinutes(t))
 }

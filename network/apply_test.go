@@ -26,7 +26,7 @@ func newTestNet(t testing.TB) *testNet {
 	t.Helper()
 	ns, err := NewNamespace()
 	if errors.Is(err, unix.EPERM) {
-		t.Skipf("needs root: %v", err)
+		t.Skipf("needs root, as `make test` is run by: %v", err)
 	}
 	if err != nil {
 		t.Fatal(err)

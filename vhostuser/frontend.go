@@ -80,8 +80,8 @@ func (f *Frontend) Close() error {
 }
 
 // Connect takes c over as the connection to a back end, in place of the last one, and brings that
-// back end to where the device is. When it returns nil the guest is served. gone is closed when
-// the connection has ended.
+// back end to where the device is. When it returns nil the guest is served until gone is closed:
+// the connection has ended. It may have already, by what the guest has put in its queues.
 func (f *Frontend) Connect(c *net.UnixConn) (gone <-chan struct{}, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -140,10 +140,12 @@ func (f *Frontend) greet() error {
 		return errors.New("is another device: its configuration differs")
 	}
 	f.known, f.protocol, f.offered, f.config = true, protocol, offered&^featureProtocol, config
-	if err := f.do(setOwner, nil); err != nil {
+	// Not f.do, which takes the end of the connection for no error and leaves no peer: the replay
+	// below does, since a queue that the guest broke ends every back end.
+	if err := f.peer.do(setOwner, nil); err != nil {
 		return err
 	}
-	if err := f.do(setFeatures, u64(f.features|featureProtocol)); err != nil {
+	if err := f.peer.do(setFeatures, u64(f.features|featureProtocol)); err != nil {
 		return err
 	}
 	tracked := protocol&protoInflight != 0

@@ -16,6 +16,7 @@ import (
 
 	"redoubt.dev/redoubt/lab"
 	"redoubt.dev/redoubt/network"
+	"redoubt.dev/redoubt/network/nettest"
 	"redoubt.dev/redoubt/virtio"
 )
 
@@ -115,13 +116,9 @@ func copyFile(t testing.TB, f *os.File) *os.File {
 // overTap puts the driver's device onto a real tap: own path or, with vhost, the kernel's.
 func (d *netDriver) overTap(vhost bool) {
 	d.t.Helper()
-	ns, err := network.NewNamespace()
-	if err != nil {
-		d.t.Skipf("needs network namespaces: %v", err)
-	}
-	d.t.Cleanup(func() { _ = ns.Close() })
+	ns := nettest.Namespace(d.t)
 	var tun *os.File
-	if err := ns.Do(func() error {
+	if err := ns.Do(func() (err error) {
 		if tun, err = network.OpenTun(); err != nil {
 			return err
 		}

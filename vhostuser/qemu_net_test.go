@@ -19,6 +19,7 @@ import (
 	"redoubt.dev/redoubt/lab/debian"
 	"redoubt.dev/redoubt/lab/initramfs"
 	"redoubt.dev/redoubt/network"
+	"redoubt.dev/redoubt/network/nettest"
 	"redoubt.dev/redoubt/virtio"
 )
 
@@ -66,13 +67,9 @@ poweroff -f
 // back what it gets. progress tells of each part of that.
 func netHost(t *testing.T) (tun *os.File, progress <-chan struct{}) {
 	t.Helper()
-	ns, err := network.NewNamespace()
-	if err != nil {
-		t.Skipf("needs network namespaces: %v", err)
-	}
-	t.Cleanup(func() { _ = ns.Close() })
+	ns := nettest.Namespace(t)
 	var l net.Listener
-	if err := ns.Do(func() error {
+	if err := ns.Do(func() (err error) {
 		if tun, err = network.OpenTun(); err != nil {
 			return err
 		}

@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"redoubt.dev/redoubt/virtio"
 )
 
@@ -99,6 +101,82 @@ func TestFrontendKilled(t *testing.T) {
 	for i := range slots {
 		if s := f.do(i, opRead, uint64(8*i), 4096); s != 0 || binary.LittleEndian.Uint64(f.data(i)) != uint64(i)+1 {
 			t.Fatalf("slot %d: status %d, %d", i, s, binary.LittleEndian.Uint64(f.data(i)))
+		}
+	}
+}
+
+// TestFrontendGreeting: a back end may end after any number of the requests of its greeting; it
+// serves nobody then, and the next one does.
+func TestFrontendGreeting(t *testing.T) {
+	b := disk(t, filepath.Join(t.TempDir(), "disk"))
+	defer func() { _ = b.Close() }()
+	const greeting = 16 // requests, with one queue that runs
+	for n := range greeting + 1 {
+		f, e := overFrontend(t)
+		f.setUp(e)
+		// connect serves n requests, or all.
+		connect := func(n int) (<-chan struct{}, error) {
+			own, between := socketpair(t)
+			behind, theirs := socketpair(t)
+			ended := make(chan error, 1)
+			go func() { ended <- Serve(t.Context(), theirs, b, Options{Memory: f.whitelist()}) }()
+			go pass(between, behind, n)
+			go pass(behind, between, -1)
+			gone, err := e.Connect(own)
+			if n >= 0 {
+				if err := <-ended; err != nil {
+					t.Errorf("after %d requests the back end ended with %v", n, err)
+				}
+			}
+			return gone, err
+		}
+		gone, err := connect(n)
+		switch {
+		case err == nil:
+			<-gone
+		case !errors.Is(err, ErrBackEnd):
+			t.Errorf("after %d requests: %v", n, err)
+		}
+		if e.Served() {
+			t.Errorf("after %d requests: served by nobody", n)
+		}
+		if _, err := connect(-1); err != nil {
+			t.Fatalf("the back end after the one of %d requests: %v", n, err)
+		}
+		if s := f.do(0, opWrite, 0, 512); s != 0 {
+			t.Errorf("after %d requests: status %d", n, s)
+		}
+		if err := e.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// pass hands n messages on, or all, and ends both connections.
+func pass(from, to *net.UnixConn, n int) {
+	defer func() {
+		_ = from.CloseRead()
+		_ = to.CloseWrite()
+	}()
+	for ; n != 0; n-- {
+		m := &message{}
+		s := conn{c: from}
+		var head [headerSize]byte
+		if s.fill(m, head[:], true) != nil {
+			return
+		}
+		m.payload = make([]byte, binary.LittleEndian.Uint32(head[8:]))
+		err := s.fill(m, m.payload, false)
+		var fds []int
+		for _, f := range m.files {
+			fds = append(fds, int(f.Fd()))
+		}
+		if err == nil {
+			_, _, err = to.WriteMsgUnix(append(head[:], m.payload...), unix.UnixRights(fds...), nil)
+		}
+		m.closeFiles()
+		if err != nil {
+			return
 		}
 	}
 }

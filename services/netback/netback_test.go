@@ -25,6 +25,7 @@ import (
 	"redoubt.dev/redoubt/lab/debian"
 	"redoubt.dev/redoubt/lab/initramfs"
 	"redoubt.dev/redoubt/network"
+	"redoubt.dev/redoubt/network/nettest"
 	"redoubt.dev/redoubt/services/protocol"
 	"redoubt.dev/redoubt/vhostuser"
 	"redoubt.dev/redoubt/virtio"
@@ -62,17 +63,8 @@ type host struct {
 
 func newHost(t testing.TB, c network.Config) *host {
 	t.Helper()
-	ns, err := network.NewNamespace()
-	if err != nil {
-		t.Skipf("needs network namespaces: %v", err)
-	}
-	h := &host{t: t, ns: ns, config: c}
-	t.Cleanup(func() {
-		h.kill()
-		if err := ns.Close(); err != nil {
-			t.Error(err)
-		}
-	})
+	h := &host{t: t, ns: nettest.Namespace(t), config: c}
+	t.Cleanup(h.kill)
 	return h
 }
 

@@ -1,0 +1,142 @@
+package builder
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"redoubt.dev/redoubt/audit"
+	"redoubt.dev/redoubt/ipc/rpc"
+	"redoubt.dev/redoubt/services/protocol"
+)
+
+// supervise waits for a guest's emulator, starts the next one at a reboot, and reports the end.
+func (b *Builder) supervise(g *guest) {
+	for {
+		g.mu.Lock()
+		run := g.run
+		g.mu.Unlock()
+		exit := run.outcome(g)
+		b.journal.note(b.journal.ended(run.is, run.proc.Err(), []string{g.build.Spec.Name}))
+		run.peer.Close()
+		g.storage.detach()
+		g.nics.detach()
+		again := exit.Outcome == protocol.Reboot
+		b.release(g, again)
+		b.forget(run.domain)
+		if again {
+			b.event(g, protocol.Event{Kind: protocol.EventReboot, Text: exit.Reason})
+			err := b.restart(g)
+			if err == nil {
+				continue
+			}
+			b.release(g, false) // it was kept for a start that did not come
+			exit = protocol.Exit{Outcome: protocol.Crashed, Reason: fmt.Sprintf("reboot: %v", err)}
+			if g.isAsked() {
+				exit = protocol.Exit{Outcome: protocol.Stopped, Reason: "stopped while it rebooted"}
+			}
+		}
+		g.nics.close()
+		g.storage.close()
+		b.journal.note(b.journal.entry(audit.ActGuestEnd, g.build.Spec.Name, audit.Done,
+			"uuid", g.build.UUID, "outcome", string(exit.Outcome), "reason", exit.Reason))
+		g.close()
+		b.unclaim(g)
+		close(g.down)
+		if t := b.tenancy(g.tenant); t != nil {
+			t.notify(protocol.NoticeEnded, protocol.Ended{UUID: g.build.UUID, Outcome: exit.Outcome, Reason: exit.Reason})
+		}
+		return
+	}
+}
+
+// release tells the vTPM service that a guest's emulator is gone.
+func (b *Builder) release(g *guest, keep bool) {
+	_, err := b.vtpm.Call(context.Background(), protocol.MethodRelease, protocol.Release{UUID: g.build.UUID, Keep: keep}, nil)
+	if err != nil {
+		b.log.Warn("vTPM release", "guest", g.build.Spec.Name, "err", err)
+	}
+}
+
+// restart gives a rebooting guest a new emulator, unless it was told to end meanwhile.
+func (b *Builder) restart(g *guest) error {
+	if g.isAsked() {
+		return errors.New("the operator asked for the end")
+	}
+	next, err := b.start(context.Background(), g)
+	if err != nil {
+		return err
+	}
+	g.setRun(next)
+	if g.isAsked() { // asked while the new process was being made
+		_ = next.peer.Notify(protocol.MethodEnd, struct{}{})
+		next.killLater()
+	}
+	return nil
+}
+
+func (g *guest) isAsked() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.asked
+}
+
+// stop presses the power button and insists when the grace is over.
+func (b *Builder) stop(ctx context.Context, in protocol.Stop) error {
+	g := b.guest(in.UUID)
+	if g == nil {
+		return nil // it is down already
+	}
+	g.mu.Lock()
+	run := g.run
+	if run != nil {
+		g.asked = true
+	}
+	g.mu.Unlock()
+	if run == nil {
+		return rpc.Errorf(rpc.Unavailable, "the guest is being started: try again")
+	}
+	if in.Grace > 0 {
+		if _, err := run.peer.Call(ctx, protocol.MethodPowerButton, struct{}{}, nil); err != nil && !errors.Is(err, rpc.ErrGone) {
+			b.log.Warn("power button", "guest", g.build.Spec.Name, "err", err)
+		}
+		t := time.NewTimer(in.Grace)
+		defer t.Stop()
+		select {
+		case <-g.down:
+			return nil
+		case <-t.C:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	g.mu.Lock()
+	run = g.run // a reboot may have made a new one
+	g.mu.Unlock()
+	_ = run.peer.Notify(protocol.MethodEnd, struct{}{})
+	run.killLater()
+	select {
+	case <-g.down:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// endGuests ends every guest, for the Builder's own end. Nobody can ask for new ones then.
+func (b *Builder) endGuests() {
+	b.mu.Lock()
+	b.closing = true
+	var all []*guest
+	for _, g := range b.guests {
+		all = append(all, g)
+	}
+	b.mu.Unlock()
+	for _, g := range all {
+		b.wg.Go(func() { _ = b.stop(context.Background(), protocol.Stop{UUID: g.build.UUID}) })
+	}
+	for _, g := range all {
+		<-g.down
+	}
+}
