@@ -14,7 +14,6 @@ import (
 
 	"redoubt.dev/redoubt/audit"
 	"redoubt.dev/redoubt/services"
-	"redoubt.dev/redoubt/services/builder"
 )
 
 func (a *app) auditCommand() *cobra.Command {
@@ -86,7 +85,7 @@ Builder and still lies in <state-dir>/audit-damaged-*: look into it, then take i
 const verifyAttempts = 3
 
 func (a *app) auditVerify(known []audit.Head) error {
-	if _, err := os.Stat(filepath.Join(a.stateDir, builder.AuditDir)); err != nil {
+	if _, err := os.Stat(filepath.Join(a.stateDir, audit.Dir)); err != nil {
 		return fmt.Errorf("audit: %w: no log: name the state directory with --state-dir", err)
 	}
 	var out auditReport
@@ -99,7 +98,7 @@ func (a *app) auditVerify(known []audit.Head) error {
 			break
 		}
 	}
-	aside, err := filepath.Glob(filepath.Join(a.stateDir, builder.AuditDamaged+"*"))
+	aside, err := filepath.Glob(filepath.Join(a.stateDir, audit.DamagedPrefix+"*"))
 	if err != nil {
 		return err
 	}
@@ -119,9 +118,9 @@ func (a *app) auditVerify(known []audit.Head) error {
 func (a *app) auditReport(known []audit.Head) (auditReport, error) {
 	out := auditReport{Findings: []auditFinding{}}
 	bad := func(text string) {
-		out.Findings = append(out.Findings, auditFinding{Kind: string(audit.BadHead), File: builder.AuditHead, Text: text})
+		out.Findings = append(out.Findings, auditFinding{Kind: string(audit.BadHead), File: audit.AnchorFile, Text: text})
 	}
-	apart, err := builder.ReadAuditHead(a.stateDir)
+	apart, err := audit.KeptHead(a.stateDir)
 	missing := errors.Is(err, os.ErrNotExist)
 	switch {
 	case err == nil:
@@ -129,7 +128,7 @@ func (a *app) auditReport(known []audit.Head) (auditReport, error) {
 	case !missing:
 		bad(err.Error())
 	}
-	r, err := audit.Verify(filepath.Join(a.stateDir, builder.AuditDir), known...)
+	r, err := audit.Verify(filepath.Join(a.stateDir, audit.Dir), known...)
 	if err != nil {
 		return out, err
 	}
@@ -235,7 +234,7 @@ func parseMoment(s string, now time.Time) (time.Time, error) {
 }
 
 func (a *app) auditExposed(service string, from, to time.Time) error {
-	dir := filepath.Join(a.stateDir, builder.AuditDir)
+	dir := filepath.Join(a.stateDir, audit.Dir)
 	if _, err := os.Stat(dir); err != nil {
 		return fmt.Errorf("audit: %w: no log: name the state directory with --state-dir", err)
 	}

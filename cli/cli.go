@@ -22,7 +22,7 @@ import (
 
 	"redoubt.dev/redoubt/api"
 	"redoubt.dev/redoubt/api/redoubt/v1/redoubtv1connect"
-	"redoubt.dev/redoubt/services/builder"
+	"redoubt.dev/redoubt/services"
 	"redoubt.dev/redoubt/version"
 )
 
@@ -80,13 +80,13 @@ func (a *app) explain(err error) string {
 		return err.Error()
 	}
 	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ECONNREFUSED) {
-		if pid, err := a.runningBuilder(); err == nil && pid != 0 && a.tenant != builder.DefaultTenant {
+		if pid, err := a.runningBuilder(); err == nil && pid != 0 && a.tenant != services.DefaultTenant {
 			return fmt.Sprintf("there is no tenant %q: make it with `redoubt tenant set %s`", a.tenant, a.tenant)
 		}
 		return fmt.Sprintf("Redoubt does not run on %s: start it with `redoubt up`", a.runDir)
 	}
 	if errors.Is(err, unix.EACCES) {
-		return fmt.Sprintf("%s: permission denied: run as root", builder.APIPath(a.runDir, a.tenant))
+		return fmt.Sprintf("%s: permission denied: run as root", services.APIPath(a.runDir, a.tenant))
 	}
 	return ce.Message()
 }
@@ -109,7 +109,7 @@ func (a *app) root() *cobra.Command {
 	f := root.PersistentFlags()
 	f.StringVar(&a.runDir, "run-dir", env("REDOUBT_RUN_DIR", "/run/redoubt"), "run directory (or $REDOUBT_RUN_DIR)")
 	f.StringVar(&a.stateDir, "state-dir", env("REDOUBT_STATE_DIR", "/var/lib/redoubt"), "state directory (or $REDOUBT_STATE_DIR)")
-	f.StringVar(&a.tenant, "tenant", env("REDOUBT_TENANT", builder.DefaultTenant), "whose guests (or $REDOUBT_TENANT)")
+	f.StringVar(&a.tenant, "tenant", env("REDOUBT_TENANT", services.DefaultTenant), "whose guests (or $REDOUBT_TENANT)")
 	f.BoolVar(&a.json, "json", false, "print JSON")
 	root.AddCommand(a.upCommand(), a.downCommand(), a.doctorCommand(), a.servicesCommand(), a.resetCommand(), a.runCommand(), a.psCommand(),
 		a.showCommand(), a.consoleCommand(), a.logsCommand(), a.stopCommand(), a.rmCommand(),
@@ -135,7 +135,7 @@ func names(n int, what string) cobra.PositionalArgs {
 }
 
 func (a *app) client() redoubtv1connect.GuestServiceClient {
-	return api.Dial(builder.APIPath(a.runDir, a.tenant))
+	return api.Dial(services.APIPath(a.runDir, a.tenant))
 }
 
 // printJSON prints one value.

@@ -15,12 +15,13 @@ import (
 	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/sandbox"
-	"redoubt.dev/redoubt/services/builder"
+	"redoubt.dev/redoubt/services"
+	"redoubt.dev/redoubt/services/protocol"
 )
 
 // serviceReport is a process, what is declared for it and what is in force.
 type serviceReport struct {
-	builder.RunningService
+	protocol.RunningService
 	InForce     *sandbox.State `json:"inForce,omitempty"` // none if it has ended meanwhile
 	Differences []string       `json:"differences,omitempty"`
 }
@@ -71,12 +72,12 @@ func (a *app) resetCommand() *cobra.Command {
 			return nil
 		},
 		RunE: func(c *cobra.Command, args []string) error {
-			in := builder.Reset{Service: args[0]}
+			in := protocol.Reset{Service: args[0]}
 			if len(args) == 2 {
 				in.Guest = args[1]
 			}
-			var done builder.ResetDone
-			if err := a.askBuilder(c.Context(), builder.MethodReset, in, &done); err != nil {
+			var done protocol.ResetDone
+			if err := a.askBuilder(c.Context(), protocol.MethodReset, in, &done); err != nil {
 				return fmt.Errorf("reset: %w", err)
 			}
 			if in.Guest != "" && done.Replaced == 0 {
@@ -89,8 +90,8 @@ func (a *app) resetCommand() *cobra.Command {
 
 // services asks the Builder what runs and the kernel what is in force.
 func (a *app) services(ctx context.Context) ([]serviceReport, error) {
-	var running []builder.RunningService
-	if err := a.askBuilder(ctx, builder.MethodServices, struct{}{}, &running); err != nil {
+	var running []protocol.RunningService
+	if err := a.askBuilder(ctx, protocol.MethodServices, struct{}{}, &running); err != nil {
 		return nil, fmt.Errorf("services: %w", err)
 	}
 	all := make([]serviceReport, len(running))
@@ -110,7 +111,7 @@ func (a *app) services(ctx context.Context) ([]serviceReport, error) {
 
 // askBuilder makes a call on the Builder's own socket, which is root's alone.
 func (a *app) askBuilder(ctx context.Context, method string, in, out any) error {
-	path := filepath.Join(a.runDir, builder.AdminSocket)
+	path := filepath.Join(a.runDir, services.AdminSocket)
 	c, err := net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: path, Net: "unixpacket"})
 	switch {
 	case errors.Is(err, os.ErrPermission):

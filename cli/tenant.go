@@ -11,7 +11,8 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"redoubt.dev/redoubt/services/builder"
+	"redoubt.dev/redoubt/services/protocol"
+	"redoubt.dev/redoubt/services/trust"
 )
 
 func (a *app) tenantCommand() *cobra.Command {
@@ -38,11 +39,11 @@ pool, and no symbolic link leads out of it.`,
 			"  sudo redoubt tenant set default --operator carol\n  redoubt --tenant acme ps",
 		Args: names(1, "the tenant's name"),
 		RunE: func(c *cobra.Command, args []string) error {
-			var all []builder.Tenant
-			if err := a.askBuilder(c.Context(), builder.MethodTenants, struct{}{}, &all); err != nil {
+			var all []trust.Tenant
+			if err := a.askBuilder(c.Context(), protocol.MethodTenants, struct{}{}, &all); err != nil {
 				return fmt.Errorf("tenant set: %w", err)
 			}
-			t := builder.Tenant{Name: args[0]}
+			t := trust.Tenant{Name: args[0]}
 			for _, x := range all {
 				if x.Name == args[0] {
 					t = x
@@ -72,7 +73,7 @@ pool, and no symbolic link leads out of it.`,
 					return usagef("tenant set: --viewer: %v", err)
 				}
 			}
-			if err := a.askBuilder(c.Context(), builder.MethodSetTenant, t, nil); err != nil {
+			if err := a.askBuilder(c.Context(), protocol.MethodSetTenant, t, nil); err != nil {
 				return fmt.Errorf("tenant set: %w", err)
 			}
 			if a.json {
@@ -114,8 +115,8 @@ func (a *app) tenantListCommand() *cobra.Command {
 		Example: "  sudo redoubt tenant list --json",
 		Args:    names(0, "no arguments"),
 		RunE: func(c *cobra.Command, _ []string) error {
-			var all []builder.Tenant
-			if err := a.askBuilder(c.Context(), builder.MethodTenants, struct{}{}, &all); err != nil {
+			var all []trust.Tenant
+			if err := a.askBuilder(c.Context(), protocol.MethodTenants, struct{}{}, &all); err != nil {
 				return fmt.Errorf("tenant list: %w", err)
 			}
 			if a.json {
@@ -159,7 +160,7 @@ func (a *app) tenantRemoveCommand() *cobra.Command {
 }
 
 func (a *app) removeTenant(ctx context.Context, name string) error {
-	if err := a.askBuilder(ctx, builder.MethodRemoveTenant, builder.Tenant{Name: name}, nil); err != nil {
+	if err := a.askBuilder(ctx, protocol.MethodRemoveTenant, trust.Tenant{Name: name}, nil); err != nil {
 		return fmt.Errorf("tenant rm: %w", err)
 	}
 	return nil

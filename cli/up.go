@@ -17,8 +17,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	v1 "redoubt.dev/redoubt/api/redoubt/v1"
+	"redoubt.dev/redoubt/network"
 	"redoubt.dev/redoubt/process"
-	"redoubt.dev/redoubt/services/builder"
+	"redoubt.dev/redoubt/services"
 )
 
 func (a *app) upCommand() *cobra.Command {
@@ -51,7 +52,7 @@ tags. It loses its addresses and comes back, down, when Redoubt ends.`,
   redoubt up --foreground    # for a service manager`,
 		Args: names(0, "no arguments"),
 		RunE: func(c *cobra.Command, _ []string) error {
-			if _, err := builder.ParseStoreReset(storeReset); err != nil {
+			if _, err := services.ParseStoreReset(storeReset); err != nil {
 				return usagef("--store-reset: %v", err)
 			}
 			switch hostTPM {
@@ -63,11 +64,11 @@ tags. It loses its addresses and comes back, down, when Redoubt ends.`,
 			case "none":
 				hostTPM = ""
 			}
-			if _, err := builder.ParseResets(resets); err != nil {
+			if _, err := services.ParseResets(resets); err != nil {
 				return usagef("up: --reset: %v", err)
 			}
 			uplink := strings.Join(uplinks, ",")
-			if _, err := builder.ParseUplinks(uplink); err != nil {
+			if _, err := network.ParseUplinks(uplink); err != nil {
 				return usagef("up: --uplink: %v", err)
 			}
 			pool, err := filepath.Abs(pool)
@@ -82,10 +83,10 @@ tags. It loses its addresses and comes back, down, when Redoubt ends.`,
 	}
 	c.Flags().StringVar(&hostTPM, "host-tpm", "auto", "device or socket of the host's TPM, auto, or none")
 	c.Flags().StringVar(&pool, "pool", "/", "directory beneath which guests' kernels and disks must lie")
-	c.Flags().StringVar(&resets, "reset", "", "how often services are replaced under their guests: SERVICE=DURATION or SERVICE=off, separated by commas (default "+builder.DefaultResets+")")
+	c.Flags().StringVar(&resets, "reset", "", "how often services are replaced under their guests: SERVICE=DURATION or SERVICE=off, separated by commas (default "+services.DefaultResets+")")
 	c.Flags().StringArrayVar(&uplinks, "uplink", nil, "interface of the host that leads out of the guests' network, IFACE or IFACE:VLAN (repeatable)")
-	c.Flags().Uint32Var(&users, "users", builder.DefaultUsers, "first of 65536 user ids for services, of nobody else")
-	c.Flags().StringVar(&storeReset, "store-reset", builder.DefaultStoreReset, builder.StoreResetUsage)
+	c.Flags().Uint32Var(&users, "users", services.DefaultUsers, "first of 65536 user ids for services, of nobody else")
+	c.Flags().StringVar(&storeReset, "store-reset", services.DefaultStoreReset, services.StoreResetUsage)
 	c.Flags().BoolVar(&foreground, "foreground", false, "stay; end the services at SIGTERM")
 	return c
 }
@@ -102,7 +103,7 @@ func (a *app) up(ctx context.Context, foreground bool, options ...string) error 
 	} else if pid != 0 {
 		return a.say(map[string]any{"running": true, "pid": pid}, "Redoubt runs already (process %d)\n", pid)
 	}
-	if err := os.MkdirAll(filepath.Join(a.runDir, builder.LogDir), 0o711); err != nil {
+	if err := os.MkdirAll(filepath.Join(a.runDir, services.LogDir), 0o711); err != nil {
 		return fmt.Errorf("up: %w", err)
 	}
 	self, err := os.Executable()
@@ -115,7 +116,7 @@ func (a *app) up(ctx context.Context, foreground bool, options ...string) error 
 		err := unix.Exec(program, append([]string{program}, args...), process.Env())
 		return fmt.Errorf("up: %s: %w", program, err)
 	}
-	logPath := filepath.Join(a.runDir, builder.LogDir, "redoubt-builder.log")
+	logPath := filepath.Join(a.runDir, services.LogDir, "redoubt-services.log")
 	log, err := os.OpenFile(logPath, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o640)
 	if err != nil {
 		return fmt.Errorf("up: %w", err)
@@ -184,7 +185,7 @@ func lastLogLine(path string) string {
 // runningBuilder is the process id of the Builder that holds the run directory's lock, 0 where
 // there is none.
 func (a *app) runningBuilder() (int, error) {
-	f, err := os.Open(filepath.Join(a.runDir, builder.LockFile))
+	f, err := os.Open(filepath.Join(a.runDir, services.LockFile))
 	if errors.Is(err, os.ErrNotExist) {
 		return 0, nil
 	}
@@ -257,7 +258,7 @@ func (a *app) down(ctx context.Context, grace time.Duration) error {
 			return err
 		}
 		if n == 0 {
-			return fmt.Errorf("down: process %d has not ended in %v: see %s", pid, upTimeout, filepath.Join(a.runDir, builder.LogDir))
+			return fmt.Errorf("down: process %d has not ended in %v: see %s", pid, upTimeout, filepath.Join(a.runDir, services.LogDir))
 		}
 		break
 	}

@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"redoubt.dev/redoubt/audit"
-	"redoubt.dev/redoubt/services/builder"
 )
 
 // TestAuditQEMU: the log of a run in which services die verifies, has what was done and by whom,
@@ -55,7 +54,7 @@ func TestAuditQEMU(t *testing.T) {
 		t.Errorf("%+v %v", report, err)
 	}
 	var got []string
-	for r, err := range audit.Records(h.path("state", builder.AuditDir)) {
+	for r, err := range audit.Records(h.path("state", audit.Dir)) {
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -146,18 +145,18 @@ func tampered(t *testing.T, h *host, head audit.Head) {
 		if err := os.MkdirAll(state, 0o700); err != nil {
 			t.Fatal(err)
 		}
-		if err := os.CopyFS(filepath.Join(state, builder.AuditDir), os.DirFS(h.path("state", builder.AuditDir))); err != nil {
+		if err := os.CopyFS(filepath.Join(state, audit.Dir), os.DirFS(h.path("state", audit.Dir))); err != nil {
 			t.Fatal(err)
 		}
-		b, err := os.ReadFile(h.path("state", builder.AuditHead))
+		b, err := os.ReadFile(h.path("state", audit.AnchorFile))
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := os.WriteFile(filepath.Join(state, builder.AuditHead), b, 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(state, audit.AnchorFile), b, 0o600); err != nil {
 			t.Fatal(err)
 		}
 		h.must("audit", "verify", "--state-dir", state, "--head", headFlag(head))
-		log := filepath.Join(state, builder.AuditDir, "00000000000000000001.log")
+		log := filepath.Join(state, audit.Dir, "00000000000000000001.log")
 		if b, err = os.ReadFile(log); err != nil {
 			t.Fatal(err)
 		}
@@ -187,7 +186,7 @@ func TestAuditDamagedAtStart(t *testing.T) {
 	h.fails(1, "no log", "audit", "verify")
 	h.must("up")
 	h.must("down")
-	log := h.path("state", builder.AuditDir, "00000000000000000001.log")
+	log := h.path("state", audit.Dir, "00000000000000000001.log")
 	b, err := os.ReadFile(log)
 	if err != nil {
 		t.Fatal(err)
@@ -201,10 +200,10 @@ func TestAuditDamagedAtStart(t *testing.T) {
 	h.must("up")
 	defer h.must("down")
 	r := h.run("audit", "verify")
-	if r.status != 1 || !strings.Contains(r.out, builder.AuditDamaged) || !strings.Contains(r.out, "whole: ") {
+	if r.status != 1 || !strings.Contains(r.out, audit.DamagedPrefix) || !strings.Contains(r.out, "whole: ") {
 		t.Errorf("exit status %d\n%s", r.status, r.out)
 	}
-	aside, err := filepath.Glob(h.path("state", builder.AuditDamaged+"*"))
+	aside, err := filepath.Glob(h.path("state", audit.DamagedPrefix+"*"))
 	if err != nil || len(aside) != 1 {
 		t.Fatalf("%v %v", aside, err)
 	}

@@ -18,7 +18,8 @@ import (
 	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/qemu"
-	"redoubt.dev/redoubt/services/builder"
+	"redoubt.dev/redoubt/services"
+	"redoubt.dev/redoubt/services/protocol"
 )
 
 // second is what a guest's workload did in one.
@@ -83,7 +84,7 @@ func underLoad(b *testing.B, workload string) (*host, *bufio.Scanner) {
 // resetEvery replaces the guest's BlkBack again and again until it is stopped.
 func (h *host) resetEvery(b *testing.B, every time.Duration) (stop func()) {
 	b.Helper()
-	c, err := net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: h.path("run", builder.AdminSocket), Net: "unixpacket"})
+	c, err := net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: h.path("run", services.AdminSocket), Net: "unixpacket"})
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -110,8 +111,8 @@ func (h *host) resetEvery(b *testing.B, every time.Duration) (stop func()) {
 				_ = peer.Close()
 				return
 			}
-			var done builder.ResetDone
-			if _, err := peer.Call(context.Background(), builder.MethodReset, builder.Reset{Service: "blkback"}, &done); err != nil || done.Replaced != 1 {
+			var done protocol.ResetDone
+			if _, err := peer.Call(context.Background(), protocol.MethodReset, protocol.Reset{Service: "blkback"}, &done); err != nil || done.Replaced != 1 {
 				b.Errorf("reset: %d, %v", done.Replaced, err)
 			}
 		}

@@ -19,7 +19,6 @@ import (
 
 	"redoubt.dev/redoubt/lab"
 	"redoubt.dev/redoubt/services"
-	"redoubt.dev/redoubt/services/builder"
 )
 
 // How long services are killed: for a moment in every run of the tests, and for
@@ -152,7 +151,7 @@ func fire(ctx context.Context, h *host, random *rand.Rand) {
 			}})
 		}
 	}
-	for _, name := range builder.Resettable {
+	for _, name := range services.Resettable {
 		if name == services.Toolstack {
 			continue
 		}

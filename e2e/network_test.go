@@ -16,7 +16,6 @@ import (
 	"redoubt.dev/redoubt/audit"
 	"redoubt.dev/redoubt/lab"
 	"redoubt.dev/redoubt/network"
-	"redoubt.dev/redoubt/services/builder"
 )
 
 func TestNetworkQEMU(t *testing.T) { guestsNetwork(t, "qemu") }
@@ -206,7 +205,7 @@ func enough(t testing.TB, outside *network.Namespace, address string) {
 // instances counts those of a service that the audit log has a guest depend on.
 func (h *host) instances(guest, service string) (n int) {
 	h.t.Helper()
-	for r, err := range audit.Records(h.path("state", builder.AuditDir)) {
+	for r, err := range audit.Records(h.path("state", audit.Dir)) {
 		if err != nil {
 			h.t.Fatal(err)
 		}

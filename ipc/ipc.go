@@ -66,6 +66,35 @@ func Pipe() (*Conn, *Conn, error) {
 // Files makes a connection with both ends as files, for two children.
 func Files() (*os.File, *os.File, error) { return pair() }
 
+// Streams makes a SOCK_STREAM connection, both ends as files, for two children.
+func Streams(name string) (*os.File, *os.File, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, fmt.Errorf("%s: socketpair: %w", name, err)
+	}
+	return os.NewFile(uintptr(fds[0]), name), os.NewFile(uintptr(fds[1]), name), nil
+}
+
+// Duplicate makes other descriptors of open files, close-on-exec; none after an error.
+func Duplicate(files ...*os.File) (out []*os.File, err error) {
+	for _, f := range files {
+		fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+		if err != nil {
+			CloseAll(out)
+			return nil, fmt.Errorf("%s: duplicate: %w", f.Name(), err)
+		}
+		out = append(out, os.NewFile(uintptr(fd), f.Name()))
+	}
+	return out, nil
+}
+
+// CloseAll closes files.
+func CloseAll(files []*os.File) {
+	for _, f := range files {
+		f.Close()
+	}
+}
+
 func pair() (*os.File, *os.File, error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {

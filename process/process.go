@@ -122,6 +122,9 @@ func Env() []string {
 // PID of the child.
 func (p *Process) PID() int { return p.cmd.Process.Pid }
 
+// Conn is Control.
+func (p *Process) Conn() *ipc.Conn { return p.Control }
+
 // Done is closed when the child has ended.
 func (p *Process) Done() <-chan struct{} { return p.done }
 

@@ -11,7 +11,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"redoubt.dev/redoubt/network"
 	"redoubt.dev/redoubt/sandbox"
+	"redoubt.dev/redoubt/services"
 	"redoubt.dev/redoubt/services/builder"
 )
 
@@ -25,21 +27,21 @@ func main() {
 	flag.StringVar(&cfg.Pool, "pool", "/", "directory beneath which kernels and disks of guests must lie")
 	resets := flag.String("reset", "", "how often services are replaced: SERVICE=DURATION or SERVICE=off, separated by commas")
 	uplinks := flag.String("uplink", "", "interfaces that lead out of the guests' network: IFACE or IFACE:VLAN, separated by commas")
-	users := flag.Uint("users", builder.DefaultUsers, "the first of 65536 user ids for services, of nobody else")
-	reset := flag.String("store-reset", builder.DefaultStoreReset, builder.StoreResetUsage)
+	users := flag.Uint("users", services.DefaultUsers, "the first of 65536 user ids for services, of nobody else")
+	reset := flag.String("store-reset", services.DefaultStoreReset, services.StoreResetUsage)
 	ready := flag.Int("ready-fd", -1, "descriptor to write a line to once the API is served")
 	flag.Parse()
 	cfg.Users = uint32(*users)
 	var err error
-	if cfg.Resets, err = builder.ParseResets(*resets); err != nil {
+	if cfg.Resets, err = services.ParseResets(*resets); err != nil {
 		fmt.Fprintf(os.Stderr, "redoubt-builder: -reset: %v\n", err)
 		os.Exit(2)
 	}
-	if cfg.Uplinks, err = builder.ParseUplinks(*uplinks); err != nil {
+	if cfg.Uplinks, err = network.ParseUplinks(*uplinks); err != nil {
 		fmt.Fprintf(os.Stderr, "redoubt-builder: -uplink: %v\n", err)
 		os.Exit(2)
 	}
-	if cfg.StoreReset, err = builder.ParseStoreReset(*reset); err != nil {
+	if cfg.StoreReset, err = services.ParseStoreReset(*reset); err != nil {
 		fmt.Fprintf(os.Stderr, "redoubt-builder: -store-reset: %v\n", err)
 		os.Exit(2)
 	}

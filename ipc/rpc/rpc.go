@@ -78,6 +78,15 @@ func (r *Request) Decode(v any) error {
 	return nil
 }
 
+// Answer decodes a request's body and has it answered, or taken if it is a notice.
+func Answer[T any](r *Request, f func(T) (any, error)) (any, error) {
+	var in T
+	if err := r.Decode(&in); err != nil {
+		return nil, err
+	}
+	return f(in)
+}
+
 // A Handler answers one call or takes one notice. It may return a value with descriptors
 // through [WithFiles]. Handlers run concurrently, one goroutine a call; notices are handled
 // one after another, in order, before later messages.

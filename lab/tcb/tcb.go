@@ -20,7 +20,8 @@ import (
 // Program is the one that has the privileges.
 const Program = "redoubt.dev/redoubt/cmd/redoubt-builder"
 
-// own are the packages that are the Builder's alone; others serve unprivileged programs, too.
+// own are the Builder itself: what knows of guests, tenants and services at once. The mechanisms that it
+// uses stand by themselves, each with its own contract; those that no other program has are marked.
 var own = []string{Program, "redoubt.dev/redoubt/services/builder"}
 
 // Most is how many lines the Builder itself may have.
@@ -30,19 +31,20 @@ const Most = 3000
 type Package struct {
 	Path, Module string
 	Lines        int  // of code: neither blank nor comment only
-	Own          bool // the Builder's alone
+	Own          bool // the Builder itself
+	Alone        bool // no other of Redoubt's programs has it
 }
 
 // Count counts the program's packages, the standard library's left out, as they are built for this
 // machine; dir is somewhere in Redoubt's module. What the linker leaves out of a package is counted.
 func Count(ctx context.Context, dir string) ([]Package, error) {
-	c := exec.CommandContext(ctx, "go", "list", "-deps", "-json=ImportPath,Dir,Standard,Module,GoFiles,SFiles", Program)
-	c.Dir, c.Env = dir, append(os.Environ(), "CGO_ENABLED=0")
-	var errs bytes.Buffer
-	c.Stderr = &errs
-	out, err := c.Output()
+	others, err := elsewhere(ctx, dir)
 	if err != nil {
-		return nil, fmt.Errorf("go list: %w: %s", err, errs.String())
+		return nil, err
+	}
+	out, err := list(ctx, dir, "-deps", "-json=ImportPath,Dir,Standard,Module,GoFiles,SFiles", Program)
+	if err != nil {
+		return nil, err
 	}
 	var all []Package
 	for dec := json.NewDecoder(bytes.NewReader(out)); dec.More(); {
@@ -58,7 +60,7 @@ func Count(ctx context.Context, dir string) ([]Package, error) {
 		if l.Standard {
 			continue
 		}
-		p := Package{Path: l.ImportPath, Module: l.Module.Path, Own: slices.Contains(own, l.ImportPath)}
+		p := Package{Path: l.ImportPath, Module: l.Module.Path, Own: slices.Contains(own, l.ImportPath), Alone: !others[l.ImportPath]}
 		for _, name := range append(l.GoFiles, l.SFiles...) {
 			text, err := os.ReadFile(filepath.Join(l.Dir, name))
 			if err != nil {
@@ -69,6 +71,35 @@ func Count(ctx context.Context, dir string) ([]Package, error) {
 		all = append(all, p)
 	}
 	return all, nil
+}
+
+// elsewhere are the packages that another of Redoubt's programs has.
+func elsewhere(ctx context.Context, dir string) (map[string]bool, error) {
+	out, err := list(ctx, dir, "redoubt.dev/redoubt/cmd/...")
+	if err != nil {
+		return nil, err
+	}
+	programs := slices.DeleteFunc(strings.Fields(string(out)), func(p string) bool { return p == Program })
+	if out, err = list(ctx, dir, append([]string{"-deps"}, programs...)...); err != nil {
+		return nil, err
+	}
+	all := map[string]bool{}
+	for _, p := range strings.Fields(string(out)) {
+		all[p] = true
+	}
+	return all, nil
+}
+
+func list(ctx context.Context, dir string, args ...string) ([]byte, error) {
+	c := exec.CommandContext(ctx, "go", append([]string{"list"}, args...)...)
+	c.Dir, c.Env = dir, append(os.Environ(), "CGO_ENABLED=0")
+	var errs bytes.Buffer
+	c.Stderr = &errs
+	out, err := c.Output()
+	if err != nil {
+		return nil, fmt.Errorf("go list: %w: %s", err, errs.String())
+	}
+	return out, nil
 }
 
 // lines counts those that hold a token. Assembler has Go's comments, and its tokens are near enough
@@ -135,7 +166,11 @@ func Print(w io.Writer, all []Package) {
 		slices.SortFunc(by[m], func(a, b Package) int { return b.Lines - a.Lines })
 		for _, p := range by[m] {
 			name := strings.TrimPrefix(strings.TrimPrefix(p.Path, module+"/"), p.Module+"/")
-			fmt.Fprintf(w, "         %7d  %s\n", p.Lines, name)
+			mark := ""
+			if p.Alone && p.Module == module {
+				mark = "  (only the Builder has it)"
+			}
+			fmt.Fprintf(w, "         %7d  %s%s\n", p.Lines, name, mark)
 		}
 	}
 	fmt.Fprintf(w, "%7d  lines of code in all, without the standard library\n", total)

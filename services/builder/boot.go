@@ -6,15 +6,18 @@ import (
 	"slices"
 	"sync"
 
+	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/services"
+	"redoubt.dev/redoubt/services/calls"
+	"redoubt.dev/redoubt/services/launch"
 	"redoubt.dev/redoubt/services/protocol"
 )
 
 // boot has the Bootstrapper ask for the services that it can be asked for, each once, and returns
 // when all are ready and the Bootstrapper is gone.
 func (b *Builder) boot(ctx context.Context, start map[string]func(context.Context) error) error {
-	p, err := b.procs.start(services.Bootstrapper, "", "", 0)
+	p, err := b.procs.Start(services.Bootstrapper, launch.Order{})
 	if err != nil {
 		return err
 	}
@@ -27,8 +30,8 @@ func (b *Builder) boot(ctx context.Context, start map[string]func(context.Contex
 		}
 	}
 	var mu sync.Mutex
-	peer := rpc.New(p.Control, b.refusals(services.Bootstrapper, "", func(rctx context.Context, r *rpc.Request) (any, error) {
-		closeAll(r.Files)
+	peer := rpc.New(p.Control, calls.Watched(b.journal, services.Bootstrapper, "", func(rctx context.Context, r *rpc.Request) (any, error) {
+		ipc.CloseAll(r.Files)
 		var q protocol.StartService
 		if err := r.Decode(&q); err != nil {
 			return nil, err
@@ -67,7 +70,7 @@ func (b *Builder) boot(ctx context.Context, start map[string]func(context.Contex
 
 // openTenants starts every tenant's toolstack.
 func (b *Builder) openTenants(ctx context.Context) error {
-	for _, t := range b.ledger.all() {
+	for _, t := range b.ledger.All() {
 		if err := b.openTenant(ctx, t.Name); err != nil {
 			return err
 		}

@@ -23,10 +23,18 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"redoubt.dev/redoubt/audit"
+	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/ipc/rpc"
+	"redoubt.dev/redoubt/network"
 	"redoubt.dev/redoubt/process"
 	"redoubt.dev/redoubt/services"
+	"redoubt.dev/redoubt/services/calls"
+	"redoubt.dev/redoubt/services/keeper"
+	"redoubt.dev/redoubt/services/launch"
 	"redoubt.dev/redoubt/services/protocol"
+	"redoubt.dev/redoubt/services/store/kept"
+	"redoubt.dev/redoubt/services/trust"
 	"redoubt.dev/redoubt/store/server"
 	"redoubt.dev/redoubt/store/tree"
 )
@@ -38,35 +46,25 @@ type Config struct {
 	HostTPM  string // device or socket of the host's TPM; "" for none
 	Pool     string // beneath which files that specs name must lie; "": /
 	// Resets says how often a service is replaced that runs well; 0 or nothing: never. Only those in
-	// Resettable may be named.
+	// services.Resettable may be named.
 	Resets map[string]time.Duration
-	Users  uint32 // the first of 65536 user ids for services; 0: DefaultUsers
+	Users  uint32 // the first of 65536 user ids for services; 0: services.DefaultUsers
 	// StoreReset is after how many responses the store's worker is replaced, -1 for never; 0: 1.
 	StoreReset int
-	Uplinks    []Uplink // what leads out of the guests' network
+	Uplinks    []network.HostLink // what leads out of the guests' network
 	Log        *slog.Logger
 	Ready      func() // called once the API is served
 }
-
-// Resettable are the services whose processes are replaced under running guests.
-var Resettable = []string{services.BlkBack, services.NetBack, services.Toolstack}
-
-// Names in the run directory.
-const (
-	APISocket = "api.sock"
-	LockFile  = "lock" // held while a Builder runs; holds its process id
-	LogDir    = "log"
-)
 
 // Builder is the running service.
 type Builder struct {
 	cfg   Config
 	log   *slog.Logger
-	procs *processes
+	procs *launch.Launcher
 
-	journal *journal
-	ledger  *ledger
-	store   *store
+	journal *audit.Journal
+	ledger  *trust.Ledger
+	store   *kept.Store
 	network *networking
 	vtpm    *rpc.Peer
 
@@ -75,10 +73,10 @@ type Builder struct {
 	mu        sync.Mutex
 	guests    map[string]*guest
 	tenancies map[string]*tenancy
-	// tenures are the running instances of the services that all guests share.
-	tenures map[string]tenure
-	next    tree.Domain
-	closing bool // no new guests
+	// instances are those of the services that are not kept, and all guests share.
+	instances map[string]audit.Instance
+	next      tree.Domain
+	closing   bool // no new guests
 
 	ready chan struct{} // closed when all services are
 
@@ -90,8 +88,8 @@ const stopGrace = 10 * time.Second
 
 // Run starts the services, serves until ctx ends or a service dies, and ends everything.
 func Run(ctx context.Context, cfg Config) error {
-	b := &Builder{cfg: cfg, log: cfg.Log, guests: map[string]*guest{}, tenures: map[string]tenure{}, tenancies: map[string]*tenancy{}, ready: make(chan struct{}), next: server.FirstGuest}
-	logs := filepath.Join(cfg.RunDir, LogDir)
+	b := &Builder{cfg: cfg, log: cfg.Log, guests: map[string]*guest{}, instances: map[string]audit.Instance{}, tenancies: map[string]*tenancy{}, ready: make(chan struct{}), next: server.FirstGuest}
+	logs := filepath.Join(cfg.RunDir, services.LogDir)
 	if b.cfg.Pool == "" {
 		b.cfg.Pool = "/"
 	}
@@ -100,28 +98,29 @@ func Run(ctx context.Context, cfg Config) error {
 			return err
 		}
 	}
-	unlock, err := lock(filepath.Join(cfg.RunDir, LockFile))
+	unlock, err := lock(filepath.Join(cfg.RunDir, services.LockFile))
 	if err != nil {
 		return err
 	}
 	defer unlock()
 
-	if b.ledger, err = openLedger(cfg.StateDir, b.cfg.Pool); err != nil {
+	if b.ledger, err = trust.Open(cfg.StateDir, b.cfg.Pool); err != nil {
 		return err
 	}
-	if b.journal, err = openJournal(cfg.StateDir, cfg.Log); err != nil {
+	actor := audit.Actor{Service: services.Builder, UID: uint32(os.Getuid()), PID: os.Getpid()}
+	if b.journal, err = audit.OpenJournal(cfg.StateDir, actor, cfg.Log); err != nil {
 		return err
 	}
-	defer b.journal.close()
-	self := tenure{services.Builder, fmt.Sprintf("%d.%x", os.Getpid(), time.Now().UnixNano()), os.Getpid()}
-	if err := b.journal.record(b.journal.started(self)); err != nil {
+	defer b.journal.Close()
+	self := audit.NewInstance(services.Builder, os.Getpid())
+	if err := b.journal.Record(b.journal.Started(self)); err != nil {
 		return err
 	}
-	defer func() { b.journal.note(b.journal.ended(self, nil, nil)) }()
+	defer func() { b.journal.Note(b.journal.Ended(self, nil, nil)) }()
 
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	b.procs = newProcesses(logs, cfg.Users)
+	b.procs = launch.New(logs, cfg.Users)
 	var running []*process.Process
 	defer func() {
 		// The toolstacks first, so that nothing new is asked for; then guests; then the rest.
@@ -139,15 +138,13 @@ func Run(ctx context.Context, cfg Config) error {
 			end(running[i])
 		}
 		if b.store != nil {
-			c, stop := context.WithTimeout(context.Background(), stopGrace)
-			defer stop()
-			b.store.close(c)
+			b.store.Close(stopGrace)
 		}
 		b.wg.Wait()
-		b.procs.wg.Wait()
+		b.procs.Wait()
 	}()
 	spawn := func(name, dir string, h rpc.Handler) (*rpc.Peer, error) {
-		p, err := b.procs.start(name, "", dir, 0)
+		p, err := b.procs.Start(name, launch.Order{StateDir: dir})
 		if err != nil {
 			return nil, err
 		}
@@ -183,8 +180,10 @@ func Run(ctx context.Context, cfg Config) error {
 	}
 	if err := b.boot(ctx, map[string]func(context.Context) error{
 		services.StoreState: func(ctx context.Context) (err error) {
-			b.store, err = b.openStore(ctx, cancel)
-			return err
+			if b.store, err = b.openStore(ctx, cancel); err != nil {
+				return err
+			}
+			return b.store.Layout(ctx)
 		},
 		services.VTPM:      func(ctx context.Context) error { return b.startVTPM(ctx, spawn, cancel) },
 		services.Toolstack: b.openTenants,
@@ -212,14 +211,11 @@ func (b *Builder) startVTPM(ctx context.Context, spawn func(name, dir string, h 
 	if err := os.MkdirAll(vtpmDir, 0o700); err != nil {
 		return err
 	}
-	err := b.layout(ctx)
-	if err != nil {
+	var err error
+	if b.vtpm, err = spawn(services.VTPM, vtpmDir, calls.Watched(b.journal, services.VTPM, "", b.fromVTPM)); err != nil {
 		return err
 	}
-	if b.vtpm, err = spawn(services.VTPM, vtpmDir, b.refusals(services.VTPM, "", b.fromVTPM)); err != nil {
-		return err
-	}
-	sock, number, err := b.store.connect(ctx, server.VTPM)
+	sock, number, err := b.store.Connect(ctx, server.VTPM)
 	if err != nil {
 		return err
 	}
@@ -234,12 +230,25 @@ func (b *Builder) startVTPM(ctx context.Context, spawn func(name, dir string, h 
 		files, msg.Files = append(files, tpm), append(msg.Files, protocol.FileHostTPM)
 	}
 	_, err = b.vtpm.Call(ctx, protocol.MethodConfigure, msg, nil, files...)
-	closeAll(files)
+	ipc.CloseAll(files)
 	if err != nil {
 		return fmt.Errorf("vTPM manager: %w", err)
 	}
-	b.store.hold(server.VTPM, number, b.vtpm, fatal)
+	b.store.Hold(server.VTPM, number, b.vtpm, fatal)
 	return nil
+}
+
+// openStore starts the store. What it cannot be saved from ends the Builder by fatal.
+func (b *Builder) openStore(ctx context.Context, fatal func(error)) (*kept.Store, error) {
+	return kept.Open(ctx, kept.Options{
+		RunDir: b.cfg.RunDir, Seen: services.StateDir, Reset: b.cfg.StoreReset, Log: b.log, Journal: b.journal,
+		Start: func(dir string) (keeper.Process, error) {
+			return b.procs.Start(services.StoreState, launch.Order{StateDir: dir})
+		},
+		Worker: func() (*process.Process, error) { return b.procs.Start(services.StoreLogic, launch.Order{}) },
+		Guests: func() []string { return b.names(func(*guest) bool { return true }) },
+		Lost:   fatal,
+	})
 }
 
 // vtpmDir is the vTPM service's directory.

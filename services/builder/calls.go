@@ -7,7 +7,9 @@ import (
 	"time"
 
 	"redoubt.dev/redoubt/audit"
+	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/ipc/rpc"
+	"redoubt.dev/redoubt/memfd"
 	"redoubt.dev/redoubt/qemu"
 	"redoubt.dev/redoubt/services"
 	"redoubt.dev/redoubt/services/foreign"
@@ -39,58 +41,36 @@ func choose(g *spec.Guest) (spec.Emulator, error) {
 	return spec.QEMU, nil
 }
 
-func closeFiles(m map[string][]*os.File) {
-	for _, fs := range m {
-		for _, f := range fs {
-			f.Close()
-		}
-	}
-}
-
 // fromToolstack serves a tenant's toolstack. It acts on the guests of its own trust list only.
 func (b *Builder) fromToolstack(ctx context.Context, t *tenancy, r *rpc.Request) (any, error) {
 	switch r.Method {
 	case protocol.MethodBuild:
-		var in protocol.Build
-		if err := r.Decode(&in); err != nil {
-			return nil, err
-		}
-		return b.build(ctx, t, in, r)
+		return rpc.Answer(r, func(in protocol.Build) (any, error) { return b.build(ctx, t, in, r) })
 	case protocol.MethodStop:
-		var in protocol.Stop
-		if err := r.Decode(&in); err != nil {
-			return nil, err
-		}
-		if err := b.ledger.check(in.UUID, t.name); err != nil {
-			return nil, err
-		}
-		return struct{}{}, b.stop(ctx, in)
+		return rpc.Answer(r, func(in protocol.Stop) (any, error) {
+			if err := b.ledger.Check(in.UUID, t.name); err != nil {
+				return nil, err
+			}
+			return struct{}{}, b.stop(ctx, in)
+		})
 	case protocol.MethodDestroy:
-		var in protocol.Destroy
-		if err := r.Decode(&in); err != nil {
-			return nil, err
-		}
-		return struct{}{}, b.destroy(ctx, t, in)
+		return rpc.Answer(r, func(in protocol.Destroy) (any, error) { return struct{}{}, b.destroy(ctx, t, in) })
 	case protocol.MethodQuote:
-		var in protocol.Quote
-		if err := r.Decode(&in); err != nil {
-			return nil, err
-		}
-		if err := b.ledger.check(in.UUID, t.name); err != nil {
-			return nil, err
-		}
-		return b.quote(ctx, in)
+		return rpc.Answer(r, func(in protocol.Quote) (any, error) {
+			if err := b.ledger.Check(in.UUID, t.name); err != nil {
+				return nil, err
+			}
+			return b.quote(ctx, in)
+		})
 	case protocol.MethodActivate:
-		var in protocol.Activate
-		if err := r.Decode(&in); err != nil {
-			return nil, err
-		}
-		if err := b.ledger.check(in.UUID, t.name); err != nil {
-			return nil, err
-		}
-		var out protocol.Activated
-		_, err := b.vtpm.Call(ctx, r.Method, in, &out)
-		return out, err
+		return rpc.Answer(r, func(in protocol.Activate) (any, error) {
+			if err := b.ledger.Check(in.UUID, t.name); err != nil {
+				return nil, err
+			}
+			var out protocol.Activated
+			_, err := b.vtpm.Call(ctx, r.Method, in, &out)
+			return out, err
+		})
 	case protocol.MethodOpen:
 		return b.handFile(t.name, r)
 	case protocol.MethodVars:
@@ -100,11 +80,9 @@ func (b *Builder) fromToolstack(ctx context.Context, t *tenancy, r *rpc.Request)
 		}
 		return rpc.WithFiles{Value: struct{}{}, Files: []*os.File{f}}, nil
 	case protocol.MethodAttachConsole:
-		var in protocol.AttachConsole
-		if err := r.Decode(&in); err != nil {
-			return nil, err
-		}
-		return struct{}{}, b.ledger.check(in.UUID, t.name) // that it is asked is what the Builder must know
+		return rpc.Answer(r, func(in protocol.AttachConsole) (any, error) {
+			return struct{}{}, b.ledger.Check(in.UUID, t.name) // that it is asked is what the Builder must know
+		})
 	}
 	return nil, rpc.Errorf(rpc.Refused, "builder: no call %q", r.Method)
 }
@@ -126,7 +104,7 @@ func (b *Builder) quote(ctx context.Context, in protocol.Quote) (any, error) {
 		g.mu.Unlock()
 		var log protocol.GuestLog
 		if _, err := run.peer.Call(ctx, protocol.MethodReadLog, struct{}{}, &log); err != nil {
-			b.log.Warn("firmware's event log", "guest", g.build.Spec.Name, "err", err)
+			b.log.Warn("firmware's event log", "guest", g.name(), "err", err)
 		}
 		out.Evidence.GuestLog = log.Log
 	}
@@ -135,11 +113,11 @@ func (b *Builder) quote(ctx context.Context, in protocol.Quote) (any, error) {
 
 // destroy destroys the vTPM of a guest that is down. One that was never built has none.
 func (b *Builder) destroy(ctx context.Context, t *tenancy, in protocol.Destroy) error {
-	owner := b.ledger.owner(in.UUID)
+	owner := b.ledger.Owner(in.UUID)
 	if owner == "" {
 		return nil
 	}
-	if err := b.ledger.check(in.UUID, t.name); err != nil {
+	if err := b.ledger.Check(in.UUID, t.name); err != nil {
 		return err
 	}
 	if b.guest(in.UUID) != nil {
@@ -149,7 +127,7 @@ func (b *Builder) destroy(ctx context.Context, t *tenancy, in protocol.Destroy) 
 		return err
 	}
 	t.forget(in.UUID)
-	return b.ledger.drop(in.UUID)
+	return b.ledger.Drop(in.UUID)
 }
 
 // fromVTPM serves the vTPM service.
@@ -161,29 +139,25 @@ func (b *Builder) fromVTPM(_ context.Context, r *rpc.Request) (any, error) {
 		if err != nil {
 			return nil, err
 		}
-		return b.procs.program(r, services.SWTPM, services.Instance{
-			Label: services.SWTPM, GID: b.procs.user(manager), StateDir: b.vtpmDir(),
+		return b.procs.Program(r, services.SWTPM, services.Instance{
+			Label: services.SWTPM, GID: b.procs.User(manager), StateDir: b.vtpmDir(),
 		})
 	case protocol.NoticeEvent:
-		var e protocol.Event
-		if err := r.Decode(&e); err != nil {
-			return nil, err
-		}
-		if g := b.guest(e.UUID); g != nil {
-			b.event(g, e)
-		} else if t := b.tenancy(b.ledger.owner(e.UUID)); t != nil {
-			t.notify(protocol.NoticeEvent, e)
-		}
-		return nil, nil
+		return rpc.Answer(r, func(e protocol.Event) (any, error) {
+			if g := b.guest(e.UUID); g != nil {
+				b.event(g, e)
+			} else if t := b.tenancy(b.ledger.Owner(e.UUID)); t != nil {
+				t.notify(protocol.NoticeEvent, e)
+			}
+			return nil, nil
+		})
 	case protocol.NoticeFailed:
-		var f protocol.Failed
-		if err := r.Decode(&f); err != nil {
-			return nil, err
-		}
-		if g := b.guest(f.UUID); g != nil {
-			g.vtpmFailed(f.Reason)
-		}
-		return nil, nil
+		return rpc.Answer(r, func(f protocol.Failed) (any, error) {
+			if g := b.guest(f.UUID); g != nil {
+				g.vtpmFailed(f.Reason)
+			}
+			return nil, nil
+		})
 	}
 	return nil, rpc.Errorf(rpc.Refused, "builder: no call %q", r.Method)
 }
@@ -199,23 +173,19 @@ func (b *Builder) fromEmulator(g *guest, r *run) rpc.Handler {
 			}
 			return r.startQEMU(b, g, req)
 		case protocol.NoticeEvent:
-			var e protocol.Event
-			if err := req.Decode(&e); err != nil {
-				return nil, err
-			}
-			b.event(g, protocol.Event{Kind: clip(e.Kind, 64), Text: clip(e.Text, 512), Time: e.Time})
-			return nil, nil
+			return rpc.Answer(req, func(e protocol.Event) (any, error) {
+				b.event(g, protocol.Event{Kind: clip(e.Kind, 64), Text: clip(e.Text, 512), Time: e.Time})
+				return nil, nil
+			})
 		case protocol.NoticeOutcome:
-			var e protocol.Exit
-			if err := req.Decode(&e); err != nil {
-				return nil, err
-			}
-			r.mu.Lock()
-			defer r.mu.Unlock()
-			if r.exit == nil {
-				r.exit = &protocol.Exit{Outcome: e.Outcome, Reason: clip(e.Reason, 1024)}
-			}
-			return nil, nil
+			return rpc.Answer(req, func(e protocol.Exit) (any, error) {
+				r.mu.Lock()
+				defer r.mu.Unlock()
+				if r.exit == nil {
+					r.exit = &protocol.Exit{Outcome: e.Outcome, Reason: clip(e.Reason, 1024)}
+				}
+				return nil, nil
+			})
 		}
 		return nil, rpc.Errorf(rpc.Refused, "builder: no call %q from an emulator", req.Method)
 	}
@@ -257,7 +227,9 @@ func (b *Builder) build(ctx context.Context, t *tenancy, in protocol.Build, r *r
 	g := &guest{build: in, tenant: t.name, down: make(chan struct{})}
 	claimed := false
 	defer func() {
-		closeFiles(files)
+		for _, all := range files {
+			ipc.CloseAll(all)
+		}
 		if !claimed {
 			g.close()
 		}
@@ -276,7 +248,7 @@ func (b *Builder) build(ctx context.Context, t *tenancy, in protocol.Build, r *r
 		(len(files[protocol.FileVars]) == 1) != (in.Spec.Boot.Firmware == spec.OVMF) {
 		return nil, rpc.Errorf(rpc.Invalid, "build: the descriptors do not match the spec")
 	}
-	if err := b.ledger.claim(in.UUID, t.name); err != nil {
+	if err := b.ledger.Claim(in.UUID, t.name); err != nil {
 		return nil, err
 	}
 	if err := b.claim(g); err != nil {
@@ -288,14 +260,14 @@ func (b *Builder) build(ctx context.Context, t *tenancy, in protocol.Build, r *r
 		return nil, err
 	}
 	g.console, g.channel, g.ends = console[0], console[1], ends
-	answer, err := duplicates(ends)
+	answer, err := ipc.Duplicate(ends...)
 	if err != nil {
 		b.unclaim(g)
 		return nil, err
 	}
 	defer func() {
 		if err != nil {
-			closeAll(answer)
+			ipc.CloseAll(answer)
 		}
 	}()
 	if err := g.take(files); err != nil {
@@ -303,7 +275,7 @@ func (b *Builder) build(ctx context.Context, t *tenancy, in protocol.Build, r *r
 		return nil, err
 	}
 	var run *run
-	if g.storage, err = b.newStorage(g); err == nil {
+	if g.storage, err = b.newStorage(ctx, g); err == nil {
 		g.nics, err = b.network.add(g)
 	}
 	if err == nil {
@@ -313,7 +285,7 @@ func (b *Builder) build(ctx context.Context, t *tenancy, in protocol.Build, r *r
 		g.nics.close()
 		g.storage.close()
 		b.release(g, false)
-		b.journal.note(b.journal.entry(audit.ActGuestEnd, g.build.Spec.Name, audit.Done, "uuid", g.build.UUID, "reason", err.Error()))
+		b.journal.Note(b.journal.Entry(audit.ActGuestEnd, g.name(), audit.Done, "uuid", g.build.UUID, "reason", err.Error()))
 		b.unclaim(g)
 		return nil, err
 	}
@@ -346,12 +318,12 @@ func (b *Builder) unclaim(g *guest) {
 func (g *guest) take(files map[string][]*os.File) error {
 	var err error
 	if k := files[protocol.FileKernel]; len(k) == 1 {
-		if g.kernel, err = sealed("kernel", k[0]); err != nil {
+		if g.kernel, err = memfd.Sealed("boot.kernel", k[0]); err != nil {
 			return err
 		}
 	}
 	if i := files[protocol.FileInitrd]; len(i) == 1 {
-		if g.initrd, err = sealed("initrd", i[0]); err != nil {
+		if g.initrd, err = memfd.Sealed("boot.initrd", i[0]); err != nil {
 			return err
 		}
 	}
@@ -361,7 +333,7 @@ func (g *guest) take(files map[string][]*os.File) error {
 			return fmt.Errorf("boot.firmware: %w", err)
 		}
 		defer image.Close()
-		if g.firmware, err = sealed("firmware", image); err != nil {
+		if g.firmware, err = memfd.Sealed("boot.firmware", image); err != nil {
 			return err
 		}
 	}

@@ -4,19 +4,20 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"slices"
 	"strconv"
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
-
+	"redoubt.dev/redoubt/audit"
 	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/ipc/rpc"
+	"redoubt.dev/redoubt/memfd"
 	"redoubt.dev/redoubt/process"
 	"redoubt.dev/redoubt/services"
+	"redoubt.dev/redoubt/services/calls"
+	"redoubt.dev/redoubt/services/launch"
 	"redoubt.dev/redoubt/services/protocol"
 	"redoubt.dev/redoubt/spec"
 	"redoubt.dev/redoubt/store/server"
@@ -51,14 +52,20 @@ type guest struct {
 	down     chan struct{} // closed when the guest is down for good
 }
 
+// name is what it is called on this host.
+func (g *guest) name() string { return g.build.Spec.Name }
+
+// memory is how much it has, in bytes.
+func (g *guest) memory() uint64 { return uint64(g.build.Spec.Memory) }
+
 // A run is one emulator process of a guest; a reboot makes a new one.
 type run struct {
 	domain tree.Domain
 	proc   *process.Process
 	peer   *rpc.Peer
-	heard  chan struct{} // closed when all the emulator said was taken in
-	qemu   bool          // its QEMU was asked for; beneath mu
-	is     tenure        // in the audit log
+	heard  chan struct{}  // closed when all the emulator said was taken in
+	qemu   bool           // its QEMU was asked for; beneath mu
+	is     audit.Instance // in the audit log
 
 	mu     sync.Mutex
 	exit   *protocol.Exit // the emulator's own word
@@ -86,23 +93,19 @@ func (b *Builder) start(ctx context.Context, g *guest) (_ *run, err error) {
 	b.mu.Unlock()
 	r := &run{domain: d, heard: make(chan struct{})}
 	msg := protocol.Start{
-		Name: g.build.Spec.Name, Emulator: g.emulator, Domain: d, CPUs: g.build.Spec.CPUs,
+		Name: g.name(), Emulator: g.emulator, Domain: d, CPUs: g.build.Spec.CPUs,
 		Memory: uint64(g.build.Spec.Memory), Cmdline: g.build.Spec.Boot.Cmdline,
 		Firmware: g.build.Spec.Boot.Firmware, PauseAfter: pauseAfter, KVM: haveKVM(),
 	}
 	var give, own []*os.File
-	defer func() {
-		for _, f := range own {
-			f.Close()
-		}
-	}()
+	defer func() { ipc.CloseAll(own) }()
 	add := func(name string, f *os.File) {
 		if f != nil {
 			msg.Files = append(msg.Files, name)
 			give = append(give, f)
 		}
 	}
-	mem, err := memory(g.build.Spec.Name, int64(g.build.Spec.Memory))
+	mem, err := memfd.New("guest memory", int64(g.memory()))
 	if err != nil {
 		return nil, err
 	}
@@ -152,16 +155,16 @@ func (b *Builder) start(ctx context.Context, g *guest) (_ *run, err error) {
 	}
 	defer func() {
 		if err != nil {
-			b.forget(d)
+			b.store.Forget(d)
 		}
 	}()
-	if err := b.depends(g, d); err != nil {
+	if err := b.depends(ctx, g, d); err != nil {
 		return nil, err
 	}
-	if err := b.announce(ctx, d); err != nil {
+	if err := b.store.Announce(ctx, d); err != nil {
 		return nil, err
 	}
-	st, number, err := b.store.connect(ctx, d)
+	st, number, err := b.store.Connect(ctx, d)
 	if err != nil {
 		return nil, err
 	}
@@ -190,12 +193,12 @@ func (b *Builder) start(ctx context.Context, g *guest) (_ *run, err error) {
 			return nil, err
 		}
 	}
-	r.proc, err = b.procs.start(services.Emulator, g.build.Spec.Name, "", uint64(g.build.Spec.Memory))
+	r.proc, err = b.procs.Start(services.Emulator, launch.Order{Whose: g.name(), Memory: g.memory()})
 	if err != nil {
 		return nil, err
 	}
-	r.is = newTenure(services.Emulator, r.proc)
-	r.peer = rpc.New(r.proc.Control, b.refusals(services.Emulator, g.build.Spec.Name, b.fromEmulator(g, r)))
+	r.is = audit.NewInstance(services.Emulator, r.proc.PID())
+	r.peer = rpc.New(r.proc.Control, calls.Watched(b.journal, services.Emulator, g.name(), b.fromEmulator(g, r)))
 	b.wg.Go(func() {
 		defer close(r.heard)
 		_ = r.peer.Run(context.Background())
@@ -216,12 +219,12 @@ func (b *Builder) start(ctx context.Context, g *guest) (_ *run, err error) {
 	if err != nil {
 		r.proc.Kill()
 		<-r.proc.Done()
-		b.journal.note(b.journal.ended(r.is, r.proc.Err(), []string{g.build.Spec.Name}))
+		b.journal.Note(b.journal.Ended(r.is, r.proc.Err(), []string{g.name()}))
 		return nil, err
 	}
 	g.storage.setRun(r)
 	g.nics.setRun(r)
-	b.store.hold(d, number, r.peer, func(err error) { r.fail(err.Error()) })
+	b.store.Hold(d, number, r.peer, func(err error) { r.fail(err.Error()) })
 	return r, nil
 }
 
@@ -232,26 +235,26 @@ func (r *run) startQEMU(b *Builder, g *guest, req *rpc.Request) (any, error) {
 	r.qemu = true
 	r.mu.Unlock()
 	if again {
-		closeAll(req.Files)
+		ipc.CloseAll(req.Files)
 		return nil, rpc.Errorf(rpc.Refused, "builder: an emulator has one QEMU")
 	}
-	i := services.Instance{Label: services.QEMU + "-" + g.build.Spec.Name, Memory: uint64(g.build.Spec.Memory), KVM: haveKVM(), NICs: len(g.build.Spec.NICs) > 0}
+	i := services.Instance{Label: services.QEMU + "-" + g.name(), Memory: uint64(g.build.Spec.Memory), KVM: haveKVM(), NICs: len(g.build.Spec.NICs) > 0}
 	if i.KVM {
 		st, err := os.Stat("/dev/kvm")
 		if err != nil {
-			closeAll(req.Files)
+			ipc.CloseAll(req.Files)
 			return nil, err
 		}
-		if i.KVMGroup = owner(st)[1]; i.KVMGroup == 0 || st.Mode().Perm()&0o060 != 0o060 {
-			closeAll(req.Files)
+		if i.KVMGroup = launch.Owner(st)[1]; i.KVMGroup == 0 || st.Mode().Perm()&0o060 != 0o060 {
+			ipc.CloseAll(req.Files)
 			return nil, rpc.Errorf(rpc.Unavailable, "/dev/kvm belongs to no group: give it one, as udev does (chgrp kvm /dev/kvm; chmod 660 /dev/kvm)")
 		}
 	}
 	if err := b.handQEMU(g, r, i.KVM); err != nil {
-		closeAll(req.Files)
+		ipc.CloseAll(req.Files)
 		return nil, err
 	}
-	return b.procs.program(req, services.QEMU, i)
+	return b.procs.Program(req, services.QEMU, i)
 }
 
 // startError prefers the emulator's own last words to the broken connection they caused.
@@ -274,7 +277,7 @@ func (b *Builder) provision(ctx context.Context, g *guest, d tree.Domain) error 
 	go func() { measured <- g.measure() }()
 	var created protocol.Created
 	_, err := b.vtpm.Call(ctx, protocol.MethodCreate, protocol.Create{
-		UUID: g.build.UUID, Name: g.build.Spec.Name, Delay: g.build.Options.VTPMDelay,
+		UUID: g.build.UUID, Name: g.name(), Delay: g.build.Options.VTPMDelay,
 	}, &created)
 	if err == nil {
 		err = b.store.Set(ctx, []state.Node{{Path: server.BackPath(d) + "/instance", Value: strconv.Itoa(created.Instance)}})
@@ -370,63 +373,4 @@ func (r *run) outcome(g *guest) protocol.Exit {
 		reason = err.Error()
 	}
 	return protocol.Exit{Outcome: protocol.Crashed, Reason: reason}
-}
-
-// memory makes a guest's memory.
-func memory(name string, size int64) (*os.File, error) {
-	fd, err := unix.MemfdCreate("redoubt-"+name, unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
-	if err != nil {
-		return nil, fmt.Errorf("guest memory: %w", err)
-	}
-	f := os.NewFile(uintptr(fd), "memory")
-	if err := f.Truncate(size); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("guest memory of %d bytes: %w", size, err)
-	}
-	// Nobody who maps it can be surprised by a smaller file.
-	if _, err := unix.FcntlInt(f.Fd(), unix.F_ADD_SEALS, unix.F_SEAL_SHRINK|unix.F_SEAL_GROW|unix.F_SEAL_SEAL); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("guest memory: seal: %w", err)
-	}
-	return f, nil
-}
-
-// maxBootFile bounds a kernel or an initrd in bytes.
-const maxBootFile = 1 << 30
-
-// sealed copies f into a memfd that nobody can change any more: what is measured is what
-// the guest gets, whatever happens to the file.
-func sealed(name string, f *os.File) (*os.File, error) {
-	st, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	if !st.Mode().IsRegular() || st.Size() == 0 || st.Size() > maxBootFile {
-		return nil, rpc.Errorf(rpc.Invalid, "boot.%s: not a regular file of 1 byte to 1 GiB", name)
-	}
-	fd, err := unix.MemfdCreate("redoubt-"+name, unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", name, err)
-	}
-	m := os.NewFile(uintptr(fd), name)
-	// Read at offsets: where the toolstack's descriptor stands does not matter.
-	n, err := io.Copy(m, io.NewSectionReader(f, 0, st.Size()))
-	if err == nil && n != st.Size() {
-		err = io.ErrUnexpectedEOF
-	}
-	if err != nil {
-		m.Close()
-		return nil, fmt.Errorf("boot.%s: copied %d of %d bytes: %w", name, n, st.Size(), err)
-	}
-	if _, err := unix.FcntlInt(m.Fd(), unix.F_ADD_SEALS, unix.F_SEAL_WRITE|unix.F_SEAL_SHRINK|unix.F_SEAL_GROW|unix.F_SEAL_SEAL); err != nil {
-		m.Close()
-		return nil, fmt.Errorf("%s: seal: %w", name, err)
-	}
-	// Who gets it reads it only, and QEMU wants a descriptor that says so.
-	defer m.Close()
-	ro, err := os.Open(fmt.Sprintf("/proc/self/fd/%d", m.Fd()))
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", name, err)
-	}
-	return ro, nil
 }

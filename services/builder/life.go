@@ -18,13 +18,13 @@ func (b *Builder) supervise(g *guest) {
 		run := g.run
 		g.mu.Unlock()
 		exit := run.outcome(g)
-		b.journal.note(b.journal.ended(run.is, run.proc.Err(), []string{g.build.Spec.Name}))
+		b.journal.Note(b.journal.Ended(run.is, run.proc.Err(), []string{g.name()}))
 		run.peer.Close()
 		g.storage.detach()
 		g.nics.detach()
 		again := exit.Outcome == protocol.Reboot
 		b.release(g, again)
-		b.forget(run.domain)
+		b.store.Forget(run.domain)
 		if again {
 			b.event(g, protocol.Event{Kind: protocol.EventReboot, Text: exit.Reason})
 			err := b.restart(g)
@@ -39,7 +39,7 @@ func (b *Builder) supervise(g *guest) {
 		}
 		g.nics.close()
 		g.storage.close()
-		b.journal.note(b.journal.entry(audit.ActGuestEnd, g.build.Spec.Name, audit.Done,
+		b.journal.Note(b.journal.Entry(audit.ActGuestEnd, g.name(), audit.Done,
 			"uuid", g.build.UUID, "outcome", string(exit.Outcome), "reason", exit.Reason))
 		g.close()
 		b.unclaim(g)
@@ -55,7 +55,7 @@ func (b *Builder) supervise(g *guest) {
 func (b *Builder) release(g *guest, keep bool) {
 	_, err := b.vtpm.Call(context.Background(), protocol.MethodRelease, protocol.Release{UUID: g.build.UUID, Keep: keep}, nil)
 	if err != nil {
-		b.log.Warn("vTPM release", "guest", g.build.Spec.Name, "err", err)
+		b.log.Warn("vTPM release", "guest", g.name(), "err", err)
 	}
 }
 
@@ -99,7 +99,7 @@ func (b *Builder) stop(ctx context.Context, in protocol.Stop) error {
 	}
 	if in.Grace > 0 {
 		if _, err := run.peer.Call(ctx, protocol.MethodPowerButton, struct{}{}, nil); err != nil && !errors.Is(err, rpc.ErrGone) {
-			b.log.Warn("power button", "guest", g.build.Spec.Name, "err", err)
+			b.log.Warn("power button", "guest", g.name(), "err", err)
 		}
 		t := time.NewTimer(in.Grace)
 		defer t.Stop()

@@ -7,16 +7,15 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
-	"strings"
-	"sync"
 	"time"
 
 	"redoubt.dev/redoubt/audit"
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/network"
-	"redoubt.dev/redoubt/process"
 	"redoubt.dev/redoubt/services"
+	"redoubt.dev/redoubt/services/calls"
+	"redoubt.dev/redoubt/services/keeper"
+	"redoubt.dev/redoubt/services/launch"
 	"redoubt.dev/redoubt/services/protocol"
 	"redoubt.dev/redoubt/vhostuser"
 )
@@ -27,30 +26,17 @@ import (
 // NetBack is started for the first guest with a NIC: a host without any has neither the process
 // nor its capability. It then stays.
 //
-// No call to an emulator is made beneath mu: an emulator faces its guest, and one that does not
+// No call to an emulator is made beneath the lock: an emulator faces its guest, and one that does not
 // answer must not keep the others from their network.
 type networking struct {
-	b       *Builder
-	uplinks []Uplink
-	done    chan struct{} // closed with ending
+	*keeper.Keeper // its lock is over one attachment, too, and over what follows
+	b              *Builder
+	uplinks        []network.HostLink
 
-	mu      sync.Mutex         // over one attachment or replacement, too
 	ns      *network.Namespace // nil before it is needed
 	plugged int                // uplinks that are in it
-	now     *netback           // nil while there is none
 	guests  []*nics            // in the order of their building
 	next    int                // where the search for a free id goes on
-	deaths  deaths
-	ending  bool
-}
-
-// netback is one NetBack process.
-type netback struct {
-	proc *process.Process
-	peer *rpc.Peer
-	is   tenure
-	// failed are the NICs of which it told that they are no more.
-	failed chan protocol.NICFailed
 }
 
 // Bounds.
@@ -66,57 +52,41 @@ const (
 	settleLimit = 10 * time.Second
 )
 
-// An Uplink is an interface of the host that is moved into the guests' network while Redoubt runs.
-type Uplink struct {
-	Name string // of the interface
-	VLAN uint16 // the only one, untagged; 0: a trunk that carries all with tags
-}
-
-// maxUplinks bounds them.
-const maxUplinks = 16
-
-// ParseUplinks reads a list such as "eth1,eth2:10".
-func ParseUplinks(text string) ([]Uplink, error) {
-	var all []Uplink
-	for item := range strings.SplitSeq(text, ",") {
-		if item == "" {
-			continue
-		}
-		name, vlan, tagged := strings.Cut(item, ":")
-		u := Uplink{Name: name}
-		if tagged {
-			v, err := strconv.ParseUint(vlan, 10, 16)
-			if err != nil || v < 1 || v > network.MaxVLAN {
-				return nil, fmt.Errorf("%q: VLAN %q: use 1 to %d", item, vlan, network.MaxVLAN)
-			}
-			u.VLAN = uint16(v)
-		}
-		// dev_valid_name() of Linux; 15 bytes are IFNAMSIZ less its NUL.
-		if name == "" || name == "." || name == ".." || len(name) > 15 || strings.ContainsAny(name, "/ \t\n\v\f\r") {
-			return nil, fmt.Errorf("%q is not IFACE or IFACE:VLAN", item)
-		}
-		if slices.ContainsFunc(all, func(o Uplink) bool { return o.Name == name }) {
-			return nil, fmt.Errorf("%s is there twice", name)
-		}
-		if all = append(all, u); len(all) > maxUplinks {
-			return nil, fmt.Errorf("more than %d", maxUplinks)
-		}
-	}
-	return all, nil
-}
-
 // newNetworking takes over the uplinks, if any.
 func (b *Builder) newNetworking() (*networking, error) {
-	n := &networking{b: b, uplinks: b.cfg.Uplinks, done: make(chan struct{})}
-	if d := b.cfg.Resets[services.NetBack]; d > 0 {
-		b.wg.Go(func() { every(d, n.done, func() { n.reset() }) })
-	}
+	n := &networking{b: b, uplinks: b.cfg.Uplinks}
+	n.Keeper = keeper.New(keeper.Options{
+		Service: services.NetBack, Log: b.log, Journal: b.journal,
+		Start: func() (keeper.Process, error) {
+			return b.procs.Start(services.NetBack, launch.Order{Network: n.ns, Memory: n.memory()})
+		},
+		Handler: n.handler,
+		Ready:   n.ready,
+		Record: func(i *keeper.Instance) (all []audit.Entry) {
+			for _, s := range n.guests {
+				all = append(all, b.gives(s.g, i.Name)...)
+			}
+			return all
+		},
+		Guests: n.names,
+		Wanted: func() bool { return len(n.guests) > 0 }, // the next guest with a NIC has one started
+		Lost: func(err error) {
+			for _, s := range n.guests {
+				if s.run != nil {
+					s.run.fail(fmt.Sprintf("network: %v", err))
+				}
+			}
+		},
+		// The next process serves only when the last one is gone: the kernel's own data path ends
+		// with its process.
+		Overlap: true, Drain: drainLimit, Settle: n.settle, Every: b.cfg.Resets[services.NetBack],
+	})
 	if len(n.uplinks) == 0 {
 		return n, nil
 	}
-	n.mu.Lock()
+	n.Lock()
 	err := n.open()
-	n.mu.Unlock()
+	n.Unlock()
 	if err != nil {
 		n.close()
 		return nil, err
@@ -124,7 +94,7 @@ func (b *Builder) newNetworking() (*networking, error) {
 	return n, nil
 }
 
-// open makes the namespace and plugs the uplinks in. n.mu is held.
+// open makes the namespace and plugs the uplinks in. The lock is held.
 func (n *networking) open() (err error) {
 	if n.ns != nil {
 		return nil
@@ -146,14 +116,7 @@ func (n *networking) close() {
 	if n == nil {
 		return
 	}
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	n.ending = true
-	close(n.done)
-	if p := n.now; p != nil {
-		n.now = nil
-		n.stop(p, stopGrace/2)
-	}
+	n.Close(stopGrace / 2)
 	for i, u := range n.uplinks[:n.plugged] {
 		if err := network.Unplug(n.ns, u.Name, network.Uplink{ID: i, VLAN: u.VLAN}); err != nil {
 			n.b.log.Error("network", "err", err)
@@ -164,45 +127,13 @@ func (n *networking) close() {
 	}
 }
 
-// stop ends a NetBack in good order, within a limit.
-func (n *networking) stop(p *netback, limit time.Duration) {
-	ctx, cancel := context.WithTimeout(context.Background(), limit)
-	defer cancel()
-	if err := p.proc.Stop(ctx); err != nil {
-		n.b.log.Warn("NetBack ended badly", "err", err)
-	}
-	n.b.journal.note(n.b.journal.ended(p.is, p.proc.Err(), n.names()))
-}
-
 // names are the guests that depend on NetBack.
 func (n *networking) names() []string {
 	var all []string
 	for _, s := range n.guests {
-		all = append(all, s.g.build.Spec.Name)
+		all = append(all, s.g.name())
 	}
 	return all
-}
-
-// reset replaces a NetBack that runs well, for all guests. The next process is started before this
-// one ends, and serves only when this one is gone: the kernel's own data path ends with its
-// process. It reports whether it did.
-func (n *networking) reset() bool {
-	n.settle()
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	if n.ending || n.now == nil {
-		return false
-	}
-	next, err := n.spawn()
-	if err != nil {
-		n.b.log.Warn("NetBack is not replaced", "err", err)
-		return false
-	}
-	last := n.now
-	n.now = nil
-	n.stop(last, drainLimit)
-	_ = n.begin(next)
-	return true
 }
 
 // settle waits, for a while, until no guest is being started: its emulator has the NICs' first
@@ -212,13 +143,13 @@ func (n *networking) settle() {
 	defer limit.Stop()
 	for {
 		var wait chan struct{}
-		n.mu.Lock()
+		n.Lock()
 		for _, s := range n.guests {
 			if s.settled != nil {
 				wait = s.settled
 			}
 		}
-		n.mu.Unlock()
+		n.Unlock()
 		if wait == nil {
 			return
 		}
@@ -230,160 +161,40 @@ func (n *networking) settle() {
 	}
 }
 
-// spawn starts a NetBack that serves nothing yet. n.mu is held.
-func (n *networking) spawn() (*netback, error) {
-	p, err := n.b.procs.startIn(n.ns, services.NetBack, n.memory())
-	if err != nil {
-		return nil, err
-	}
-	next := &netback{proc: p, is: newTenure(services.NetBack, p), failed: make(chan protocol.NICFailed, maxNICs)}
-	next.peer = rpc.New(p.Control, n.b.refusals(services.NetBack, "", next.heard))
-	n.b.wg.Go(func() {
-		defer close(next.failed)
-		_ = next.peer.Run(context.Background())
-	})
-	n.b.wg.Go(func() {
-		for f := range next.failed {
-			n.nicFailed(f)
-		}
-	})
-	n.b.wg.Go(func() {
-		<-p.Done()
-		next.peer.Close()
-		n.mu.Lock()
-		defer n.mu.Unlock()
-		if n.now == next {
-			_ = n.replace(next)
-		}
-	})
-	entries := []audit.Entry{n.b.journal.started(next.is)}
-	for _, s := range n.guests {
-		entries = append(entries, s.linked(next)...)
-	}
-	if err := n.b.journal.record(entries...); err != nil {
-		p.Kill()
-		<-p.Done()
-		return nil, err
-	}
-	return next, nil
-}
-
 // memory is that of all guests with NICs: pages count as NetBack's where it is the first to write
 // what a guest receives.
 func (n *networking) memory() (sum uint64) {
 	for _, s := range n.guests {
-		sum += uint64(s.g.build.Spec.Memory)
+		sum += s.g.memory()
 	}
 	return sum
 }
 
-// begin makes next the NetBack in force, or one after it if it dies, and has it serve all guests.
-// n.mu is held; after an error there is none, and guests that run with NICs are failed.
-func (n *networking) begin(next *netback) error {
-	for {
-		var err error
-		if next == nil {
-			if next, err = n.spawn(); err != nil {
-				return n.fail(err)
-			}
-		}
-		if err = n.tell(next); err == nil {
-			n.now = next
-			break
-		}
-		if !n.lost(next, err) {
-			next.proc.Kill()
-			<-next.proc.Done()
-			n.b.journal.note(n.b.journal.ended(next.is, err, n.names()))
-			return n.fail(err)
-		}
-		n.b.journal.note(n.b.journal.ended(next.is, next.proc.Err(), n.names()))
-		if n.deaths.add(time.Now()) {
-			return n.fail(fmt.Errorf("NetBack dies again and again: %w", err))
-		}
-		next = nil
+// ready has a new NetBack make the network what it is to be, and serve all guests.
+func (n *networking) ready(_ context.Context, i *keeper.Instance) error {
+	if err := n.tell(i); err != nil {
+		return err
 	}
 	for _, s := range n.guests {
-		if s.run != nil {
-			s.reattach()
-		} else {
+		if s.run == nil {
 			s.stale = s.memory != nil
+		} else if err := s.reattach(i); err != nil {
+			return err
 		}
 	}
 	return nil
 }
 
 // tell has a NetBack make the network what it is to be.
-func (n *networking) tell(p *netback) error {
-	return n.call(p, protocol.MethodNetwork, n.config(nil))
+func (n *networking) tell(i *keeper.Instance) error {
+	return n.call(i, protocol.MethodNetwork, n.config(nil))
 }
 
-func (n *networking) call(p *netback, method string, in any, files ...*os.File) error {
+func (n *networking) call(i *keeper.Instance, method string, in any, files ...*os.File) error {
 	ctx, cancel := context.WithTimeout(context.Background(), netbackLimit)
 	defer cancel()
-	_, err := p.peer.Call(ctx, method, in, nil, files...)
+	_, err := i.Peer.Call(ctx, method, in, nil, files...)
 	return err
-}
-
-// lost reports whether err, of a call to p, says that p is gone or sick; then it is ended. What p
-// answers, it answers well.
-func (n *networking) lost(p *netback, err error) bool {
-	var answer *rpc.Error
-	if err == nil || errors.As(err, &answer) {
-		return false
-	}
-	p.proc.Kill()
-	<-p.proc.Done()
-	return true
-}
-
-// replace follows a NetBack's end. n.mu is held.
-func (n *networking) replace(dead *netback) error {
-	n.now = nil
-	n.b.journal.note(n.b.journal.ended(dead.is, dead.proc.Err(), n.names()))
-	reason := errors.New("NetBack ended without a word")
-	if err := dead.proc.Err(); err != nil {
-		reason = err
-	}
-	if n.ending || len(n.guests) == 0 {
-		return reason // the next guest with a NIC has one started
-	}
-	n.b.log.Warn("NetBack is replaced", "err", reason)
-	if n.deaths.add(time.Now()) {
-		return n.fail(fmt.Errorf("NetBack dies again and again: %w", reason))
-	}
-	return n.begin(nil)
-}
-
-// fail ends all guests that run with NICs: there is no NetBack. n.mu is held.
-func (n *networking) fail(err error) error {
-	n.b.log.Error("network", "err", err)
-	for _, s := range n.guests {
-		if s.run != nil {
-			s.run.fail(fmt.Sprintf("network: %v", err))
-		}
-	}
-	return err
-}
-
-// serve has f make its calls to NetBack, and if that is lost meanwhile, to the next one. n.mu is
-// held.
-func (n *networking) serve(f func(*netback) error) error {
-	for {
-		if n.now == nil {
-			if err := n.begin(nil); err != nil {
-				return err
-			}
-		}
-		p := n.now
-		err := f(p)
-		if !n.lost(p, err) {
-			return err
-		}
-		if err := n.replace(p); err != nil {
-			return err
-		}
-	}
 }
 
 // config is the network of all guests, and of more NICs.
@@ -398,27 +209,43 @@ func (n *networking) config(more []network.NIC) network.Config {
 	return c
 }
 
-// heard takes NetBack's notices. It waits for nothing: answers come behind them.
-func (p *netback) heard(_ context.Context, req *rpc.Request) (any, error) {
-	if req.Method != protocol.NoticeNICFailed {
-		return nil, rpc.Errorf(rpc.Refused, "builder: no call %q from NetBack", req.Method)
-	}
-	var f protocol.NICFailed
-	if err := req.Decode(&f); err != nil {
-		return nil, err
-	}
-	select {
-	case p.failed <- f:
-	default: // more than there are NICs: it is mad
-		p.proc.Kill()
-	}
-	return nil, nil
+// handler takes a NetBack's notices. It waits for nothing: answers come behind them.
+func (n *networking) handler(i *keeper.Instance) rpc.Handler {
+	failed := make(chan protocol.NICFailed, maxNICs)
+	n.b.wg.Go(func() {
+		for {
+			select {
+			case f := <-failed:
+				n.nicFailed(f)
+			case <-i.Heard(): // no more come
+				for len(failed) > 0 {
+					n.nicFailed(<-failed)
+				}
+				return
+			}
+		}
+	})
+	return calls.Watched(n.b.journal, services.NetBack, "", func(_ context.Context, req *rpc.Request) (any, error) {
+		if req.Method != protocol.NoticeNICFailed {
+			return nil, rpc.Errorf(rpc.Refused, "builder: no call %q from NetBack", req.Method)
+		}
+		var f protocol.NICFailed
+		if err := req.Decode(&f); err != nil {
+			return nil, err
+		}
+		select {
+		case failed <- f:
+		default: // more than there are NICs: it is mad
+			i.Kill()
+		}
+		return nil, nil
+	})
 }
 
 // nicFailed ends the guest whose NIC is no more.
 func (n *networking) nicFailed(f protocol.NICFailed) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
+	n.Lock()
+	defer n.Unlock()
 	for _, s := range n.guests {
 		i := slices.IndexFunc(s.config, func(c network.NIC) bool { return c.ID == f.ID })
 		if i >= 0 && s.run != nil && s.run.domain == f.Domain {

@@ -8,21 +8,20 @@ import (
 	"net/netip"
 	"os"
 	"slices"
-	"strconv"
 	"time"
 
-	"golang.org/x/sys/unix"
-
-	"redoubt.dev/redoubt/audit"
+	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/network"
+	"redoubt.dev/redoubt/process"
 	"redoubt.dev/redoubt/services"
+	"redoubt.dev/redoubt/services/keeper"
 	"redoubt.dev/redoubt/services/protocol"
 	"redoubt.dev/redoubt/spec"
 	"redoubt.dev/redoubt/store/tree"
 )
 
-// nics are a guest's network devices, from its building to its end. networking.mu is over its
+// nics are a guest's network devices, from its building to its end. networking's lock is over its
 // fields.
 type nics struct {
 	n      *networking
@@ -44,9 +43,9 @@ func (n *networking) add(g *guest) (_ *nics, err error) {
 	if len(g.build.Spec.NICs) == 0 {
 		return nil, nil
 	}
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	if n.ending {
+	n.Lock()
+	defer n.Unlock()
+	if n.Ending() {
 		return nil, rpc.Errorf(rpc.Unavailable, "Redoubt is going down")
 	}
 	if err := n.open(); err != nil {
@@ -58,7 +57,7 @@ func (n *networking) add(g *guest) (_ *nics, err error) {
 	}
 	defer func() {
 		if err != nil {
-			closeAll(s.tuns)
+			ipc.CloseAll(s.tuns)
 		}
 	}()
 	err = n.ns.Do(func() error {
@@ -80,18 +79,20 @@ func (n *networking) add(g *guest) (_ *nics, err error) {
 			s.leave()
 		}
 	}()
-	had := n.now
-	err = n.serve(func(p *netback) error {
-		if p != had { // it was told with its start
+	had := n.Now()
+	err = n.Serve(func(i *keeper.Instance) error {
+		if i != had { // it was told with its start
 			return nil
 		}
-		if err := n.b.journal.record(s.linked(p)...); err != nil {
-			return rpc.Errorf(rpc.Unavailable, "%v", err)
+		if err := n.b.journal.Record(n.b.gives(g, i.Name)...); err != nil {
+			return err
 		}
-		if err := n.b.procs.growMemory(p.proc, n.limit()); err != nil {
-			return rpc.Errorf(rpc.Unavailable, "%v", err)
+		if p, ok := i.Process.(*process.Process); ok {
+			if err := n.b.procs.GrowMemory(p, n.limit()); err != nil {
+				return rpc.Errorf(rpc.Unavailable, "%v", err)
+			}
 		}
-		return n.tell(p)
+		return n.tell(i)
 	})
 	if err != nil {
 		return nil, fmt.Errorf("nics: %w", err)
@@ -108,7 +109,7 @@ func (n *networking) limit() uint64 {
 	return s.Memory + n.memory()
 }
 
-// choose settles what a guest's NICs are. n.mu is held.
+// choose settles what a guest's NICs are. The lock is held.
 func (n *networking) choose(g *guest) ([]network.NIC, error) {
 	type station struct {
 		mac  network.MAC
@@ -167,28 +168,21 @@ func configure(want spec.NIC, uuid string, index int) (network.NIC, error) {
 	return c, nil
 }
 
-// linked records that the guest depends on a NetBack, which may touch its memory.
-func (s *nics) linked(p *netback) []audit.Entry {
-	j, name := s.n.b.journal, s.g.build.Spec.Name
-	return []audit.Entry{j.linked(name, p.is), j.entry(ActHandOver, name, audit.Done, "to", services.NetBack,
-		audit.DetailInstance, p.is.id, "memory", strconv.FormatInt(int64(s.g.build.Spec.Memory), 10))}
-}
-
 // attach gives a new emulator its NICs: what it needs for each is returned.
 func (s *nics) attach(r *run, memory *os.File) (fronts []*os.File, err error) {
 	if s == nil {
 		return nil, nil
 	}
-	s.n.mu.Lock()
-	defer s.n.mu.Unlock()
-	fd, err := unix.FcntlInt(memory.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	s.n.Lock()
+	defer s.n.Unlock()
+	own, err := ipc.Duplicate(memory)
 	if err != nil {
 		return nil, fmt.Errorf("nics: %w", err)
 	}
 	s.release()
-	s.memory, s.domain, s.settled = os.NewFile(uintptr(fd), "memory"), r.domain, make(chan struct{})
-	err = s.n.serve(func(p *netback) (err error) {
-		fronts, err = s.connect(p)
+	s.memory, s.domain, s.settled = own[0], r.domain, make(chan struct{})
+	err = s.n.Serve(func(i *keeper.Instance) (err error) {
+		fronts, err = s.connect(i)
 		return err
 	})
 	s.stale = false
@@ -198,11 +192,11 @@ func (s *nics) attach(r *run, memory *os.File) (fronts []*os.File, err error) {
 	return fronts, err
 }
 
-// connect has NetBack serve the NICs and returns the front ends' ends. s.n.mu is held.
-func (s *nics) connect(p *netback) (fronts []*os.File, err error) {
+// connect has NetBack serve the NICs and returns the front ends' ends. The lock is held.
+func (s *nics) connect(p *keeper.Instance) (fronts []*os.File, err error) {
 	defer func() {
 		if err != nil {
-			closeAll(fronts)
+			ipc.CloseAll(fronts)
 			fronts = nil
 		}
 	}()
@@ -216,12 +210,11 @@ func (s *nics) connect(p *netback) (fronts []*os.File, err error) {
 	return fronts, nil
 }
 
-func (s *nics) connectOne(p *netback, i int) (*os.File, error) {
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+func (s *nics) connectOne(p *keeper.Instance, i int) (*os.File, error) {
+	back, front, err := ipc.Streams("nic")
 	if err != nil {
-		return nil, rpc.Errorf(rpc.Internal, "%v", err)
+		return nil, err
 	}
-	back, front := os.NewFile(uintptr(fds[0]), "nic"), os.NewFile(uintptr(fds[1]), "nic")
 	defer back.Close()
 	in := protocol.AttachNIC{
 		ID: s.config[i].ID, MTU: nicMTU, Domain: s.domain,
@@ -250,48 +243,45 @@ func (s *nics) setRun(r *run) {
 	if s == nil {
 		return
 	}
-	s.n.mu.Lock()
-	defer s.n.mu.Unlock()
+	s.n.Lock()
+	defer s.n.Unlock()
 	s.settle()
 	s.run = r
-	if !s.stale {
-		return
-	}
-	// Where there is no NetBack the next one is started, and brought to all guests.
-	if s.n.now == nil {
-		_ = s.n.begin(nil)
-	} else {
-		s.reattach()
-	}
+	_ = s.n.Serve(func(i *keeper.Instance) error { // where there is none, the next one is brought to all
+		if !s.stale {
+			return nil
+		}
+		return s.reattach(i)
+	})
 }
 
-// reattach connects a new NetBack with the running emulator, which is told in a goroutine. s.n.mu
-// is held.
-func (s *nics) reattach() {
-	s.stale = false
-	p, r, start := s.n.now, s.run, time.Now()
+// reattach connects a new NetBack with the running emulator, which is told in a goroutine. A NetBack
+// that refuses is this guest's end only. The lock is held.
+func (s *nics) reattach(p *keeper.Instance) error {
+	r, start := s.run, time.Now()
 	fronts, err := s.connect(p)
+	if errors.Is(err, rpc.ErrGone) || errors.Is(err, context.DeadlineExceeded) {
+		return err
+	}
+	s.stale = false
 	if err != nil {
-		if s.n.lost(p, err) { // whoever waits for its end goes on with the next
-			s.stale = true
-			return
-		}
 		r.fail(fmt.Sprintf("network: %v", err))
-		return
+		return nil
 	}
 	if s.offered != nil { // the emulator is slow: it need not hear of what is gone already
-		closeAll(s.offered.fronts)
+		ipc.CloseAll(s.offered.fronts)
 	}
 	s.offered = &offer{p, r, fronts, start}
 	if !s.telling {
 		s.telling = true
 		s.n.b.wg.Go(s.tell)
 	}
+	return nil
 }
 
 // An offer is a NetBack that an emulator is to be told of.
 type offer struct {
-	from   *netback
+	from   *keeper.Instance
 	to     *run
 	fronts []*os.File
 	made   time.Time
@@ -300,16 +290,16 @@ type offer struct {
 // tell tells the emulator of each NetBack, in order, until it knows the last.
 func (s *nics) tell() {
 	for {
-		s.n.mu.Lock()
+		s.n.Lock()
 		o := s.offered
 		s.offered = nil
 		s.telling = o != nil
-		s.n.mu.Unlock()
+		s.n.Unlock()
 		if o == nil {
 			return
 		}
 		err := tellNICs(o.to, o.fronts)
-		closeAll(o.fronts)
+		ipc.CloseAll(o.fronts)
 		if err != nil {
 			s.untold(o, err)
 			continue
@@ -338,7 +328,7 @@ func (s *nics) untold(o *offer, err error) {
 		dying := time.NewTimer(tellLimit / 4)
 		defer dying.Stop()
 		select {
-		case <-o.from.proc.Done():
+		case <-o.from.Done():
 			return
 		case <-o.to.proc.Done():
 			return
@@ -348,7 +338,7 @@ func (s *nics) untold(o *offer, err error) {
 	o.to.fail(fmt.Sprintf("network: the emulator takes no other NetBack: %v", err))
 }
 
-// settle ends the time in which a start is under way. s.n.mu is held.
+// settle ends the time in which a start is under way. The lock is held.
 func (s *nics) settle() {
 	if s.settled != nil {
 		close(s.settled)
@@ -361,8 +351,8 @@ func (s *nics) detach() {
 	if s == nil {
 		return
 	}
-	s.n.mu.Lock()
-	defer s.n.mu.Unlock()
+	s.n.Lock()
+	defer s.n.Unlock()
 	s.release()
 }
 
@@ -370,7 +360,7 @@ func (s *nics) release() {
 	s.settle()
 	s.run, s.stale = nil, false
 	if s.offered != nil {
-		closeAll(s.offered.fronts)
+		ipc.CloseAll(s.offered.fronts)
 		s.offered = nil
 	}
 	if s.memory != nil {
@@ -384,20 +374,22 @@ func (s *nics) close() {
 	if s == nil {
 		return
 	}
-	s.n.mu.Lock()
-	defer s.n.mu.Unlock()
+	s.n.Lock()
+	defer s.n.Unlock()
 	s.release()
-	closeAll(s.tuns)
+	ipc.CloseAll(s.tuns)
 	s.leave()
 }
 
-// leave takes the guest out of the network. s.n.mu is held.
+// leave takes the guest out of the network. The lock is held.
 func (s *nics) leave() {
 	n := s.n
 	n.guests = slices.DeleteFunc(n.guests, func(o *nics) bool { return o == s })
-	if p := n.now; p != nil {
-		if err := n.tell(p); err != nil && !n.lost(p, err) {
-			n.b.log.Warn("network", "guest", s.g.build.Spec.Name, "err", err)
+	if i := n.Now(); i != nil { // one that is lost over it is followed in any case
+		if err := n.tell(i); errors.Is(err, context.DeadlineExceeded) {
+			i.Kill()
+		} else if err != nil && !errors.Is(err, rpc.ErrGone) {
+			n.b.log.Warn("network", "guest", s.g.name(), "err", err)
 		}
 	}
 }

@@ -5,15 +5,15 @@ import (
 	"fmt"
 	"os"
 	"strconv"
-	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"redoubt.dev/redoubt/audit"
+	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/ipc/rpc"
-	"redoubt.dev/redoubt/process"
 	"redoubt.dev/redoubt/services"
+	"redoubt.dev/redoubt/services/calls"
+	"redoubt.dev/redoubt/services/keeper"
+	"redoubt.dev/redoubt/services/launch"
 	"redoubt.dev/redoubt/services/protocol"
 	"redoubt.dev/redoubt/spec"
 )
@@ -24,28 +24,17 @@ import (
 // guest's memory, the other to the emulator. After a death the new BlkBack and the emulator get
 // new pairs; the emulator's front ends know the rest.
 type storage struct {
-	b *Builder
-	g *guest
+	*keeper.Keeper // its lock is over one attachment, too, and over what follows
+	b              *Builder
+	g              *guest
 
-	mu     sync.Mutex // over one attachment or replacement, too
-	proc   *process.Process
-	peer   *rpc.Peer
-	is     tenure   // in the audit log
 	run    *run     // whose emulator has the disks; nil while there is none that runs
 	memory *os.File // the run's guest memory
 	stale  bool     // BlkBack was replaced before the run could be told
-	ending bool
-	ended  chan struct{} // closed with ending
-	deaths deaths
 }
 
-// A BlkBack that dies more than maxDeaths times within deathWindow fails its guest, and a store
-// that does ends the Builder: it is not the accident that replacing is for.
-const (
-	drainLimit  = 2 * time.Second // of a BlkBack's requests when it is replaced; then it is killed
-	maxDeaths   = 20
-	deathWindow = 10 * time.Second
-)
+// drainLimit is how long requests may take to end in a back end that is replaced.
+const drainLimit = 2 * time.Second
 
 // overlays counts the disks that have a base.
 func overlays(disks []spec.Disk) (n int) {
@@ -71,77 +60,46 @@ func (g *guest) takeBases(files map[string][]*os.File) {
 }
 
 // newStorage starts BlkBack for a guest that has disks; nil for one that has none.
-func (b *Builder) newStorage(g *guest) (*storage, error) {
+func (b *Builder) newStorage(ctx context.Context, g *guest) (*storage, error) {
 	if len(g.disks) == 0 {
 		return nil, nil
 	}
-	s := &storage{b: b, g: g, ended: make(chan struct{})}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if err := s.spawn(); err != nil {
+	s := &storage{b: b, g: g}
+	s.Keeper = keeper.New(keeper.Options{
+		Service: services.BlkBack, About: g.name(), Log: b.log, Journal: b.journal,
+		Start: func() (keeper.Process, error) {
+			return b.procs.Start(services.BlkBack, launch.Order{Whose: g.name(), Memory: g.memory()})
+		},
+		Handler: func(*keeper.Instance) rpc.Handler {
+			return calls.Watched(b.journal, services.BlkBack, g.name(), s.fromBlkBack)
+		},
+		Ready:  s.ready,
+		Detail: []string{"guest", g.name()},
+		Record: func(i *keeper.Instance) []audit.Entry { return b.gives(g, i.Name) },
+		Guests: func() []string { return []string{g.name()} },
+		Lost: func(err error) {
+			if s.run != nil { // it must not go on without its disks
+				s.run.fail(fmt.Sprintf("storage: %v", err))
+			}
+		},
+		Idle:    func() bool { return s.run == nil },
+		Overlap: true, Drain: drainLimit,
+		Every: b.cfg.Resets[services.BlkBack], // what took it over has it for that long at most
+	})
+	s.Lock()
+	err := s.Begin(ctx)
+	s.Unlock()
+	if err != nil {
+		s.Close(0)
 		return nil, err
-	}
-	// What took it over has it for that long at most.
-	if d := b.cfg.Resets[services.BlkBack]; d > 0 {
-		b.wg.Go(func() { every(d, s.ended, func() { s.reset() }) })
 	}
 	return s, nil
 }
 
-// reset replaces a BlkBack that runs well: the next one is started before this one ends its
-// requests, so that the guest waits for the hand-over only. It reports whether it did.
-func (s *storage) reset() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.ending || s.run == nil {
-		return false
-	}
-	last, was := s.proc, s.is
-	if err := s.spawn(); err != nil {
-		s.b.log.Warn("BlkBack is not replaced", "guest", s.g.build.Spec.Name, "err", err)
-		return false
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), drainLimit)
-	defer cancel()
-	if err := last.Stop(ctx); err != nil {
-		s.b.log.Warn("BlkBack ended badly", "guest", s.g.build.Spec.Name, "err", err)
-	}
-	s.reattach()
-	s.b.journal.note(s.b.journal.ended(was, last.Err(), []string{s.g.build.Spec.Name}))
-	return true
-}
-
-// spawn starts a BlkBack. s.mu is held.
-func (s *storage) spawn() error {
-	p, err := s.b.procs.start(services.BlkBack, s.g.build.Spec.Name, "", uint64(s.g.build.Spec.Memory))
-	if err != nil {
-		return err
-	}
-	name := s.g.build.Spec.Name
-	peer := rpc.New(p.Control, s.b.refusals(services.BlkBack, name, s.fromBlkBack))
-	s.proc, s.peer, s.is = p, peer, newTenure(services.BlkBack, p)
-	s.b.wg.Go(func() { _ = peer.Run(context.Background()) })
-	s.b.wg.Go(func() {
-		<-p.Done()
-		peer.Close()
-		s.replace(p)
-	})
-	j := s.b.journal
-	err = j.record(j.started(s.is, "guest", name), j.linked(name, s.is), j.entry(ActHandOver, name, audit.Done,
-		"to", services.BlkBack, audit.DetailInstance, s.is.id, "memory", strconv.FormatInt(int64(s.g.build.Spec.Memory), 10)))
-	if err != nil {
-		s.end()
-		p.Kill()
-	}
-	return err
-}
-
-// end ends the replacing of BlkBacks. s.mu is held.
-func (s *storage) end() {
-	if !s.ending {
-		s.ending = true
-		close(s.ended)
-	}
+// gives are the records of a guest's dependence on a back end, which may touch its memory.
+func (b *Builder) gives(g *guest, to audit.Instance) []audit.Entry {
+	return []audit.Entry{b.journal.Linked(g.name(), to), b.journal.Entry(ActHandOver, g.name(), audit.Done, "to", to.Service,
+		audit.DetailInstance, to.ID, "memory", strconv.FormatUint(g.memory(), 10))}
 }
 
 // attach gives a new emulator its disks: what it needs for each is returned.
@@ -149,46 +107,48 @@ func (s *storage) attach(ctx context.Context, r *run, memory *os.File) (fronts [
 	if s == nil {
 		return nil, nil
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	fd, err := unix.FcntlInt(memory.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	s.Lock()
+	defer s.Unlock()
+	own, err := ipc.Duplicate(memory)
 	if err != nil {
 		return nil, fmt.Errorf("disks: %w", err)
 	}
 	s.release()
-	s.memory, s.stale = os.NewFile(uintptr(fd), "memory"), false
-	defer func() {
-		if err != nil {
-			for _, f := range fronts {
-				f.Close()
+	err = s.Serve(func(i *keeper.Instance) error {
+		s.memory, s.stale = nil, false
+		ipc.CloseAll(fronts)
+		fronts = nil
+		for d := range s.g.disks {
+			f, err := s.connect(ctx, i, d, r, own[0])
+			if err != nil {
+				return fmt.Errorf("disks[%d]: %w", d, err)
 			}
+			fronts = append(fronts, f)
 		}
-	}()
-	for i := range s.g.disks {
-		f, err := s.connect(ctx, i, r)
-		if err != nil {
-			return fronts, fmt.Errorf("disks[%d]: %w", i, err)
-		}
-		fronts = append(fronts, f)
+		return nil
+	})
+	if err != nil {
+		ipc.CloseAll(append(fronts, own...))
+		return nil, err
 	}
+	s.memory = own[0]
 	return fronts, nil
 }
 
-// connect has BlkBack serve disk i and returns the front end's end. s.mu is held.
-func (s *storage) connect(ctx context.Context, i int, r *run) (*os.File, error) {
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+// connect has BlkBack serve disk d and returns the front end's end.
+func (s *storage) connect(ctx context.Context, i *keeper.Instance, d int, r *run, memory *os.File) (*os.File, error) {
+	back, front, err := ipc.Streams("disk")
 	if err != nil {
 		return nil, err
 	}
-	back, front := os.NewFile(uintptr(fds[0]), "disk"), os.NewFile(uintptr(fds[1]), "disk")
 	defer back.Close()
 	names := protocol.Files{protocol.FileDisk, protocol.FileMemory, protocol.FileBlock}
-	files := []*os.File{s.g.disks[i], s.memory, back}
-	if base := s.g.bases[i]; base != nil {
+	files := []*os.File{s.g.disks[d], memory, back}
+	if base := s.g.bases[d]; base != nil {
 		names, files = append(names, protocol.FileBase), append(files, base)
 	}
-	_, err = s.peer.Call(ctx, protocol.MethodAttachDisk, protocol.AttachDisk{
-		Index: i, ReadOnly: s.g.build.Spec.Disks[i].ReadOnly, Domain: r.domain, Files: names,
+	_, err = i.Peer.Call(ctx, protocol.MethodAttachDisk, protocol.AttachDisk{
+		Index: d, ReadOnly: s.g.build.Spec.Disks[d].ReadOnly, Domain: r.domain, Files: names,
 	}, nil, files...)
 	if err != nil {
 		front.Close()
@@ -202,12 +162,15 @@ func (s *storage) setRun(r *run) {
 	if s == nil {
 		return
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	s.Lock()
+	defer s.Unlock()
 	s.run = r
-	if s.stale {
-		s.reattach()
-	}
+	_ = s.Serve(func(i *keeper.Instance) error {
+		if !s.stale {
+			return nil
+		}
+		return s.ready(context.Background(), i)
+	})
 }
 
 // detach tells that the emulator has ended.
@@ -215,8 +178,8 @@ func (s *storage) detach() {
 	if s == nil {
 		return
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	s.Lock()
+	defer s.Unlock()
 	s.release()
 }
 
@@ -228,67 +191,31 @@ func (s *storage) release() {
 	}
 }
 
-// replace follows a BlkBack's end.
-func (s *storage) replace(dead *process.Process) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.proc != dead {
-		return
+// ready connects a new BlkBack with the emulator, if that runs.
+func (s *storage) ready(ctx context.Context, i *keeper.Instance) error {
+	s.stale = s.run == nil && s.memory != nil
+	if s.run == nil {
+		return nil
 	}
-	s.b.journal.note(s.b.journal.ended(s.is, dead.Err(), []string{s.g.build.Spec.Name}))
-	if s.ending {
-		return
-	}
-	reason := "BlkBack ended without a word"
-	if err := dead.Err(); err != nil {
-		reason = err.Error()
-	}
-	s.b.log.Warn("BlkBack is replaced", "guest", s.g.build.Spec.Name, "err", reason)
-	if s.deaths.add(time.Now()) {
-		s.fail("storage dies again and again: " + reason)
-		return
-	}
-	if err := s.spawn(); err != nil {
-		s.fail(fmt.Sprintf("storage: %v", err))
-		return
-	}
-	s.stale = s.memory != nil
-	if s.run != nil {
-		s.reattach()
-	}
-}
-
-// reattach connects a new BlkBack with the running emulator. s.mu is held.
-func (s *storage) reattach() {
-	s.stale = false
 	start := time.Now()
-	for i := range s.g.disks {
-		front, err := s.connect(context.Background(), i, s.run)
+	for d := range s.g.disks {
+		front, err := s.connect(ctx, i, d, s.run, s.memory)
 		if err == nil {
-			_, err = s.run.peer.Call(context.Background(), protocol.MethodDisk,
-				protocol.Disk{Index: i, Files: protocol.Files{protocol.FileBlock}}, nil, front)
+			_, err = s.run.peer.Call(ctx, protocol.MethodDisk,
+				protocol.Disk{Index: d, Files: protocol.Files{protocol.FileBlock}}, nil, front)
 			front.Close()
 		}
 		if err != nil {
 			// Either of the two is gone or sick. The emulator's end is the guest's; a BlkBack
 			// that cannot serve is replaced, within the bound.
-			if !s.run.ended() {
-				s.b.log.Warn("disk", "guest", s.g.build.Spec.Name, "index", i, "err", err)
-				s.proc.Kill()
+			if s.run.ended() {
+				return nil
 			}
-			return
+			return fmt.Errorf("disks[%d]: %w: %v", d, keeper.ErrSick, err) //nolint:errorlint // whoever is gone
 		}
 	}
 	s.b.event(s.g, protocol.Event{Kind: protocol.EventStorage, Text: fmt.Sprintf("BlkBack was replaced in %v", time.Since(start).Round(10*time.Microsecond))})
-}
-
-// fail ends the guest: it must not go on without its disks. s.mu is held.
-func (s *storage) fail(reason string) {
-	if s.run != nil {
-		s.run.fail(reason)
-		return
-	}
-	s.b.log.Error("storage", "guest", s.g.build.Spec.Name, "err", reason)
+	return nil
 }
 
 // fromBlkBack serves BlkBack's notices.
@@ -300,12 +227,12 @@ func (s *storage) fromBlkBack(_ context.Context, req *rpc.Request) (any, error) 
 	if err := req.Decode(&f); err != nil {
 		return nil, err
 	}
-	// Not here: a replacement may hold mu and wait for an answer that comes behind this notice.
+	// Not here: a replacement may hold the lock and wait for an answer that comes behind this notice.
 	s.b.wg.Go(func() {
-		s.mu.Lock()
-		defer s.mu.Unlock()
+		s.Lock()
+		defer s.Unlock()
 		if s.run != nil && s.run.domain == f.Domain {
-			s.fail(fmt.Sprintf("disks[%d]: %s", f.Index, clip(f.Reason, 512)))
+			s.run.fail(fmt.Sprintf("disks[%d]: %s", f.Index, clip(f.Reason, 512)))
 		}
 	})
 	return nil, nil
@@ -316,14 +243,8 @@ func (s *storage) close() {
 	if s == nil {
 		return
 	}
-	s.mu.Lock()
-	s.end()
+	s.Lock()
 	s.release()
-	p := s.proc
-	s.mu.Unlock()
-	ctx, cancel := context.WithTimeout(context.Background(), stopGrace/2)
-	defer cancel()
-	if err := p.Stop(ctx); err != nil {
-		s.b.log.Warn("BlkBack ended badly", "guest", s.g.build.Spec.Name, "err", err)
-	}
+	s.Unlock()
+	s.Close(stopGrace / 2)
 }

@@ -1,4 +1,7 @@
-package builder
+// Package trust is what the Builder knows of tenants for good: who they are, and which guest is whose,
+// the trust lists. A change is on the disk before it is in force; a damaged file is refused, never
+// replaced.
+package trust
 
 import (
 	"encoding/json"
@@ -13,6 +16,7 @@ import (
 	"github.com/google/renameio/v2"
 
 	"redoubt.dev/redoubt/ipc/rpc"
+	"redoubt.dev/redoubt/services"
 	"redoubt.dev/redoubt/spec"
 )
 
@@ -20,11 +24,7 @@ import (
 const (
 	TenantsFile = "tenants.json"
 	TrustFile   = "trust.json"
-	TenantsDir  = "tenants" // of their toolstacks' records, and in the run directory of their sockets
 )
-
-// DefaultTenant is there without being made.
-const DefaultTenant = "default"
 
 // A Tenant owns guests. Its toolstack acts on those and on no others.
 type Tenant struct {
@@ -48,9 +48,8 @@ func (t *Tenant) Check() error {
 // maxTenants bounds them.
 const maxTenants = 1024
 
-// ledger is what the Builder knows of tenants for good: who they are, and which guest is whose, the
-// trust lists.
-type ledger struct {
+// A Ledger is the two files of a state directory. Its methods may be called concurrently.
+type Ledger struct {
 	stateDir string
 
 	mu      sync.Mutex
@@ -70,9 +69,9 @@ type trustFile struct {
 
 const ledgerVersion = 1
 
-// openLedger reads both files; a damaged one is refused, never replaced.
-func openLedger(stateDir, pool string) (*ledger, error) {
-	l := &ledger{stateDir: stateDir, tenants: map[string]Tenant{}, guests: map[string]string{}}
+// Open reads both files; pool is the default tenant's where none is written down.
+func Open(stateDir, pool string) (*Ledger, error) {
+	l := &Ledger{stateDir: stateDir, tenants: map[string]Tenant{}, guests: map[string]string{}}
 	var t tenantsFile
 	if err := l.read(TenantsFile, &t, &t.Version); err != nil {
 		return nil, err
@@ -83,8 +82,8 @@ func openLedger(stateDir, pool string) (*ledger, error) {
 		}
 		l.tenants[x.Name] = x
 	}
-	if _, ok := l.tenants[DefaultTenant]; !ok {
-		l.tenants[DefaultTenant] = Tenant{Name: DefaultTenant, Pool: pool}
+	if _, ok := l.tenants[services.DefaultTenant]; !ok {
+		l.tenants[services.DefaultTenant] = Tenant{Name: services.DefaultTenant, Pool: pool}
 	}
 	var g trustFile
 	if err := l.read(TrustFile, &g, &g.Version); err != nil {
@@ -94,9 +93,9 @@ func openLedger(stateDir, pool string) (*ledger, error) {
 	return l, nil
 }
 
-func (l *ledger) path(name string) string { return l.stateDir + "/" + name }
+func (l *Ledger) path(name string) string { return l.stateDir + "/" + name }
 
-func (l *ledger) read(name string, into any, version *int) error {
+func (l *Ledger) read(name string, into any, version *int) error {
 	b, err := os.ReadFile(l.path(name))
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
@@ -113,7 +112,7 @@ func (l *ledger) read(name string, into any, version *int) error {
 	return nil
 }
 
-func (l *ledger) write(name string, v any) error {
+func (l *Ledger) write(name string, v any) error {
 	b, err := json.MarshalIndent(v, "", "  ")
 	if err != nil {
 		return err
@@ -121,15 +120,15 @@ func (l *ledger) write(name string, v any) error {
 	return renameio.WriteFile(l.path(name), append(b, '\n'), 0o600)
 }
 
-// all tenants, by name.
-func (l *ledger) all() []Tenant {
+// All tenants, by name.
+func (l *Ledger) All() []Tenant {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return slices.SortedFunc(maps.Values(l.tenants), func(a, b Tenant) int { return strings.Compare(a.Name, b.Name) })
 }
 
-// set makes a tenant or changes it.
-func (l *ledger) set(t Tenant) error {
+// Set makes a tenant or changes it.
+func (l *Ledger) Set(t Tenant) error {
 	if err := t.Check(); err != nil {
 		return err
 	}
@@ -151,7 +150,7 @@ func (l *ledger) set(t Tenant) error {
 }
 
 // saveTenants writes them; l.mu is held.
-func (l *ledger) saveTenants() error {
+func (l *Ledger) saveTenants() error {
 	f := tenantsFile{Version: ledgerVersion}
 	for _, name := range slices.Sorted(maps.Keys(l.tenants)) {
 		f.Tenants = append(f.Tenants, l.tenants[name])
@@ -159,15 +158,15 @@ func (l *ledger) saveTenants() error {
 	return l.write(TenantsFile, f)
 }
 
-// remove forgets a tenant that has no guests.
-func (l *ledger) remove(name string) error {
+// Remove forgets a tenant that has no guests.
+func (l *Ledger) Remove(name string) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	t, ok := l.tenants[name]
 	switch {
 	case !ok:
 		return rpc.Errorf(rpc.NotFound, "tenant %q: no such tenant (see `redoubt tenant list`)", name)
-	case name == DefaultTenant:
+	case name == services.DefaultTenant:
 		return rpc.Errorf(rpc.Invalid, "tenant %s is always there", name)
 	}
 	for _, owner := range l.guests {
@@ -183,8 +182,8 @@ func (l *ledger) remove(name string) error {
 	return nil
 }
 
-// claim puts a guest on a tenant's trust list, unless it is on another's.
-func (l *ledger) claim(uuid, tenant string) error {
+// Claim puts a guest on a tenant's trust list, unless it is on another's.
+func (l *Ledger) Claim(uuid, tenant string) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	switch l.guests[uuid] {
@@ -205,15 +204,15 @@ func (l *ledger) claim(uuid, tenant string) error {
 	return nil
 }
 
-// owner is the tenant whose guest it is; "": nobody's.
-func (l *ledger) owner(uuid string) string {
+// Owner is the tenant whose guest it is; "": nobody's.
+func (l *Ledger) Owner(uuid string) string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.guests[uuid]
 }
 
-// drop takes a guest that is destroyed off its list.
-func (l *ledger) drop(uuid string) error {
+// Drop takes a guest that is destroyed off its list.
+func (l *Ledger) Drop(uuid string) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	owner := l.guests[uuid]
@@ -225,8 +224,8 @@ func (l *ledger) drop(uuid string) error {
 	return nil
 }
 
-// check refuses a guest that is not on a tenant's trust list.
-func (l *ledger) check(uuid, tenant string) error {
+// Check refuses a guest that is not on a tenant's trust list.
+func (l *Ledger) Check(uuid, tenant string) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.guests[uuid] != tenant {
@@ -237,5 +236,16 @@ func (l *ledger) check(uuid, tenant string) error {
 
 // notTrusted says the same of a guest that is another's and of one that is not there.
 func notTrusted(uuid, tenant string) error {
-	return rpc.Errorf(rpc.Refused, "guest %s is not on the trust list of tenant %s", clip(uuid, 64), tenant)
+	return rpc.Errorf(rpc.Refused, "guest %s is not on the trust list of tenant %s", uuid[:min(len(uuid), 64)], tenant)
+}
+
+// Tenant is what is written down of one.
+func (l *Ledger) Tenant(name string) (Tenant, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	t, ok := l.tenants[name]
+	if !ok {
+		return t, rpc.Errorf(rpc.NotFound, "tenant %q: no such tenant", name)
+	}
+	return t, nil
 }

@@ -1,10 +1,9 @@
-package builder
+package kept
 
 import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"math/rand/v2"
 	"net"
@@ -20,8 +19,9 @@ import (
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/process"
 	"redoubt.dev/redoubt/services"
+	"redoubt.dev/redoubt/services/keeper"
 	"redoubt.dev/redoubt/services/protocol"
-	storesvc "redoubt.dev/redoubt/services/store"
+	"redoubt.dev/redoubt/services/store"
 	"redoubt.dev/redoubt/store/client"
 	"redoubt.dev/redoubt/store/disk"
 	"redoubt.dev/redoubt/store/logic"
@@ -37,8 +37,8 @@ const stateProgram = "redoubt-store-state"
 func TestMain(m *testing.M) {
 	switch filepath.Base(os.Args[0]) {
 	case stateProgram:
-		process.Main(stateProgram, storesvc.Serve)
-	case storesvc.LogicProgram:
+		process.Main(stateProgram, store.Serve)
+	case store.LogicProgram:
 		if logic.Serve(3) != nil {
 			os.Exit(1)
 		}
@@ -48,7 +48,7 @@ func TestMain(m *testing.M) {
 	if err != nil {
 		panic(err)
 	}
-	for _, name := range []string{stateProgram, storesvc.LogicProgram} {
+	for _, name := range []string{stateProgram, store.LogicProgram} {
 		if err := os.Symlink(self, filepath.Join(filepath.Dir(self), name)); err != nil && !errors.Is(err, os.ErrExist) {
 			panic(err)
 		}
@@ -58,49 +58,46 @@ func TestMain(m *testing.M) {
 
 // shop is a store as the Builder keeps it.
 type shop struct {
-	*store
+	*Store
 	t    *testing.T
 	dir  string
 	lost chan error
+	proc atomic.Pointer[process.Process] // there is, or that is being started
 }
 
-func openShop(t *testing.T) *shop {
+func openShop(t *testing.T) *shop { return openShopOf(t, 0) }
+
+func openShopOf(t *testing.T, deaths int) *shop {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "store") // a socket's name is short
 	must(t, err)
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	must(t, os.Mkdir(filepath.Join(dir, LogDir), 0o700))
-	b := &Builder{cfg: Config{RunDir: dir}, tenures: map[string]tenure{}, log: slog.New(slog.NewTextHandler(io.Discard, nil))}
-	s := &shop{t: t, dir: dir, lost: make(chan error, 1)}
-	s.store, err = b.bareStore(t.Context(), func(err error) { s.lost <- err })
-	must(t, err)
-	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
-		defer cancel()
-		s.close(ctx)
-		b.wg.Wait()
-	})
-	return s
+	return reopen(t, dir, deaths)
 }
 
-// bareStore is openStore with processes outside any sandbox: the test binary is their program.
-func (b *Builder) bareStore(ctx context.Context, fatal func(error)) (*store, error) {
-	logs := filepath.Join(b.cfg.RunDir, LogDir)
-	return openStore(ctx, b.cfg.RunDir, &store{
-		log: b.log, seen: filepath.Join(b.cfg.RunDir, StoreDir),
-		workers: storesvc.NewSpawner(func() (*process.Process, error) {
-			return process.Start(process.Options{Program: storesvc.LogicProgram, LogDir: logs})
-		}),
-		spawn: func(_ string, h rpc.Handler) (*process.Process, *rpc.Peer, <-chan struct{}, error) {
-			p, err := process.Start(process.Options{Program: stateProgram, LogDir: logs})
-			if err != nil {
-				return nil, nil, nil, err
+// reopen is a Store with processes outside any sandbox: the test binary is their program.
+func reopen(t *testing.T, dir string, deaths int) *shop {
+	t.Helper()
+	s := &shop{t: t, dir: dir, lost: make(chan error, 1)}
+	var err error
+	s.Store, err = Open(t.Context(), Options{
+		RunDir: dir, Seen: filepath.Join(dir, services.StoreDir), Log: slog.New(slog.DiscardHandler), Deaths: deaths,
+		Start: func(string) (keeper.Process, error) {
+			p, err := process.Start(process.Options{Program: stateProgram, LogDir: dir})
+			if err == nil {
+				s.proc.Store(p)
 			}
-			return b.storeRuns(p, h)
+			return p, err
 		},
-		ended: func(err error) { b.serviceEnded(services.StoreState, err) },
-		lost:  fatal,
+		Worker: func() (*process.Process, error) {
+			return process.Start(process.Options{Program: store.LogicProgram, LogDir: dir})
+		},
+		Guests: func() []string { return nil },
+		Lost:   func(err error) { s.lost <- err },
 	})
+	must(t, err)
+	t.Cleanup(func() { s.Close(20 * time.Second) })
+	return s
 }
 
 func must(t *testing.T, err error) {
@@ -110,45 +107,43 @@ func must(t *testing.T, err error) {
 	}
 }
 
-// kill ends the service there is or that is being started.
-func (s *shop) kill() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.proc.Kill()
-}
-
 // killed ends the service and waits until it is gone.
 func (s *shop) killed() {
-	s.mu.Lock()
-	p := s.proc
-	s.mu.Unlock()
+	p := s.proc.Load()
 	p.Kill()
 	<-p.Done()
 }
 
-// forgive lets a test kill more often than an accident would.
-func (s *shop) forgive() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.deaths = nil
+// next waits for a service after that of a number.
+func (s *shop) next(ctx context.Context, number uint64) error {
+	for {
+		i, err := s.keeper.Current(ctx)
+		if err != nil || i.Number != number {
+			return err
+		}
+		<-i.Done() // killed, and not yet seen to be gone
+		if err := s.call(ctx, "nothing", struct{}{}); err == nil {
+			return errors.New("a store answers nonsense")
+		}
+	}
 }
 
-// keeper is a service with a connection to the store, at the other end of a control connection.
-type keeper struct {
+// user is a service with a connection to the store, at the other end of a control connection.
+type user struct {
 	*client.Lasting
 	calls atomic.Int32
 }
 
-func (s *shop) keeper(d tree.Domain, fail func(error)) *keeper {
+func (s *shop) user(d tree.Domain, fail func(error)) *user {
 	s.t.Helper()
-	f, number, err := s.connect(s.t.Context(), d)
+	f, number, err := s.Connect(s.t.Context(), d)
 	must(s.t, err)
 	c, err := net.FileConn(f)
 	f.Close()
 	must(s.t, err)
-	k := &keeper{Lasting: client.NewLasting(c)}
+	k := &user{Lasting: client.NewLasting(c)}
 	s.t.Cleanup(k.Close)
-	s.hold(d, number, s.serve(func(r *rpc.Request) error {
+	s.Hold(d, number, s.serve(func(r *rpc.Request) error {
 		k.calls.Add(1)
 		if r.Method == protocol.NoticeStoreLost {
 			k.Last()
@@ -181,19 +176,18 @@ func (s *shop) serve(f func(*rpc.Request) error) *rpc.Peer {
 // TestStoreDiesAtAnyMoment: the store is killed at random moments while domains come and go and
 // services use it. Every call succeeds, and what it did is there.
 func TestStoreDiesAtAnyMoment(t *testing.T) {
-	s := openShop(t)
-	vtpm := s.keeper(server.VTPM, func(err error) { t.Error(err) })
+	s := openShopOf(t, 1<<30)
+	vtpm := s.user(server.VTPM, func(err error) { t.Error(err) })
 	must(t, vtpm.Watch("/local/domain", ""))
 	go func() {
 		for range vtpm.Events() { // looked at in package client
 		}
 	}()
-	b := &Builder{store: s.store, log: slog.New(slog.NewTextHandler(io.Discard, nil))}
-	must(t, b.layout(t.Context()))
+	must(t, s.Layout(t.Context()))
 	round := func(i int) {
 		d := server.FirstGuest + tree.Domain(i)
-		must(t, b.announce(t.Context(), d))
-		front := s.keeper(d, func(err error) { t.Error(err) })
+		must(t, s.Announce(t.Context(), d))
+		front := s.user(d, func(err error) { t.Error(err) })
 		must(t, s.Set(t.Context(), []state.Node{{Path: server.BackPath(d) + "/instance", Value: fmt.Sprint(i + 1)}}))
 		must(t, front.Write(server.FrontPath(d)+"/state", "4"))
 		must(t, vtpm.Write(server.ReadyNode(i+1), "1"))
@@ -209,7 +203,7 @@ func TestStoreDiesAtAnyMoment(t *testing.T) {
 			t.Fatalf("round %d: the guest's identity writes the ready node: %v", i, err)
 		}
 		must(t, vtpm.Remove(server.ReadyNode(i+1)))
-		b.forget(d)
+		s.Forget(d)
 		if _, err := vtpm.Read(server.BackPath(d) + "/instance"); !errors.Is(err, tree.ENOENT) {
 			t.Fatalf("round %d: forgotten and still there: %v", i, err)
 		}
@@ -230,11 +224,10 @@ func TestStoreDiesAtAnyMoment(t *testing.T) {
 				return
 			case <-time.After(rand.N(took)):
 			}
-			s.forgive()
-			s.kill()
+			s.proc.Load().Kill()
 			kills++
 			if rand.IntN(4) > 0 { // else the next one may be killed while it starts
-				if _, _, err := s.current(context.Background(), number); err != nil {
+				if err := s.next(context.Background(), number); err != nil {
 					t.Error(err)
 					return
 				}
@@ -263,7 +256,7 @@ func TestStoreDiesAtAnyMoment(t *testing.T) {
 func TestStoreClients(t *testing.T) {
 	s := openShop(t)
 	dial := func() *client.Client {
-		c, err := net.Dial("unix", filepath.Join(s.dir, StoreSocket))
+		c, err := net.Dial("unix", filepath.Join(s.dir, services.StoreSocket))
 		must(t, err)
 		cl := client.New(c)
 		t.Cleanup(func() { cl.Close() })
@@ -286,17 +279,17 @@ func TestStoreHoldersDoNotHinderEachOther(t *testing.T) {
 	s := openShop(t)
 	hang := make(chan struct{})
 	asked := make(chan struct{}, 1)
-	s.hold(16, 1, s.serve(func(*rpc.Request) error {
+	s.Hold(16, 1, s.serve(func(*rpc.Request) error {
 		asked <- struct{}{}
 		<-hang
 		return nil
 	}), func(err error) { t.Errorf("the one that hangs: %v", err) })
 	t.Cleanup(func() { close(hang) })
 	refused := make(chan error, 1)
-	s.hold(17, 1, s.serve(func(*rpc.Request) error { return errors.New("no") }), func(err error) { refused <- err })
-	gone := s.keeper(18, func(err error) { t.Errorf("the one that is gone: %v", err) })
+	s.Hold(17, 1, s.serve(func(*rpc.Request) error { return errors.New("no") }), func(err error) { refused <- err })
+	gone := s.user(18, func(err error) { t.Errorf("the one that is gone: %v", err) })
 	s.drop(18)
-	k := s.keeper(19, func(err error) { t.Error(err) })
+	k := s.user(19, func(err error) { t.Error(err) })
 	s.killed()
 	if _, err := k.Read("/"); err != nil {
 		t.Fatal(err)
@@ -313,7 +306,7 @@ func TestStoreHoldersDoNotHinderEachOther(t *testing.T) {
 // TestStoreLost: a store that dies again and again, and one whose contents are damaged when it is
 // started again, end the Builder with the reason; nobody waits for them.
 func TestStoreLost(t *testing.T) {
-	check := func(t *testing.T, s *shop, vtpm *keeper, want string) {
+	check := func(t *testing.T, s *shop, vtpm *user, want string) {
 		t.Helper()
 		err := <-s.lost
 		if !strings.Contains(err.Error(), want) {
@@ -330,10 +323,11 @@ func TestStoreLost(t *testing.T) {
 	}
 	t.Run("storm", func(t *testing.T) {
 		s := openShop(t)
-		vtpm := s.keeper(server.VTPM, func(error) {})
-		for range maxDeaths + 1 {
+		vtpm := s.user(server.VTPM, func(error) {})
+		for range keeper.MaxDeaths + 1 {
+			number := s.at()
 			s.killed()
-			if _, _, err := s.current(t.Context(), s.at()); err != nil {
+			if err := s.next(t.Context(), number); err != nil {
 				break
 			}
 		}
@@ -341,8 +335,8 @@ func TestStoreLost(t *testing.T) {
 	})
 	t.Run("damaged", func(t *testing.T) {
 		s := openShop(t)
-		vtpm := s.keeper(server.VTPM, func(error) {})
-		path := filepath.Join(s.dir, StoreDir, disk.File)
+		vtpm := s.user(server.VTPM, func(error) {})
+		path := filepath.Join(s.dir, services.StoreDir, disk.File)
 		must(t, os.WriteFile(path, []byte("something else"), 0o600))
 		s.killed()
 		check(t, s, vtpm, disk.File)
@@ -365,28 +359,9 @@ func TestStoreBegins(t *testing.T) {
 	must(t, s.Set(t.Context(), []state.Node{{Path: "/old", Value: "1"}}))
 	must(t, s.Release(t.Context(), server.FirstGuest, []string{"/old"}))
 	must(t, s.Set(t.Context(), []state.Node{{Path: "/old", Value: "1"}}))
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
-	defer cancel()
-	s.close(ctx)
-	b := &Builder{cfg: Config{RunDir: s.dir}, tenures: map[string]tenure{}, log: s.log}
-	again, err := b.bareStore(t.Context(), func(err error) { t.Error(err) })
-	must(t, err)
-	defer func() { again.close(ctx); b.wg.Wait() }()
-	s2 := &shop{store: again, t: t, dir: s.dir}
-	if _, err := s2.keeper(server.Builder, func(error) {}).Read("/old"); !errors.Is(err, tree.ENOENT) {
+	s.Close(20 * time.Second)
+	again := reopen(t, s.dir, 0)
+	if _, err := again.user(server.Builder, func(error) {}).Read("/old"); !errors.Is(err, tree.ENOENT) {
 		t.Errorf("%v", err)
-	}
-}
-
-func TestParseStoreReset(t *testing.T) {
-	for in, want := range map[string]int{"1": 1, "50": 50, "off": -1} {
-		if n, err := ParseStoreReset(in); n != want || err != nil {
-			t.Errorf("%q: %d %v", in, n, err)
-		}
-	}
-	for _, in := range []string{"", "0", "-1", "never", "1x", "99999999999999999999"} {
-		if n, err := ParseStoreReset(in); err == nil {
-			t.Errorf("%q: %d", in, n)
-		}
 	}
 }

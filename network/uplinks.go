@@ -1,0 +1,47 @@
+package network
+
+import (
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// A HostLink is an interface of the host that is moved into the guests' network while Redoubt runs.
+type HostLink struct {
+	Name string // of the interface
+	VLAN uint16 // the only one, untagged; 0: a trunk that carries all with tags
+}
+
+// maxUplinks bounds them.
+const maxUplinks = 16
+
+// ParseUplinks reads a list such as "eth1,eth2:10".
+func ParseUplinks(text string) ([]HostLink, error) {
+	var all []HostLink
+	for item := range strings.SplitSeq(text, ",") {
+		if item == "" {
+			continue
+		}
+		name, vlan, tagged := strings.Cut(item, ":")
+		u := HostLink{Name: name}
+		if tagged {
+			v, err := strconv.ParseUint(vlan, 10, 16)
+			if err != nil || v < 1 || v > MaxVLAN {
+				return nil, fmt.Errorf("%q: VLAN %q: use 1 to %d", item, vlan, MaxVLAN)
+			}
+			u.VLAN = uint16(v)
+		}
+		// dev_valid_name() of Linux; 15 bytes are IFNAMSIZ less its NUL.
+		if name == "" || name == "." || name == ".." || len(name) > 15 || strings.ContainsAny(name, "/ \t\n\v\f\r") {
+			return nil, fmt.Errorf("%q is not IFACE or IFACE:VLAN", item)
+		}
+		if slices.ContainsFunc(all, func(o HostLink) bool { return o.Name == name }) {
+			return nil, fmt.Errorf("%s is there twice", name)
+		}
+		if all = append(all, u); len(all) > maxUplinks {
+			return nil, fmt.Errorf("more than %d", maxUplinks)
+		}
+	}
+	return all, nil
+}

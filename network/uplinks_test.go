@@ -1,0 +1,25 @@
+package network
+
+import (
+	"slices"
+	"strings"
+	"testing"
+)
+
+func TestParseUplinks(t *testing.T) {
+	got, err := ParseUplinks("eth1:10,eth2,")
+	if want := []HostLink{{Name: "eth1", VLAN: 10}, {Name: "eth2"}}; err != nil || !slices.Equal(got, want) {
+		t.Errorf("%v, %v", got, err)
+	}
+	if got, err := ParseUplinks(""); err != nil || got != nil {
+		t.Errorf("%v, %v", got, err)
+	}
+	for text, want := range map[string]string{
+		"eth1:0": "VLAN", "eth1:4095": "VLAN", "eth1:": "VLAN", ":5": "IFACE", "a name": "IFACE", "..": "IFACE",
+		"sixteen-letters-": "IFACE", "a/b": "IFACE", "eth1,eth1:4": "twice", strings.Join(strings.Split("abcdefghijklmnopq", ""), ","): "more than",
+	} {
+		if _, err := ParseUplinks(text); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%q: %v", text, err)
+		}
+	}
+}
