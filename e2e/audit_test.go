@@ -17,6 +17,7 @@ import (
 // TestAuditQEMU: the log of a run in which services die verifies, has what was done and by whom,
 // and names whom each instance of a service concerned; and whatever is done to it is found.
 func TestAuditQEMU(t *testing.T) {
+	begin := moment()
 	h := newHost(t)
 	disk := h.path("disk.img")
 	h.must("disk", "create", disk, "8MiB")
@@ -97,6 +98,8 @@ func TestAuditQEMU(t *testing.T) {
 		{"store", before, after, map[string]int{"stored": 2, "diskless": 2}},
 		{"vtpm", before, "now", map[string]int{"stored": 1, "diskless": 1}},
 		{"emulator", after, after, map[string]int{"stored": 1, "diskless": 1}},
+		{"pciback", after, "now", map[string]int{}},
+		{"pciback", begin, "now", map[string]int{"stored": 1, "diskless": 1}},
 	} {
 		var list []struct{ Guest, Instance string }
 		if err := json.Unmarshal([]byte(h.must("audit", "exposed", "--service", c.service, "--from", c.from, "--to", c.to, "--json")), &list); err != nil {

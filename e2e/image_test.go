@@ -84,6 +84,11 @@ case $what in
   net) network $(sed 's/.*net=\([a-z]*\).*/\1/' /proc/cmdline) ;;
   off) ;;
   reboot) if [ "$(head -c 6 /dev/vda)" = booted ]; then echo SECOND; else printf booted >/dev/vda; sync; echo FIRST; reboot -f; fi ;;
+  # Its bus: each function with its identity and where its registers are; disks and NICs by theirs.
+  pci)
+    for d in /sys/bus/pci/devices/*; do echo "PCI $(basename $d) $(cat $d/vendor) $(cat $d/device) $(head -1 $d/resource | cut -d' ' -f1)"; done
+    for d in /sys/block/vd* /sys/class/net/eth*; do echo "IS $(basename $d) $(basename $(dirname $(readlink -f $d/device)))"; done
+    if [ "$(head -c 6 /dev/vda)" = booted ]; then echo READY; while :; do sleep 1000; done; else printf booted >/dev/vda; sync; echo FIRST; reboot -f; fi ;;
   panic) echo c >/proc/sysrq-trigger ;;
   sealed) if [ "$(head -c 4 /dev/vda | tr -d '\\0')" ]; then /bin/guest unseal /dev/vda; else /bin/guest seal /dev/vda; fi ;;
   clear) /bin/guest clear ;;

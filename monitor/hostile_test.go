@@ -11,6 +11,7 @@ import (
 	"redoubt.dev/redoubt/kvm"
 	"redoubt.dev/redoubt/monitor/serial"
 	"redoubt.dev/redoubt/pci"
+	"redoubt.dev/redoubt/pci/topology"
 	"redoubt.dev/redoubt/vtpm/crb"
 )
 
@@ -21,14 +22,15 @@ func offline(t testing.TB) *vcpu {
 	m.changed = sync.NewCond(&m.mu)
 	m.serial = serial.New(consoleWriter{m}, func(bool) {})
 	var err error
-	if m.bus, err = pci.NewBus(pci.Host{}, m.ecam, barBase, barLimit); err != nil {
+	if m.bus, err = pci.NewBus(pci.Host{}, m.ecam); err != nil {
 		t.Fatal(err)
 	}
 	f, err := pci.NewFunction(pci.Spec{Name: "test", Vendor: 1, Device: 2, BARSize: 0x4000, Vectors: 4})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := m.bus.Add(f); err != nil {
+	place := topology.Place{Kind: topology.Disk, Slot: 1, BAR: barBase, Size: 0x8000, Route: topology.FirstRoute, Vectors: 4}
+	if err := m.bus.Build(pci.Placed{Function: f, Place: place}); err != nil {
 		t.Fatal(err)
 	}
 	if m.tpm, err = crb.New(transport{m}, make([]byte, crb.BufferSize), m.tpmAccessed, nil); err != nil {

@@ -10,10 +10,8 @@ import (
 
 	"redoubt.dev/redoubt/kvm"
 	"redoubt.dev/redoubt/pci"
+	"redoubt.dev/redoubt/pci/topology"
 )
-
-// maxLines bounds the message interrupts of a machine.
-const maxLines = 1024
 
 // interrupts owns the machine's interrupt routing table. It implements pci.Interrupts: a line
 // is an eventfd, bound to a GSI of its own while it is unmasked.
@@ -22,7 +20,7 @@ type interrupts struct {
 
 	mu     sync.Mutex
 	routes []kvm.Route // the I/O APIC's pins, then a message a line
-	used   []bool      // by GSI - ioapicPins
+	used   [topology.Routes]bool
 }
 
 func newInterrupts(vm *kvm.VM) (*interrupts, error) {
@@ -34,25 +32,22 @@ func newInterrupts(vm *kvm.VM) (*interrupts, error) {
 }
 
 // NewLine implements pci.Interrupts.
-func (t *interrupts) NewLine() (pci.Line, error) {
+func (t *interrupts) NewLine(gsi uint32) (pci.Line, error) {
+	if gsi < topology.FirstRoute || gsi-topology.FirstRoute >= topology.Routes {
+		return nil, fmt.Errorf("interrupt route %d: want %d to %d", gsi, topology.FirstRoute, topology.FirstRoute+topology.Routes-1)
+	}
 	fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
 	if err != nil {
 		return nil, fmt.Errorf("eventfd: %w", err)
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	for i, u := range t.used {
-		if !u {
-			t.used[i] = true
-			return &line{table: t, gsi: ioapicPins + uint32(i), file: os.NewFile(uintptr(fd), "irq")}, nil
-		}
-	}
-	if len(t.used) >= maxLines {
+	if t.used[gsi-topology.FirstRoute] {
 		_ = unix.Close(fd)
-		return nil, fmt.Errorf("more than %d interrupt vectors", maxLines)
+		return nil, fmt.Errorf("interrupt route %d is taken", gsi)
 	}
-	t.used = append(t.used, true)
-	return &line{table: t, gsi: ioapicPins + uint32(len(t.used)-1), file: os.NewFile(uintptr(fd), "irq")}, nil
+	t.used[gsi-topology.FirstRoute] = true
+	return &line{table: t, gsi: gsi, file: os.NewFile(uintptr(fd), "irq")}, nil
 }
 
 // route sets the message of a GSI, and tells the kernel only where it changed.
@@ -87,7 +82,7 @@ func (t *interrupts) route(gsi uint32, msg kvm.Message) error {
 func (t *interrupts) release(gsi uint32) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.used[gsi-ioapicPins] = false
+	t.used[gsi-topology.FirstRoute] = false
 	for i, r := range t.routes {
 		if r.GSI == gsi {
 			t.routes = append(t.routes[:i], t.routes[i+1:]...)

@@ -1,5 +1,7 @@
 package monitor
 
+import "redoubt.dev/redoubt/pci/topology"
+
 // The guest-physical address map.
 //
 //	0          – low RAM end   RAM, at most 3 GiB
@@ -16,8 +18,8 @@ const (
 	lowRAMLimit = 0xc000_0000
 	highRAMBase = 1 << 32
 
-	barBase  = 0xc000_0000
-	barLimit = 0xe000_0000
+	barBase  = topology.WindowBase
+	barLimit = topology.WindowBase + topology.WindowSize
 	ecamBase = 0xe000_0000
 
 	ioapicBase      = 0xfec0_0000
@@ -61,7 +63,7 @@ const (
 const (
 	gsiSerial  = 4
 	gsiEvent   = 9
-	ioapicPins = 24
+	ioapicPins = topology.FirstRoute
 )
 
 // Memory slots.

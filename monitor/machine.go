@@ -156,15 +156,10 @@ func (m *Machine) makeDevices(sys *kvm.System) error {
 		}
 	}
 	host := pci.Host{Memory: m.mem, Interrupts: m.irqs, Doorbells: doorbells{m.vm}}
-	if m.bus, err = pci.NewBus(host, m.ecam, barBase, barLimit); err != nil {
+	if m.bus, err = pci.NewBus(host, m.ecam); err != nil {
 		return err
 	}
-	for _, f := range m.cfg.Devices {
-		if err := m.bus.Add(f); err != nil {
-			return err
-		}
-	}
-	return nil
+	return m.bus.Build(m.cfg.Devices...)
 }
 
 // mtrrDefault: MTRRs enabled, memory is write-back by default (Intel SDM vol. 3 §11.11.2.1).

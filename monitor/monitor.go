@@ -42,7 +42,7 @@ type Config struct {
 	Initrd  *os.File // nil: none
 	Cmdline string   // at most 64 KiB, and what the kernel takes
 
-	Devices []*pci.Function // in the order of their device numbers, from 1
+	Devices []pci.Placed // New refuses places that overlap or that a device does not fit
 
 	ConsoleOut io.Writer     // nil: discarded. It must not block for long: a vCPU waits
 	ConsoleIn  <-chan []byte // nil: none. Read until closed or the machine ends

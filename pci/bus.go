@@ -5,10 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"sync"
-)
 
-// MaxFunctions is how many functions a bus holds: function 0 of each device.
-const MaxFunctions = 32
+	"redoubt.dev/redoubt/pci/topology"
+)
 
 // ECAMSize is the size in bytes of one bus's configuration window (PCI Firmware 3.2 §4.1.2).
 const ECAMSize = 1 << 20
@@ -18,22 +17,26 @@ const functionStride = 8 * ConfigSize
 
 // A Bus is root bus 0.
 type Bus struct {
-	host   Host
-	ecam   []byte // ECAMSize bytes; the guest may be reading them
-	lo, hi uint64 // the window that BARs are decoded in
+	host Host
+	ecam []byte // ECAMSize bytes; the guest may be reading them
 
-	mu        sync.RWMutex
-	functions []*Function
-	next      uint64 // where the next BAR goes
+	mu    sync.RWMutex
+	slots [topology.Slots]*Function // nil: empty
 }
 
-// NewBus makes a bus with a host bridge as device 0. ecam is ECAMSize bytes that the guest
-// reads as configuration space; [lo, hi) is the memory window for BARs, below 4 GiB.
-func NewBus(host Host, ecam []byte, lo, hi uint64) (*Bus, error) {
-	if len(ecam) != ECAMSize || lo >= hi || hi > 1<<32 {
-		return nil, fmt.Errorf("pci bus: ECAM of %d bytes, window %#x-%#x", len(ecam), lo, hi)
+// A Placed is a function and its place on a bus.
+type Placed struct {
+	Function *Function
+	Place    topology.Place
+}
+
+// NewBus makes a bus with a host bridge in slot 0. ecam is ECAMSize bytes that the guest
+// reads as configuration space; BARs are decoded in package topology's window.
+func NewBus(host Host, ecam []byte) (*Bus, error) {
+	if len(ecam) != ECAMSize {
+		return nil, fmt.Errorf("pci bus: ECAM of %d bytes", len(ecam))
 	}
-	b := &Bus{host: host, ecam: ecam, lo: lo, hi: hi, next: lo}
+	b := &Bus{host: host, ecam: ecam}
 	// An absent function reads as all ones: its vendor is enough for every prober.
 	for off := 0; off < ECAMSize; off += functionStride {
 		binary.LittleEndian.PutUint32(ecam[off:], 0xffff_ffff)
@@ -46,28 +49,41 @@ func NewBus(host Host, ecam []byte, lo, hi uint64) (*Bus, error) {
 	if err != nil {
 		return nil, err
 	}
-	return b, b.Add(bridge)
+	b.slots[0] = bridge
+	return b, bridge.attach(b.host, b.ecam[:ConfigSize], 0)
 }
 
-// Add puts f on the bus as the next device and assigns its BAR. Before the guest runs only.
-func (b *Bus) Add(f *Function) error {
+// Build puts functions on the bus, each in its place, and nothing where places overlap with one
+// another, lie outside what there is, or are not what a function needs. Once, before the guest runs.
+func (b *Bus) Build(all ...Placed) error {
+	t := topology.Topology{Machine: topology.Native}
+	for _, p := range all {
+		if f := p.Function; p.Place.Size != f.barSize || p.Place.Vectors != f.spec.Vectors {
+			return fmt.Errorf("pci bus: %s has a place for a BAR of %d bytes and %d vectors and needs %d and %d",
+				f.spec.Name, p.Place.Size, p.Place.Vectors, f.barSize, f.spec.Vectors)
+		}
+		t.Places = append(t.Places, p.Place)
+	}
+	if err := t.Check(); err != nil {
+		return err
+	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	slot := len(b.functions)
-	if slot >= MaxFunctions {
-		return fmt.Errorf("pci bus: %s is device %d, the bus holds %d", f.spec.Name, slot, MaxFunctions)
-	}
-	if f.barSize > 0 {
-		base := (b.next + f.barSize - 1) &^ (f.barSize - 1)
-		if base+f.barSize > b.hi {
-			return fmt.Errorf("pci bus: no room for the BAR of %s (%d bytes)", f.spec.Name, f.barSize)
+	for _, p := range all {
+		if b.slots[p.Place.Slot] != nil {
+			return fmt.Errorf("pci bus: %s: slot %d is taken", p.Function.spec.Name, p.Place.Slot)
 		}
-		b.next = base + f.barSize
-		binary.LittleEndian.PutUint32(f.config[regBAR0:], uint32(base))
 	}
-	b.functions = append(b.functions, f)
-	off := slot * functionStride
-	return f.attach(b.host, b.ecam[off:off+ConfigSize])
+	for _, p := range all {
+		f, slot := p.Function, p.Place.Slot
+		binary.LittleEndian.PutUint32(f.config[regBAR0:], uint32(p.Place.BAR))
+		b.slots[slot] = f
+		off := slot * functionStride
+		if err := f.attach(b.host, b.ecam[off:off+ConfigSize], p.Place.Route); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Close closes every device. The guest must not run any more.
@@ -75,10 +91,12 @@ func (b *Bus) Close() error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	var errs []error
-	for _, f := range b.functions {
-		errs = append(errs, f.close())
+	for slot, f := range b.slots {
+		if f != nil {
+			errs = append(errs, f.close())
+			b.slots[slot] = nil
+		}
 	}
-	b.functions = nil
 	return errors.Join(errs...)
 }
 
@@ -102,11 +120,7 @@ func (b *Bus) WriteConfig(off uint64, p []byte) {
 	slot, reg := off/functionStride, off%functionStride
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if slot >= uint64(len(b.functions)) || reg >= ConfigSize {
-		return
-	}
-	f := b.functions[slot]
-	if f.write(int(reg), p) {
+	if f := b.slots[slot]; f != nil && reg < ConfigSize && f.write(int(reg), p) {
 		b.place(f)
 	}
 }
@@ -114,7 +128,7 @@ func (b *Bus) WriteConfig(off uint64, p []byte) {
 // place follows the guest's wish for a BAR: doorbells move with it. b.mu is held.
 func (b *Bus) place(f *Function) {
 	base, enabled := f.placement()
-	enabled = enabled && base >= b.lo && base <= b.hi-f.barSize
+	enabled = enabled && base >= topology.WindowBase && base <= topology.WindowBase+topology.WindowSize-f.barSize
 	if enabled == f.decoded && (!enabled || base == f.base) {
 		return
 	}
@@ -146,8 +160,8 @@ func (b *Bus) ring(f *Function, base uint64, on bool) {
 func (b *Bus) at(gpa, n uint64) (*Function, uint64) {
 	b.mu.RLock()
 	defer b.mu.RUnlock()
-	for _, f := range b.functions {
-		if f.decoded && gpa >= f.base && gpa-f.base < f.barSize && n <= f.barSize-(gpa-f.base) {
+	for _, f := range b.slots {
+		if f != nil && f.decoded && gpa >= f.base && gpa-f.base < f.barSize && n <= f.barSize-(gpa-f.base) {
 			return f, gpa - f.base
 		}
 	}
@@ -176,11 +190,4 @@ func (b *Bus) Write(gpa uint64, p []byte) bool {
 	}
 	f.writeBAR(off, p)
 	return true
-}
-
-// Functions are the functions on the bus, the host bridge first.
-func (b *Bus) Functions() []*Function {
-	b.mu.RLock()
-	defer b.mu.RUnlock()
-	return append([]*Function(nil), b.functions...)
 }

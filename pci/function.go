@@ -145,15 +145,18 @@ func (f *Function) BusMaster() bool {
 	return f.config[regCommand]&commandMaster != 0
 }
 
-// attach binds the function to its machine.
-func (f *Function) attach(host Host, config []byte) error {
+// Needs are the size of its BAR in bytes, 0 for none, and its MSI-X vectors: what its place must have.
+func (f *Function) Needs() (bar uint64, vectors int) { return f.barSize, f.spec.Vectors }
+
+// attach binds the function to its machine; its vectors' routes begin at route.
+func (f *Function) attach(host Host, config []byte, route uint32) error {
 	f.mu.Lock()
 	copy(config, f.config)
 	f.config = config
 	f.host = host
 	f.mu.Unlock()
 	if f.msix != nil && host.Interrupts != nil {
-		if err := f.msix.attach(host.Interrupts); err != nil {
+		if err := f.msix.attach(host.Interrupts, route); err != nil {
 			return fmt.Errorf("%s: %w", f.spec.Name, err)
 		}
 	}

@@ -56,11 +56,11 @@ func (m *msix) capability(half uint64) Capability {
 	}}
 }
 
-func (m *msix) attach(irq Interrupts) error {
+func (m *msix) attach(irq Interrupts, route uint32) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for v := range m.open {
-		l, err := irq.NewLine()
+		l, err := irq.NewLine(route + uint32(v))
 		if err != nil {
 			return fmt.Errorf("vector %d: %w", v, err)
 		}

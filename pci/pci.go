@@ -1,6 +1,7 @@
 // Package pci is one PCI Express root bus and the functions on it: configuration space, one
 // memory BAR a function, MSI-X. It does no I/O of its own; a monitor gives it guest memory,
-// interrupts and doorbells through the interfaces here.
+// interrupts and doorbells through the interfaces here. It chooses nothing, either: where each
+// function is, is said by package topology.
 //
 // The shape is chosen for few exits. A function's configuration space is a page that the
 // monitor maps read-only into the guest, so that configuration reads cost nothing; only writes
@@ -48,7 +49,8 @@ type Line interface {
 
 // Interrupts makes lines. They start masked.
 type Interrupts interface {
-	NewLine() (Line, error)
+	// NewLine makes the line of an interrupt route of the machine's, which nobody else has.
+	NewLine(route uint32) (Line, error)
 }
 
 // A Doorbell is a place in a BAR that a driver writes to notify its device.

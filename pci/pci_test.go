@@ -4,17 +4,21 @@ import (
 	"encoding/binary"
 	"errors"
 	"os"
+	"strings"
 	"testing"
+
+	"redoubt.dev/redoubt/pci/topology"
 )
 
 // bench is a bus with one recording device and counted lines and doorbells.
 type bench struct {
-	bus   *Bus
-	ecam  []byte
-	dev   *recorder
-	fn    *Function
-	lines []*fakeLine
-	bells map[uint64]int
+	bus    *Bus
+	ecam   []byte
+	dev    *recorder
+	fn     *Function
+	lines  []*fakeLine
+	routes []uint32
+	bells  map[uint64]int
 }
 
 type recorder struct {
@@ -51,7 +55,8 @@ func (l *fakeLine) Mask() error   { l.open = false; return nil }
 func (l *fakeLine) Pending() bool { return true }
 func (l *fakeLine) Close() error  { return nil }
 
-func (b *bench) NewLine() (Line, error) {
+func (b *bench) NewLine(route uint32) (Line, error) {
+	b.routes = append(b.routes, route)
 	l := &fakeLine{}
 	b.lines = append(b.lines, l)
 	return l, nil
@@ -60,16 +65,19 @@ func (b *bench) AddDoorbell(gpa uint64, _ Doorbell) error    { b.bells[gpa]++; r
 func (b *bench) RemoveDoorbell(gpa uint64, _ Doorbell) error { b.bells[gpa]--; return nil }
 
 const (
-	lo, hi  = 0xc000_0000, 0xc010_0000
+	lo, hi  = topology.WindowBase, topology.WindowBase + topology.WindowSize
 	dev1    = functionStride
 	barSize = 0x4000
 )
+
+// testPlace is the recorder's.
+var testPlace = topology.Place{Kind: topology.Disk, Slot: 1, BAR: lo + 0x10000, Size: 2 * barSize, Route: 100, Vectors: 3}
 
 func newBench(t testing.TB) *bench {
 	t.Helper()
 	b := &bench{ecam: make([]byte, ECAMSize), dev: &recorder{}, bells: map[uint64]int{}}
 	var err error
-	if b.bus, err = NewBus(Host{Interrupts: b, Doorbells: b}, b.ecam, lo, hi); err != nil {
+	if b.bus, err = NewBus(Host{Interrupts: b, Doorbells: b}, b.ecam); err != nil {
 		t.Fatal(err)
 	}
 	b.fn, err = NewFunction(Spec{
@@ -81,7 +89,7 @@ func newBench(t testing.TB) *bench {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := b.bus.Add(b.fn); err != nil {
+	if err := b.bus.Build(Placed{b.fn, testPlace}); err != nil {
 		t.Fatal(err)
 	}
 	return b
@@ -101,7 +109,7 @@ func (b *bench) read32(off uint64) uint32 { return binary.LittleEndian.Uint32(b.
 func TestBAR(t *testing.T) {
 	b := newBench(t)
 	base := b.read32(dev1 + regBAR0)
-	if base < lo || base >= hi {
+	if uint64(base) != testPlace.BAR {
 		t.Fatalf("BAR assigned to %#x", base)
 	}
 	b.write32(dev1+regBAR0, 0xffff_ffff)
@@ -140,6 +148,43 @@ func TestBAR(t *testing.T) {
 	}
 	if err := b.bus.Close(); err != nil || !b.dev.closed {
 		t.Errorf("close: %v", err)
+	}
+}
+
+// A function is where it was placed and has the routes it was given; a bus is not built from places
+// that overlap or are another's.
+func TestBuild(t *testing.T) {
+	b := newBench(t)
+	if len(b.routes) != 3 || b.routes[0] != 100 || b.routes[2] != 102 {
+		t.Errorf("routes %v", b.routes)
+	}
+	for want, change := range map[string]func(a, b *topology.Place){
+		"slot 1 is taken": func(a, _ *topology.Place) { a.Slot = 1 },
+		"slot 0":          func(a, _ *topology.Place) { a.Slot = 0 },
+		"overlap: slot":   func(a, b *topology.Place) { b.Slot = a.Slot },
+		"overlap: BARs":   func(a, b *topology.Place) { b.BAR = a.BAR },
+		"overlap: routes": func(a, b *topology.Place) { b.Route = a.Route },
+		"the same device": func(a, b *topology.Place) { b.Index = a.Index },
+		"outside":         func(a, _ *topology.Place) { a.BAR = hi },
+		"needs 32768":     func(a, _ *topology.Place) { a.Size = 4096 },
+		"and 3":           func(a, _ *topology.Place) { a.Vectors = 4 },
+	} {
+		var all [2]Placed
+		for i := range all {
+			f, err := NewFunction(Spec{Name: "other", BARSize: barSize, Vectors: 3})
+			if err != nil {
+				t.Fatal(err)
+			}
+			n := i + 2
+			all[i] = Placed{f, topology.Place{Kind: topology.NIC, Index: i, Slot: n, BAR: lo + uint64(n)<<20, Size: 2 * barSize, Route: uint32(200 + 3*i), Vectors: 3}}
+		}
+		change(&all[0].Place, &all[1].Place)
+		if err := b.bus.Build(all[:]...); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%q: %v", want, err)
+		}
+		if v := b.read32(2 * functionStride); v != 0xffff_ffff {
+			t.Errorf("%q: device 2 is %#x", want, v)
+		}
 	}
 }
 

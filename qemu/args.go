@@ -3,10 +3,12 @@ package qemu
 import (
 	"fmt"
 	"net"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 
+	"redoubt.dev/redoubt/pci/topology"
 	"redoubt.dev/redoubt/programs"
 )
 
@@ -58,6 +60,10 @@ type Config struct {
 	BootMenu    time.Duration // how long firmware offers its boot menu; 0: not at all
 	TPM         TPMDevice     // "": CRB
 
+	// PCI is where each device is: Args refuses one that is not for just the devices there are. nil:
+	// where QEMU puts them (a peer in a benchmark).
+	PCI *topology.Topology
+
 	Starter programs.Starter // of QEMU; nil: as a child. It makes no difference to the guest
 }
 
@@ -104,6 +110,11 @@ func Args(c Config, fd FDs, dataDirs ...string) ([]string, error) {
 	if err := c.check(fd); err != nil {
 		return nil, err
 	}
+	if c.PCI != nil {
+		if err := c.PCI.Holds(c.devices(fd)); err != nil {
+			return nil, fmt.Errorf("guest %q: %w", c.Name, err)
+		}
+	}
 	var a []string
 	add := func(s ...string) { a = append(a, s...) }
 	for _, d := range dataDirs {
@@ -137,9 +148,9 @@ func Args(c Config, fd FDs, dataDirs ...string) ([]string, error) {
 	if fd.Console != 0 {
 		add("-chardev", fmt.Sprintf("socket,id=console,fd=%d", fd.Console), "-serial", "chardev:console")
 	}
-	add("-object", "rng-builtin,id=rng", "-device", "virtio-rng-pci,rng=rng,disable-legacy=on,romfile=")
+	add("-object", "rng-builtin,id=rng", "-device", "virtio-rng-pci,rng=rng,disable-legacy=on,romfile="+c.place(topology.RNG, 0))
 	if fd.Channel != 0 {
-		add("-device", "virtio-serial-pci,disable-legacy=on,max_ports=2,romfile=")
+		add("-device", "virtio-serial-pci,disable-legacy=on,max_ports=2,romfile="+c.place(topology.Channel, 0))
 		add("-chardev", fmt.Sprintf("socket,id=channel,fd=%d", fd.Channel))
 		add("-device", "virtserialport,chardev=channel,name="+ChannelName)
 	}
@@ -150,7 +161,7 @@ func Args(c Config, fd FDs, dataDirs ...string) ([]string, error) {
 	for i, d := range fd.Disks {
 		if d.Socket != 0 {
 			add("-chardev", fmt.Sprintf("socket,id=disk%d,fd=%d", i, d.Socket))
-			add("-device", fmt.Sprintf("vhost-user-blk-pci,chardev=disk%d,num-queues=1,queue-size=256,disable-legacy=on,romfile=%s", i, bootIndex(c, i)))
+			add("-device", fmt.Sprintf("vhost-user-blk-pci,chardev=disk%d,num-queues=1,queue-size=256,disable-legacy=on,romfile=%s%s", i, bootIndex(c, i), c.place(topology.Disk, i)))
 			continue
 		}
 		mode := "read-only=off,discard=unmap"
@@ -161,7 +172,7 @@ func Args(c Config, fd FDs, dataDirs ...string) ([]string, error) {
 		// that whoever opened the image holds on it.
 		add("-add-fd", fmt.Sprintf("fd=%d,set=%d", d.FD, diskSet+i))
 		add("-blockdev", fmt.Sprintf("driver=raw,node-name=disk%d,%s,file.driver=file,file.filename=/dev/fdset/%d", i, mode, diskSet+i))
-		add("-device", fmt.Sprintf("virtio-blk-pci,drive=disk%d,serial=disk%d,disable-legacy=on,romfile=%s", i, i, bootIndex(c, i)))
+		add("-device", fmt.Sprintf("virtio-blk-pci,drive=disk%d,serial=disk%d,disable-legacy=on,romfile=%s%s", i, i, bootIndex(c, i), c.place(topology.Disk, i)))
 	}
 	for i, n := range fd.NICs {
 		// Not by fd=: QEMU 7.2's network devices refuse a connected socket ("does not support FD
@@ -169,7 +180,9 @@ func Args(c Config, fd FDs, dataDirs ...string) ([]string, error) {
 		add("-chardev", fmt.Sprintf("socket,id=nic%d,path=/proc/self/fd/%d", i, n.Door))
 		add("-netdev", fmt.Sprintf("vhost-user,id=nic%d,chardev=nic%d", i, i))
 		dev := fmt.Sprintf("virtio-net-pci,netdev=nic%d,mac=%s,rx_queue_size=256,tx_queue_size=256,disable-legacy=on,romfile=", i, net.HardwareAddr(n.MAC[:]))
-		if c.Accel != KVM {
+		if c.PCI != nil {
+			dev += c.place(topology.NIC, i)
+		} else if !c.nicMSIX() {
 			// Without KVM's interrupt routes QEMU 7.2's vhost-user-net crashes as soon as the guest
 			// uses MSI-X.
 			dev += ",vectors=0"
@@ -207,6 +220,27 @@ func (c Config) boot(fd FDs) []string {
 		a = append(a, "-boot", fmt.Sprintf("menu=on,splash-time=%d", c.BootMenu.Milliseconds()))
 	}
 	return a
+}
+
+// nicMSIX says whether NICs can have MSI-X.
+func (c Config) nicMSIX() bool { return c.Accel == KVM }
+
+// devices are those of the machine, and what each needs.
+func (c Config) devices(fd FDs) topology.Request {
+	r := topology.Guest(topology.QEMU, len(fd.Disks), len(fd.NICs), c.nicMSIX())
+	if fd.Channel == 0 {
+		r.Devices = slices.DeleteFunc(r.Devices, func(d topology.Devices) bool { return d.Kind == topology.Channel })
+	}
+	return r
+}
+
+// place is where a device is, as the end of its -device option.
+func (c Config) place(kind topology.Kind, i int) string {
+	if c.PCI == nil {
+		return ""
+	}
+	p, _ := c.PCI.Find(kind, i) // there is one: Args has looked
+	return fmt.Sprintf(",bus=pcie.0,addr=%#x,vectors=%d", p.Slot, p.Vectors)
 }
 
 func bootIndex(c Config, i int) string {

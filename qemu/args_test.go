@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"redoubt.dev/redoubt/pci/topology"
 )
 
 func good() (Config, FDs) {
@@ -50,6 +52,50 @@ func TestArgs(t *testing.T) {
 	if err != nil || strings.Contains(line, "tpm") || !strings.Contains(line, "pflash0=code,pflash1=vars") ||
 		!strings.Contains(line, "fd=12,set=1") || !strings.Contains(line, "menu=on,splash-time=2000") || !strings.Contains(line, "bootindex=1") {
 		t.Errorf("%v, %s", err, line)
+	}
+}
+
+// Each device is where the topology says, under a machine that has just these devices.
+func TestArgsPlaces(t *testing.T) {
+	c, fd := good()
+	top, err := topology.Assign(topology.Guest(topology.QEMU, 3, 1, false))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.PCI = &top
+	a, err := Args(c, fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	line := strings.Join(a, " ")
+	for _, want := range []string{
+		"virtio-rng-pci,rng=rng,disable-legacy=on,romfile=,bus=pcie.0,addr=0x1,vectors=2 ",
+		"virtio-serial-pci,disable-legacy=on,max_ports=2,romfile=,bus=pcie.0,addr=0x2,vectors=5 ",
+		"romfile=,bus=pcie.0,addr=0x3,vectors=2 ", "romfile=,bus=pcie.0,addr=0x4,vectors=2 ", "romfile=,bus=pcie.0,addr=0x5,vectors=2 ",
+		"romfile=,bus=pcie.0,addr=0x13,vectors=0 ",
+	} {
+		if !strings.Contains(line, want) {
+			t.Errorf("no %q in\n%s", want, line)
+		}
+	}
+	if strings.Count(line, "-pci,") != strings.Count(line, ",addr=") {
+		t.Errorf("a device without a place in\n%s", line)
+	}
+	for want, change := range map[string]func(*Config, *FDs){
+		"has no place":        func(_ *Config, f *FDs) { f.Disks = append(f.Disks, DiskFD{FD: 20}) },
+		"2 places without":    func(_ *Config, f *FDs) { f.Channel, f.NICs = 0, nil },
+		"0 vectors and needs": func(c *Config, _ *FDs) { c.Accel = KVM },
+		"overlap: slot 3":     func(c *Config, _ *FDs) { c.PCI.Places[3].Slot = 3 },
+		"for machine native":  func(c *Config, _ *FDs) { *c.PCI, _ = topology.Assign(topology.Guest(topology.Native, 3, 1, false)) },
+		"firmware places":     func(c *Config, _ *FDs) { c.PCI.Places[0].BAR = 4096 },
+	} {
+		c, fd := good()
+		other := topology.Topology{Machine: top.Machine, Places: slices.Clone(top.Places)}
+		c.PCI = &other
+		change(&c, &fd)
+		if _, err := Args(c, fd); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%q: %v", want, err)
+		}
 	}
 }
 

@@ -25,7 +25,7 @@ type Service struct {
 	Holds     []string // descriptors handed to it, in words
 	Count     Count
 	Lifetime  string
-	Leaves    bool // is done before Redoubt is up
+	Leaves    bool // is done before Redoubt is up, or its guest
 	Reset     Reset
 	Tag       Tag
 

@@ -17,6 +17,7 @@ const (
 	VTPM         = "vtpm"
 	SWTPM        = "swtpm"
 	Toolstack    = "toolstack"
+	PCIBack      = "pciback"
 	BlkBack      = "blkback"
 	NetBack      = "netback"
 	Emulator     = "emulator"
@@ -43,6 +44,9 @@ var vtpmCalls []byte
 
 //go:embed toolstack/seccomp.txt
 var toolstackCalls []byte
+
+//go:embed pciback/seccomp.txt
+var pcibackCalls []byte
 
 //go:embed blkback/seccomp.txt
 var blkbackCalls []byte
@@ -140,6 +144,14 @@ var Table = []Service{
 		Lifetime: "Redoubt's", Reset: OnTimer,
 		Share: []sandbox.Namespace{sandbox.User}, ShareWhy: "tells callers by SO_PEERCRED",
 		State: ReadWrite, Policy: list("toolstack", toolstackCalls), Memory: 4 * goMemory,
+	},
+	{
+		Name: PCIBack, Program: "redoubt-pciback", Seed: "PCIBack",
+		Purpose: "says what a guest's PCI bus looks like: slots, windows of registers, interrupt routes",
+		Creator: Builder, Count: PerGuest, Tag: OneGuest,
+		Peers:    []Peer{{Builder, "control"}},
+		Lifetime: "until its guest's devices have their places", Leaves: true, Reset: Leave,
+		Policy: list("pciback", pcibackCalls), Memory: goMemory,
 	},
 	{
 		Name: BlkBack, Program: "redoubt-blkback", Seed: "BlkBack",

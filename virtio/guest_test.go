@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"redoubt.dev/redoubt/pci"
+	"redoubt.dev/redoubt/pci/topology"
 )
 
 // ramBase is where the test guest's only RAM begins: not at 0, so that null is outside.
@@ -36,7 +37,7 @@ func (l line) Close() error                { return l.f.Close() }
 
 type lines struct{ all []line }
 
-func (l *lines) NewLine() (pci.Line, error) {
+func (l *lines) NewLine(uint32) (pci.Line, error) {
 	fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
 	if err != nil {
 		return nil, err
@@ -57,7 +58,7 @@ type guest struct {
 	base uint64
 }
 
-const barWindow = 0xe000_0000
+const barWindow = topology.WindowBase
 
 func newGuest(t testing.TB, backend Backend) *guest {
 	t.Helper()
@@ -68,7 +69,7 @@ func newGuestOf(t testing.TB, create func() (*Device, *pci.Function, error)) *gu
 	t.Helper()
 	g := &guest{t: t, ram: make(testRAM, 4<<20), next: ramBase, base: barWindow}
 	var err error
-	g.bus, err = pci.NewBus(pci.Host{Memory: g.ram, Interrupts: &g.irq}, make([]byte, pci.ECAMSize), barWindow, barWindow+1<<20)
+	g.bus, err = pci.NewBus(pci.Host{Memory: g.ram, Interrupts: &g.irq}, make([]byte, pci.ECAMSize))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -77,7 +78,9 @@ func newGuestOf(t testing.TB, create func() (*Device, *pci.Function, error)) *gu
 		t.Fatal(err)
 	}
 	g.dev = dev
-	if err := g.bus.Add(f); err != nil {
+	bar, vectors := f.Needs()
+	place := topology.Place{Kind: topology.Disk, Slot: 1, BAR: barWindow, Size: bar, Route: topology.FirstRoute, Vectors: vectors}
+	if err := g.bus.Build(pci.Placed{Function: f, Place: place}); err != nil {
 		t.Fatal(err)
 	}
 	g.bus.WriteConfig(8*pci.ConfigSize+4, []byte{6, 0}) // decode memory, master

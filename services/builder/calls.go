@@ -231,6 +231,7 @@ func (b *Builder) build(ctx context.Context, t *tenancy, in protocol.Build, r *r
 			ipc.CloseAll(all)
 		}
 		if !claimed {
+			g.bus.end()
 			g.close()
 		}
 	}()
@@ -254,6 +255,7 @@ func (b *Builder) build(ctx context.Context, t *tenancy, in protocol.Build, r *r
 	if err := b.claim(g); err != nil {
 		return nil, err
 	}
+	g.bus = b.assign(g, b.pcibacks())
 	console, ends, err := b.console(in.Spec.Name)
 	if err != nil {
 		b.unclaim(g)

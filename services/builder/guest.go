@@ -39,6 +39,7 @@ type guest struct {
 	bases    []*os.File // of those that are overlays, nil for others
 	storage  *storage   // nil without disks
 	nics     *nics      // nil without any
+	bus      *assignment
 	console  *os.File
 	channel  *os.File
 	ends     []*os.File // the toolstack's ends of both, and the console's log, for the next toolstack
@@ -211,6 +212,9 @@ func (b *Builder) start(ctx context.Context, g *guest) (_ *run, err error) {
 		})
 	}
 	err = b.handOver(g, r, slices.Contains(msg.Files, protocol.FileKVM))
+	if err == nil {
+		msg.PCI, err = g.bus.wait(ctx)
+	}
 	if err == nil {
 		if _, err = r.peer.Call(ctx, protocol.MethodStart, msg, nil, give...); err != nil {
 			err = r.startError(err)

@@ -20,7 +20,7 @@ type qemuMachine struct {
 func newQEMU(g *guest) (machine, error) {
 	c := qemu.Config{
 		Name: g.in.Name, Memory: g.in.Memory, CPUs: g.in.CPUs, Accel: qemu.TCG,
-		CommandLine: g.in.Cmdline, Starter: foreign.Starter{Builder: g.service.peer},
+		CommandLine: g.in.Cmdline, PCI: &g.in.PCI, Starter: foreign.Starter{Builder: g.service.peer},
 	}
 	if g.in.KVM {
 		c.Accel = qemu.KVM

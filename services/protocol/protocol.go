@@ -9,6 +9,7 @@ import (
 
 	"redoubt.dev/redoubt/attest"
 	"redoubt.dev/redoubt/ipc/rpc"
+	"redoubt.dev/redoubt/pci/topology"
 	"redoubt.dev/redoubt/spec"
 	"redoubt.dev/redoubt/store/tree"
 )
@@ -321,8 +322,13 @@ type Start struct {
 	Firmware   spec.Firmware `json:"firmware"`
 	PauseAfter time.Duration `json:"pauseAfter"` // wait at the gate before guest and clock stop
 	KVM        bool          `json:"kvm"`        // QEMU only: the guest runs on /dev/kvm
-	Files      Files         `json:"files"`
+	// PCI is the bus to build, exactly: one that overlaps or is not for these devices is refused.
+	PCI   topology.Topology `json:"pci"`
+	Files Files             `json:"files"`
 }
+
+// MethodAssign is the Builder's only call to a PCIBack, which leaves once it has answered.
+const MethodAssign = "assign" // topology.Request → topology.Topology
 
 // Disk is a front end's way to a new back end of one of its disks, after the last one's end.
 // Files: FileBlock.
