@@ -106,6 +106,7 @@ case $what in
     dd if=/data of=/dev/vda bs=512 count=1 seek=14001 oflag=direct 2>/dev/null || echo "DISK-ERROR sector"
     sync; echo 3 >/proc/sys/vm/drop_caches; echo "DISK $(md5sum </dev/vda)" ;;
   io) /bin/guest io $(sed 's/.*io=\([a-z]*\).*/\1/' /proc/cmdline) /dev/vda ;;
+  sink) own 1; /bin/guest sink /dev/vda ;;
   # It reboots after so many rounds, if it is told a number.
   verify) button; /bin/guest verify /dev/vda $(sed -n 's/.*rounds=\([0-9]*\).*/\1/p' /proc/cmdline) && sick && reboot -f ;;
   deaf) echo READY; while :; do sleep 1000; done ;;
