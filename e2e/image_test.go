@@ -108,7 +108,9 @@ case $what in
   io) /bin/guest io $(sed 's/.*io=\([a-z]*\).*/\1/' /proc/cmdline) /dev/vda ;;
   sink) own 1; /bin/guest sink /dev/vda ;;
   # It reboots after so many rounds, if it is told a number.
-  verify) button; /bin/guest verify /dev/vda $(sed -n 's/.*rounds=\([0-9]*\).*/\1/p' /proc/cmdline) && sick && reboot -f ;;
+  verify)
+    button; n=$(sed -n 's/.*net=\([0-9]*\).*/\1/p' /proc/cmdline); [ "$n" ] && { own $n; /bin/guest talk & }
+    /bin/guest verify /dev/vda $(sed -n 's/.*rounds=\([0-9]*\).*/\1/p' /proc/cmdline) && sick && reboot -f ;;
   deaf) echo READY; while :; do sleep 1000; done ;;
 esac
 echo E2E-DONE

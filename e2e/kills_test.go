@@ -72,39 +72,57 @@ func soakSetting(t *testing.T, name string, otherwise uint64) uint64 {
 // kills kills each service that guests outlive, and has those replaced in good order that can be, at
 // random moments under two guests that write to their disks and verify it without end; one of them
 // has an overlay and reboots again and again, by itself, by its power button and by force. No guest sees an error,
-// nothing that was flushed is lost, trust is kept, and nothing of the dead is left.
+// nothing that was flushed is lost, trust is kept, and nothing of the dead is left. Each has a NIC and answers datagrams
+// from outside all the time: see [talker.judge].
 func kills(t *testing.T, emulator string, length time.Duration) {
 	seed := soakSetting(t, "REDOUBT_SOAK_SEED", uint64(time.Now().UnixNano()))
 	t.Logf("%v of kills; REDOUBT_SOAK_SEED=%d repeats their choice", length, seed)
-	h := newHost(t, "--reset", "blkback=7s")
+	uplink, outside := newUplink(t)
+	h := newHost(t, "--uplink", uplink+":10", "--reset", "blkback=7s,netback=off")
+	// NetBack comes with the first guest that has a NIC, and stays.
+	h.start(start{name: "first", emulator: emulator, what: "off", args: []string{"--no-tpm", "--nic", "vlan=10"}})
+	h.must("stop", "first", "--grace", "0s")
+	h.must("rm", "first")
 	before := h.settled()
 	// Guests on a machine this busy are told not to judge their timers by it.
 	steady := &verifier{host: h, name: "steady", facts: map[string]string{}}
 	restless := &verifier{host: h, name: "restless", facts: map[string]string{}}
-	for _, v := range []*verifier{steady, restless} {
-		disk, cmdline := h.path(v.name+".img"), "no_timer_check"
+	for i, v := range []*verifier{steady, restless} {
+		v.address = fmt.Sprintf("192.0.2.%d", 11+i)
+		disk, cmdline := h.path(v.name+".img"), fmt.Sprintf("no_timer_check net=%d", 11+i)
 		h.must("disk", "create", disk, "4MiB")
 		if v == restless {
 			cmdline += " rounds=6"
 			h.must("disk", "create", "--base", disk, disk+".overlay")
 			disk = "path=" + disk + ".overlay,base=" + disk
 		}
-		h.start(start{name: v.name, emulator: emulator, what: "verify", cmdline: cmdline, withGuest: true, args: []string{"--disk", disk}})
+		h.start(start{name: v.name, emulator: emulator, what: "verify", cmdline: cmdline, withGuest: true, args: []string{"--disk", disk, "--nic", "vlan=10,address=" + v.address}})
 	}
 	for _, v := range []*verifier{steady, restless} {
 		h.await(v.name, "ROUND 2\n", 2*bootTime)
 	}
 	h.must("attest", steady.name, "--save-policy", h.path("good.yaml"))
 
+	for _, v := range []*verifier{steady, restless} {
+		v.talker = talk(t, v.name, outside, v.address)
+	}
 	ctx, cancel := context.WithTimeout(t.Context(), length)
 	defer cancel()
 	var both sync.WaitGroup
-	both.Go(func() { fire(ctx, h, rand.New(rand.NewPCG(seed, 0))) })
+	var deaths []death // of NetBacks
+	both.Go(func() { deaths = fire(ctx, h, rand.New(rand.NewPCG(seed, 0))) })
 	both.Go(func() { restless.restarts(ctx, rand.New(rand.NewPCG(seed, 1)), min(length/3, 45*time.Second)) })
 	both.Wait()
 
 	for _, v := range []*verifier{steady, restless} {
 		v.goesOn()
+	}
+	for _, v := range []*verifier{steady, restless} {
+		v.talker.end()
+		v.talker.judge(deaths)
+	}
+	if steady.talker.boots() != 1 {
+		t.Errorf("%s answered as %d boots", steady.name, steady.talker.boots())
 	}
 	h.must("attest", steady.name, "--policy", h.path("good.yaml"))
 	h.must("services")
@@ -131,8 +149,8 @@ func kills(t *testing.T, emulator string, length time.Duration) {
 	h.letGo(before)
 }
 
-// fire kills and resets at random moments until ctx ends.
-func fire(ctx context.Context, h *host, random *rand.Rand) {
+// fire kills and resets at random moments until ctx ends; it returns when it killed NetBacks.
+func fire(ctx context.Context, h *host, random *rand.Rand) (netbacks []death) {
 	type act struct {
 		name string
 		do   func() int
@@ -144,8 +162,12 @@ func fire(ctx context.Context, h *host, random *rand.Rand) {
 		if s := &services.Table[i]; s.Survived() && s.Name != services.Toolstack {
 			acts = append(acts, act{"kill " + s.Name, func() int {
 				pids := h.processes(s.Program)
+				begin := time.Now()
 				if len(pids) == 0 || unix.Kill(pids[random.IntN(len(pids))], unix.SIGKILL) != nil {
 					return 0 // it is being replaced
+				}
+				if s.Name == services.NetBack {
+					netbacks = append(netbacks, death{begin, time.Now()})
 				}
 				return 1
 			}})
@@ -169,7 +191,7 @@ func fire(ctx context.Context, h *host, random *rand.Rand) {
 		pause := 550*time.Millisecond + time.Duration(random.Int64N(int64(600*time.Millisecond)))
 		select {
 		case <-ctx.Done():
-			return
+			return netbacks
 		case <-time.After(pause): // what is tested is a moment nobody chose
 		}
 		a := acts[random.IntN(len(acts))]
@@ -180,10 +202,12 @@ func fire(ctx context.Context, h *host, random *rand.Rand) {
 // A verifier is a guest that runs `guest verify`.
 type verifier struct {
 	*host
-	name  string
-	facts map[string]string // what each boot has to tell alike
-	boots int
-	round uint64
+	name    string
+	address string
+	talker  *talker
+	facts   map[string]string // what each boot has to tell alike
+	boots   int
+	round   uint64
 }
 
 // restarts ends the guest at random moments and starts it anew, until ctx ends.
@@ -217,7 +241,7 @@ var (
 func (v *verifier) check() {
 	v.t.Helper()
 	c := v.console(v.name)
-	if strings.Contains(c, "DISK-ERROR") || strings.Contains(c, "GUEST FAILED") {
+	if strings.Contains(c, "DISK-ERROR") || strings.Contains(c, "NET-ERROR") || strings.Contains(c, "GUEST FAILED") {
 		v.t.Errorf("%s:\n%s", v.name, lastLines(c, 20))
 	}
 	f := readFacts(c)

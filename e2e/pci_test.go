@@ -11,7 +11,6 @@ import (
 	"redoubt.dev/redoubt/lab"
 	"redoubt.dev/redoubt/pci/topology"
 	"redoubt.dev/redoubt/services"
-	"redoubt.dev/redoubt/services/builder"
 )
 
 func TestPCIQEMU(t *testing.T) { buses(t, "qemu") }
@@ -57,7 +56,7 @@ func buses(t *testing.T, emulator string) {
 		t.Errorf("the first guest depended on %d PCIBacks, for two starts", n)
 	}
 	ends := 0
-	for r, err := range audit.Records(h.path("state", builder.AuditDir)) {
+	for r, err := range audit.Records(h.path("state", audit.Dir)) {
 		if err != nil {
 			t.Fatal(err)
 		}

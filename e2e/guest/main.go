@@ -27,6 +27,9 @@ func run(args []string) error {
 	if len(args) == 3 && args[0] == "io" {
 		return load(args[1], args[2])
 	}
+	if len(args) == 1 && args[0] == "talk" {
+		return talk()
+	}
 	if len(args) == 2 && args[0] == "sink" {
 		return sink(args[1])
 	}
@@ -53,7 +56,7 @@ func run(args []string) error {
 	case len(args) == 1 && args[0] == "clear":
 		return clearTPM(tpm)
 	}
-	return errors.New("usage: guest seal|unseal DISK, guest clear, guest io WORKLOAD DISK, guest verify DISK [ROUNDS], guest sink DISK")
+	return errors.New("usage: guest seal|unseal DISK, guest clear, guest io WORKLOAD DISK, guest verify DISK [ROUNDS], guest sink DISK, guest talk")
 }
 
 // pcrs are those the Builder measures what it boots into.
