@@ -108,6 +108,36 @@ func (c *control) do(limit time.Time, cmd ctlCommand, body []byte, n int, fds ..
 	return readReply(c.conn, cmd, n)
 }
 
+// settle brings the channel to where no reply is under way, after SET_LOCALITY was or was not sent.
+// What the engine has not read yet was sent, and has one reply. Else there may be one: what is
+// asked then is told from it, because the capabilities are never zero and that result was.
+func (c *control) settle(limit time.Time) error {
+	if err := c.conn.SetDeadline(limit); err != nil {
+		return err
+	}
+	sent, err := unread(c.conn)
+	if err != nil {
+		return err
+	}
+	if sent {
+		_, err := readReply(c.conn, ctlSetLocality, 0)
+		return err
+	}
+	caps, err := c.capability(limit)
+	if err != nil || caps != 0 {
+		return err
+	}
+	// That was the old reply and the new one's result: the capabilities come.
+	var b [4]byte
+	if n, err := io.ReadFull(c.conn, b[:]); err != nil {
+		return fmt.Errorf("%v: reply ends at offset %d: %w", ctlGetCapability, 4+n, noEOF(err))
+	}
+	if binary.BigEndian.Uint32(b[:]) == 0 {
+		return fmt.Errorf("%v: out of step", ctlGetCapability)
+	}
+	return nil
+}
+
 // capability asks which control commands the engine knows.
 func (c *control) capability(limit time.Time) (uint32, error) {
 	b, err := c.do(limit, ctlGetCapability, nil, 4)

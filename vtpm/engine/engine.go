@@ -12,7 +12,9 @@
 //     reaches it.
 //   - State on disk is never replaced: state that is missing where some is expected, or that
 //     does not open (corrupt, other key, in use), is an error and the files stay as they were.
-//   - The process ends with its Engine, and with this program if that is killed.
+//   - The process ends with its Engine, and with this program if that is killed, unless its ends
+//     were given to a keeper (Config.Keep): then [Adopt] goes on with it in another process, in
+//     whatever this one was killed (package journal).
 package engine
 
 import (
@@ -27,7 +29,9 @@ import (
 	"time"
 
 	"github.com/google/go-tpm/tpm2"
+
 	"redoubt.dev/redoubt/programs"
+	"redoubt.dev/redoubt/vtpm/journal"
 )
 
 // KeySize is the length of a state key in bytes (AES-256).
@@ -61,6 +65,12 @@ type Config struct {
 
 	Starter programs.Starter // of swtpm; nil: as a child
 
+	// Journal is told of every command before it is sent; nil: nobody adopts this engine.
+	Journal *journal.Journal
+	// Keep, if not nil, is given copies of the channels' ends and the process before the engine is
+	// used: what Adopt takes.
+	Keep func(Kept) error
+
 	// commandLimit and controlLimit replace the constants where they are not zero.
 	commandLimit, controlLimit time.Duration
 }
@@ -80,14 +90,16 @@ type Engine struct {
 	commandLimit, controlLimit time.Duration
 
 	// Owned by the worker.
-	ctl      control
-	locality uint8
+	ctl  control
+	note *journal.Journal
 }
 
-// A request is a task for the worker; exactly one of its fields but reply is set.
+// A request is a task for the worker: a command of the guest's or of the host's, or what is set.
 type request struct {
 	command  []byte
 	locality uint8
+	guest    bool
+	seq      uint32 // of a guest's command
 	reset    bool
 	shutdown bool
 	reply    chan result // has room for one
@@ -129,21 +141,15 @@ func startEngine(ctx context.Context, cfg Config) (*Engine, error) {
 		_ = data.Close()
 		return nil, err
 	}
-	e := &Engine{
-		dir: cfg.Dir, proc: proc, data: data, ctl: control{ctl},
-		requests: make(chan request), stop: make(chan struct{}), done: make(chan struct{}),
-		commandLimit: commandLimit, controlLimit: controlLimit,
-	}
-	if cfg.commandLimit > 0 {
-		e.commandLimit = cfg.commandLimit
-	}
-	if cfg.controlLimit > 0 {
-		e.controlLimit = cfg.controlLimit
-	}
+	e := over(cfg, proc, ctl, data)
 	// The sooner ours is the only open copy of the engine's ends, the sooner its death shows
 	// as an end of file.
 	ctlFile.Close()
-	if err := e.handshake(ctx, dataFile, cfg.Existing); err != nil {
+	err = e.handshake(ctx, dataFile, cfg.Existing)
+	if err == nil && cfg.Keep != nil {
+		err = e.keep(cfg.Keep)
+	}
+	if err != nil {
 		e.proc.kill()
 		_ = ctl.Close()
 		_ = data.Close()
@@ -151,6 +157,25 @@ func startEngine(ctx context.Context, cfg Config) (*Engine, error) {
 	}
 	go e.work()
 	return e, nil
+}
+
+// over is an Engine of a process and its channels.
+func over(cfg Config, proc *process, ctl, data *net.UnixConn) *Engine {
+	e := &Engine{
+		dir: cfg.Dir, proc: proc, data: data, ctl: control{ctl}, note: cfg.Journal,
+		requests: make(chan request), stop: make(chan struct{}), done: make(chan struct{}),
+		commandLimit: commandLimit, controlLimit: controlLimit,
+	}
+	if e.note == nil {
+		e.note = journal.Volatile()
+	}
+	if cfg.commandLimit > 0 {
+		e.commandLimit = cfg.commandLimit
+	}
+	if cfg.controlLimit > 0 {
+		e.controlLimit = cfg.controlLimit
+	}
+	return e
 }
 
 // checkState keeps swtpm from its habit of making a new TPM where it finds no state.
@@ -231,7 +256,7 @@ func (e *Engine) handshake(ctx context.Context, dataFile *os.File, existing bool
 func (e *Engine) init(limit time.Time) error {
 	var flags [4]byte // no PTM_INIT_FLAG_DELETE_VOLATILE: there is none to delete
 	_, err := e.ctl.do(limit, ctlInit, flags[:], 0)
-	e.locality = 0
+	e.note.SetLocality(0)
 	return err
 }
 
@@ -311,7 +336,7 @@ func (e *Engine) serve() error {
 				fatal = errOrderly
 			}
 		default:
-			r.rsp, fatal = e.execute(q.locality, q.command)
+			r.rsp, fatal = e.take(q)
 		}
 		if fatal != nil && !errors.Is(fatal, errOrderly) {
 			r.err = e.explain(fatal)
@@ -323,13 +348,32 @@ func (e *Engine) serve() error {
 	}
 }
 
-// execute runs one command. Any error is fatal: the channel's position is unknown after it.
+// take runs one command of either party. One of the guest's that was answered before is not
+// executed again: it had the number, and its response is given once more.
+func (e *Engine) take(q request) ([]byte, error) {
+	if !q.guest {
+		return e.execute(q.locality, q.command)
+	}
+	if s := e.note.Guest; s.State() == journal.Answered && s.Seq() == q.seq {
+		return s.Response(), nil
+	}
+	return e.run(e.note.Guest, q.seq, q.locality, q.command)
+}
+
+// execute runs one command of the host.
 func (e *Engine) execute(locality uint8, cmd []byte) ([]byte, error) {
-	if locality != e.locality {
+	return e.run(e.note.Host, e.note.Host.Seq()+1, locality, cmd)
+}
+
+// run runs one command. Any error is fatal: the channel's position is unknown after it.
+func (e *Engine) run(s journal.Slot, seq uint32, locality uint8, cmd []byte) ([]byte, error) {
+	s.Execute(seq, locality, cmd)
+	if locality != e.note.Locality() {
+		e.note.SetLocality(journal.SettingLocality)
 		if _, err := e.ctl.do(time.Now().Add(e.controlLimit), ctlSetLocality, []byte{locality}, 0); err != nil {
 			return nil, err
 		}
-		e.locality = locality
+		e.note.SetLocality(locality)
 	}
 	if err := e.data.SetDeadline(time.Now().Add(e.commandLimit)); err != nil {
 		return nil, err
@@ -337,7 +381,7 @@ func (e *Engine) execute(locality uint8, cmd []byte) ([]byte, error) {
 	if _, err := e.data.Write(cmd); err != nil {
 		return nil, fmt.Errorf("command %#x: %w", uint32(CommandCode(cmd)), err)
 	}
-	rsp, err := readResponse(e.data)
+	rsp, err := e.receive(s)
 	if err != nil {
 		return nil, fmt.Errorf("command %#x: %w", uint32(CommandCode(cmd)), err)
 	}
@@ -426,6 +470,19 @@ func (e *Engine) Execute(ctx context.Context, locality uint8, cmd []byte) ([]byt
 	}
 	// The worker may still read it after ctx ended and the caller has it back.
 	r := e.ask(ctx, request{locality: locality, command: append([]byte(nil), cmd...)})
+	return r.rsp, r.err
+}
+
+// ExecuteGuest is Execute for a command of the guest, whose number seq its sender gave it. The
+// last number again has the last response again: nothing is executed twice.
+func (e *Engine) ExecuteGuest(ctx context.Context, seq uint32, locality uint8, cmd []byte) ([]byte, error) {
+	if locality > 3 {
+		return ErrorResponse(tpm2.TPMRCLocality), nil
+	}
+	if rsp := refuse(cmd); rsp != nil {
+		return rsp, nil
+	}
+	r := e.ask(ctx, request{guest: true, seq: seq, locality: locality, command: append([]byte(nil), cmd...)})
 	return r.rsp, r.err
 }
 
