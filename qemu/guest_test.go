@@ -101,7 +101,7 @@ func backEnd(t *testing.T, begin <-chan struct{}, delay time.Duration, tpm Trans
 				_ = back.Send(channel.Frame{Kind: channel.Failed, Data: []byte(err.Error())})
 				return
 			}
-			if back.Send(channel.Frame{Kind: channel.Reply, Data: r}) != nil {
+			if back.Send(channel.Frame{Kind: channel.Reply, Seq: f.Seq, Data: r}) != nil {
 				return
 			}
 		}

@@ -21,8 +21,9 @@ import (
 
 // A TPM is a guest's vTPM, as the manager gives it.
 type TPM interface {
-	// Execute runs one command of the guest. Its error means that the TPM is dead.
-	Execute(ctx context.Context, locality uint8, command []byte) ([]byte, error)
+	// Execute runs one command of the guest. The last number again has the last response again.
+	// Its error means that the TPM is dead.
+	Execute(ctx context.Context, seq uint32, locality uint8, command []byte) ([]byte, error)
 	// Done is closed when the TPM is dead; Err then says why.
 	Done() <-chan struct{}
 	Err() error
@@ -47,6 +48,9 @@ type Options struct {
 	Poll time.Duration
 	// Report tells of the moments above; it must not block.
 	Report func(kind string)
+	NoIMA  bool // ReportIMA was told
+	// Opened is called when the gate has opened, before the guest is told; nil: nobody asks.
+	Opened func()
 }
 
 // Backend serves one guest until it fails or is closed.
@@ -61,6 +65,7 @@ type Backend struct {
 	done  chan struct{}
 	err   error // set before done is closed
 
+	open    bool           // it was before: the guest had another back end
 	decided chan struct{}  // closed when the gate has opened or failed
 	looks   sync.WaitGroup // the hub's first look at the store
 }
@@ -73,18 +78,37 @@ type engine struct {
 
 // Attach begins to serve a guest.
 func (h *Hub) Attach(ctx context.Context, opt Options) (*Backend, error) {
-	ctx, stop := context.WithCancel(ctx)
-	b := &Backend{
-		hub: h, opt: opt, ctx: ctx, stop: stop,
-		inbox: make(chan gate.Event), up: make(chan engine), done: make(chan struct{}), decided: make(chan struct{}),
-	}
+	b := h.backend(ctx, opt)
 	if err := h.attach(b); err != nil {
-		stop()
+		b.stop()
 		opt.Channel.Close()
 		return nil, err
 	}
-	go b.run()
+	go b.run(b.guard)
 	return b, nil
+}
+
+// Resume goes on serving a guest whose gate another back end opened before it was killed; log is
+// what that one told or was about to.
+func (h *Hub) Resume(ctx context.Context, opt Options, tpm TPM, log []byte) (*Backend, error) {
+	b := h.backend(ctx, opt)
+	b.open = true
+	close(b.decided)
+	if err := h.attach(b); err != nil {
+		b.stop()
+		opt.Channel.Close()
+		return nil, err
+	}
+	go b.run(func() error { return b.serve(tpm, log) })
+	return b, nil
+}
+
+func (h *Hub) backend(ctx context.Context, opt Options) *Backend {
+	ctx, stop := context.WithCancel(ctx)
+	return &Backend{
+		hub: h, opt: opt, ctx: ctx, stop: stop,
+		inbox: make(chan gate.Event), up: make(chan engine), done: make(chan struct{}), decided: make(chan struct{}),
+	}
 }
 
 // EngineUp tells that the manager holds the engine's own INIT reply for the instance number,
@@ -121,13 +145,13 @@ func (b *Backend) post(e gate.Event) {
 }
 
 // run owns the guest's gate and, later, its channel.
-func (b *Backend) run() {
+func (b *Backend) run(serve func() error) {
 	defer close(b.done)
 	defer b.looks.Wait()
 	defer b.hub.detach(b)
 	defer b.opt.Channel.Close()
 	defer b.stop()
-	err := b.guard()
+	err := serve()
 	if b.ctx.Err() != nil {
 		return
 	}
@@ -246,10 +270,18 @@ func (b *Backend) serve(tpm TPM, log []byte) error {
 		case <-served:
 		}
 	})
+	if !b.open && b.opt.Opened != nil {
+		b.opt.Opened()
+	}
 	if err := b.opt.Channel.Send(channel.Frame{Kind: channel.Open, Data: log}); err != nil {
 		return nil
 	}
-	ima, started := false, false
+	if b.open {
+		if err := b.opt.Channel.Send(channel.Frame{Kind: channel.Again}); err != nil {
+			return nil
+		}
+	}
+	ima, started := b.opt.NoIMA, false
 	for {
 		f, err := b.opt.Channel.Receive()
 		if err != nil {
@@ -282,7 +314,7 @@ func (b *Backend) serve(tpm TPM, log []byte) error {
 			ima = true
 			b.opt.Report(ReportIMA)
 		}
-		if err := b.opt.Channel.Send(channel.Frame{Kind: channel.Reply, Data: reply}); err != nil {
+		if err := b.opt.Channel.Send(channel.Frame{Kind: channel.Reply, Seq: f.Seq, Data: reply}); err != nil {
 			return nil
 		}
 	}
@@ -292,7 +324,7 @@ func (b *Backend) execute(tpm TPM, f channel.Frame) ([]byte, error) {
 	if f.Locality >= 4 {
 		return response(tpm2.TPMRCLocality), nil
 	}
-	reply, err := tpm.Execute(b.ctx, f.Locality, f.Data)
+	reply, err := tpm.Execute(b.ctx, f.Seq, f.Locality, f.Data)
 	if err != nil {
 		return nil, fmt.Errorf("vTPM: %w", err)
 	}
@@ -333,14 +365,14 @@ func (u *ungated) set(t TPM) {
 	u.tpm = t
 }
 
-func (u *ungated) Execute(ctx context.Context, locality uint8, command []byte) ([]byte, error) {
+func (u *ungated) Execute(ctx context.Context, seq uint32, locality uint8, command []byte) ([]byte, error) {
 	u.mu.Lock()
 	t := u.tpm
 	u.mu.Unlock()
 	if t == nil {
 		return response(tpm2.TPMRCFailure), nil
 	}
-	return t.Execute(ctx, locality, command)
+	return t.Execute(ctx, seq, locality, command)
 }
 
 func (u *ungated) Done() <-chan struct{} { return nil }

@@ -55,7 +55,7 @@ type fakeTPM struct {
 	seen chan []byte
 }
 
-func (f *fakeTPM) Execute(_ context.Context, _ uint8, cmd []byte) ([]byte, error) {
+func (f *fakeTPM) Execute(_ context.Context, _ uint32, _ uint8, cmd []byte) ([]byte, error) {
 	select {
 	case <-f.dead:
 		return nil, f.err

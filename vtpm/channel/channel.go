@@ -8,10 +8,17 @@
 // any reply; a front end that cannot wait inside the exit (QEMU) resumes its guest on it.
 // Failed is final: the guest's vTPM will not answer again and the guest must be failed closed.
 //
+// A back end may be killed and replaced at any moment, with the channel as it is. Commands have
+// numbers and a reply has its command's; the new back end says Again, upon which the command that has
+// no reply is sent once more. So each may come twice: a back end answers a number it has answered
+// with the same reply, a front end drops a reply to what it does not wait for. A second Open
+// changes nothing.
+//
 // The emulator faces the guest and is not trusted: the back end checks every frame again.
 package channel
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -34,6 +41,7 @@ const (
 	Reply   Kind = 2 // back → front: the response
 	Open    Kind = 3 // back → front: the gate is open (VTPMReady); the event log
 	Failed  Kind = 4 // back → front: the reason, as text
+	Again   Kind = 5 // back → front: a new back end asks for the command that has no reply
 )
 
 func (k Kind) String() string {
@@ -46,12 +54,14 @@ func (k Kind) String() string {
 		return "open"
 	case Failed:
 		return "failed"
+	case Again:
+		return "again"
 	}
 	return fmt.Sprintf("kind %d", byte(k))
 }
 
-// header is the length of a frame's header: kind, locality.
-const header = 2
+// header is the length of a frame's header: kind, locality, number (little-endian).
+const header = 6
 
 // minCommand is a TPM header: tag, size, code (TPM 2.0 Part 1 §18).
 const minCommand = 10
@@ -63,6 +73,7 @@ var ErrFrame = errors.New("tpm channel: bad frame")
 type Frame struct {
 	Kind     Kind
 	Locality uint8  // of a Command
+	Seq      uint32 // of a Command, from 1 on, each one more than the last; of its Reply
 	Data     []byte // command, response, event log, or reason
 }
 
@@ -71,7 +82,7 @@ func Parse(msg []byte) (Frame, error) {
 	if len(msg) < header {
 		return Frame{}, fmt.Errorf("%w: %d bytes, header is %d", ErrFrame, len(msg), header)
 	}
-	f := Frame{Kind: Kind(msg[0]), Locality: msg[1], Data: msg[header:]}
+	f := Frame{Kind: Kind(msg[0]), Locality: msg[1], Seq: binary.LittleEndian.Uint32(msg[2:]), Data: msg[header:]}
 	switch f.Kind {
 	case Command, Reply:
 		if len(f.Data) < minCommand || len(f.Data) > MaxCommand {
@@ -85,18 +96,26 @@ func Parse(msg []byte) (Frame, error) {
 		if len(f.Data) > MaxCommand {
 			return Frame{}, fmt.Errorf("%w: reason of %d bytes at offset %d", ErrFrame, len(f.Data), header)
 		}
+	case Again:
+		if len(f.Data) != 0 {
+			return Frame{}, fmt.Errorf("%w: %v of %d bytes at offset %d", ErrFrame, f.Kind, len(f.Data), header)
+		}
 	default:
 		return Frame{}, fmt.Errorf("%w: %v at offset 0", ErrFrame, f.Kind)
 	}
 	if f.Kind != Command && f.Locality != 0 {
 		return Frame{}, fmt.Errorf("%w: %v with locality %d at offset 1", ErrFrame, f.Kind, f.Locality)
 	}
+	if numbered := f.Kind == Command || f.Kind == Reply; numbered != (f.Seq != 0) {
+		return Frame{}, fmt.Errorf("%w: %v with number %d at offset 2", ErrFrame, f.Kind, f.Seq)
+	}
 	return f, nil
 }
 
 // Append adds the frame's encoding to b.
 func (f Frame) Append(b []byte) []byte {
-	return append(append(b, byte(f.Kind), f.Locality), f.Data...)
+	b = binary.LittleEndian.AppendUint32(append(b, byte(f.Kind), f.Locality), f.Seq)
+	return append(b, f.Data...)
 }
 
 // Conn carries frames. Concurrent sends are safe; one goroutine receives.

@@ -6,9 +6,10 @@ import (
 )
 
 func FuzzParse(f *testing.F) {
-	f.Add(Frame{Kind: Command, Locality: 3, Data: make([]byte, minCommand)}.Append(nil))
+	f.Add(Frame{Kind: Command, Locality: 3, Seq: 1, Data: make([]byte, minCommand)}.Append(nil))
 	f.Add(Frame{Kind: Open, Data: []byte("log")}.Append(nil))
 	f.Add(Frame{Kind: Failed, Data: []byte("why")}.Append(nil))
+	f.Add(Frame{Kind: Again}.Append(nil))
 	f.Add([]byte{1})
 	f.Fuzz(func(t *testing.T, msg []byte) {
 		fr, err := Parse(msg)

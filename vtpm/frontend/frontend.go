@@ -11,6 +11,7 @@
 package frontend
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"sync"
@@ -55,6 +56,10 @@ type Frontend struct {
 
 	exec sync.Mutex // held over one command and its reply
 
+	mu      sync.Mutex
+	waiting *channel.Frame // the command that has no reply
+	seq     uint32         // of the last one
+
 	opened  chan struct{} // closed by receive on Open
 	replies chan []byte   // receive → Execute
 	done    chan struct{} // closed when receive ends; err is set before
@@ -83,7 +88,8 @@ func (f *Frontend) receive() {
 			return
 		}
 		switch {
-		case fr.Kind == channel.Open && !open:
+		case fr.Kind == channel.Open && open: // of a new back end
+		case fr.Kind == channel.Open:
 			open = true
 			if f.opt.OnOpen != nil {
 				if err := f.opt.OnOpen(fr.Data); err != nil {
@@ -93,10 +99,15 @@ func (f *Frontend) receive() {
 			}
 			close(f.opened)
 		case fr.Kind == channel.Reply && open:
-			select {
-			case f.replies <- append([]byte(nil), fr.Data...):
-			default:
-				f.err = fmt.Errorf("%w: reply without a command", channel.ErrFrame)
+			if ok, err := f.replied(fr.Seq); err != nil {
+				f.err = err
+				return
+			} else if ok {
+				f.replies <- append([]byte(nil), fr.Data...) // has room: one command, one reply
+			}
+		case fr.Kind == channel.Again:
+			if err := f.again(); err != nil {
+				f.err = fmt.Errorf("%w: %w", ErrClosed, err)
 				return
 			}
 		case fr.Kind == channel.Failed:
@@ -107,6 +118,43 @@ func (f *Frontend) receive() {
 			return
 		}
 	}
+}
+
+// replied takes note of a reply, and reports whether it is waited for: a back end that replaced
+// another may repeat what that one said last.
+func (f *Frontend) replied(seq uint32) (bool, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	switch {
+	case f.waiting != nil && f.waiting.Seq == seq:
+		f.waiting = nil
+		return true, nil
+	case seq == f.seq || seq+1 == f.seq:
+		return false, nil
+	}
+	return false, fmt.Errorf("%w: reply %d, the last command was %d", channel.ErrFrame, seq, f.seq)
+}
+
+// again repeats the command that has no reply.
+func (f *Frontend) again() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.waiting == nil {
+		return nil
+	}
+	return f.conn.Send(*f.waiting)
+}
+
+// send sends the next command.
+func (f *Frontend) send(locality uint8, command []byte) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.seq++; f.seq == 0 {
+		f.seq = 1
+	}
+	// A copy: what is sent again is what was sent, whatever the guest does to its buffer.
+	f.waiting = &channel.Frame{Kind: channel.Command, Locality: locality, Seq: f.seq, Data: bytes.Clone(command)}
+	return f.conn.Send(*f.waiting)
 }
 
 // Done is closed when the front end can serve no more; Err then says why.
@@ -130,7 +178,7 @@ func (f *Frontend) Execute(locality uint8, command []byte) ([]byte, error) {
 	if err := f.Err(); err != nil {
 		return nil, err
 	}
-	if err := f.conn.Send(channel.Frame{Kind: channel.Command, Locality: locality, Data: command}); err != nil {
+	if err := f.send(locality, command); err != nil {
 		if errors.Is(err, unix.EPIPE) { // the peer has closed, so receive ends too, after its last word
 			<-f.done
 			return nil, f.err

@@ -98,7 +98,7 @@ func TestPausedWhileItWaits(t *testing.T) {
 	out := execute(f)
 	<-r.held
 	send(t, back, channel.Frame{Kind: channel.Open, Data: []byte("events")})
-	send(t, back, channel.Frame{Kind: channel.Reply, Data: reply})
+	send(t, back, channel.Frame{Kind: channel.Reply, Seq: 1, Data: reply})
 	if o := <-out; o.err != nil || !bytes.Equal(o.reply, reply) {
 		t.Fatalf("%x %v", o.reply, o.err)
 	}
@@ -114,20 +114,58 @@ func TestShortWaitDoesNotPause(t *testing.T) {
 	f, back := connect(t, r, time.Hour)
 	for range 2 {
 		out := execute(f)
-		if fr, err := back.Receive(); err != nil || fr.Kind != channel.Command || !bytes.Equal(fr.Data, command) {
+		fr, err := back.Receive()
+		if err != nil || fr.Kind != channel.Command || !bytes.Equal(fr.Data, command) {
 			t.Fatalf("%+v %v", fr, err)
 		}
 		if !strings.Contains(r.all(), "log:") {
 			<-r.waits // else the gate may open before the command has begun to wait
 			send(t, back, channel.Frame{Kind: channel.Open})
 		}
-		send(t, back, channel.Frame{Kind: channel.Reply, Data: reply})
+		send(t, back, channel.Frame{Kind: channel.Reply, Seq: fr.Seq, Data: reply})
 		if o := <-out; o.err != nil {
 			t.Fatal(o.err)
 		}
 	}
 	if got := r.all(); got != "wait log:" {
 		t.Fatalf("happened: %s", got)
+	}
+}
+
+// TestAgain: a new back end has the command that has no reply once more, and none that has one; what it
+// says twice is dropped.
+func TestAgain(t *testing.T) {
+	f, back := connect(t, &recorder{}, time.Hour)
+	send(t, back, channel.Frame{Kind: channel.Open})
+	for seq := uint32(1); seq <= 3; seq++ {
+		out := execute(f)
+		var got channel.Frame
+		for range 3 { // the first back end's, and two that were asked for
+			var err error
+			if got, err = back.Receive(); err != nil || got.Kind != channel.Command || got.Seq != seq || !bytes.Equal(got.Data, command) {
+				t.Fatalf("%+v %v", got, err)
+			}
+			send(t, back, channel.Frame{Kind: channel.Open})
+			send(t, back, channel.Frame{Kind: channel.Again})
+		}
+		if seq > 1 {
+			send(t, back, channel.Frame{Kind: channel.Reply, Seq: seq - 1, Data: make([]byte, 10)})
+		}
+		for range 2 {
+			send(t, back, channel.Frame{Kind: channel.Reply, Seq: seq, Data: reply})
+		}
+		if o := <-out; o.err != nil || !bytes.Equal(o.reply, reply) {
+			t.Fatalf("%x %v", o.reply, o.err)
+		}
+		if got, err := back.Receive(); err != nil || got.Seq != seq { // the third that was asked for
+			t.Fatalf("%+v %v", got, err)
+		}
+	}
+	send(t, back, channel.Frame{Kind: channel.Again})
+	send(t, back, channel.Frame{Kind: channel.Reply, Seq: 9, Data: reply})
+	<-f.Done()
+	if !errors.Is(f.Err(), channel.ErrFrame) {
+		t.Errorf("a reply to no command: %v", f.Err())
 	}
 }
 
@@ -142,9 +180,11 @@ func TestFailures(t *testing.T) {
 		"failed": {nil, func(t *testing.T, b *channel.Conn) {
 			send(t, b, channel.Frame{Kind: channel.Failed, Data: []byte("no state")})
 		}, func(err error) bool { var f *FailedError; return errors.As(err, &f) && f.Reason == "no state" }},
-		"gone":        {nil, func(_ *testing.T, b *channel.Conn) { b.Close() }, func(err error) bool { return errors.Is(err, ErrClosed) }},
-		"early reply": {nil, func(t *testing.T, b *channel.Conn) { send(t, b, channel.Frame{Kind: channel.Reply, Data: reply}) }, func(err error) bool { return errors.Is(err, channel.ErrFrame) }},
-		"no pause":    {pause, func(*testing.T, *channel.Conn) {}, func(err error) bool { return errors.Is(err, pause) }},
+		"gone": {nil, func(_ *testing.T, b *channel.Conn) { b.Close() }, func(err error) bool { return errors.Is(err, ErrClosed) }},
+		"early reply": {nil, func(t *testing.T, b *channel.Conn) {
+			send(t, b, channel.Frame{Kind: channel.Reply, Seq: 1, Data: reply})
+		}, func(err error) bool { return errors.Is(err, channel.ErrFrame) }},
+		"no pause": {pause, func(*testing.T, *channel.Conn) {}, func(err error) bool { return errors.Is(err, pause) }},
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := &recorder{held: make(chan struct{}), fail: c.fail}

@@ -21,6 +21,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -41,7 +42,8 @@ const (
 	Durable                   // its record is on disk
 	Open                      // the gate has opened: the guest is let in
 	GuestLog                  // the event log is for the guest, too
-	all      = Ready | Durable | Open | GuestLog
+	IMA                       // that the guest measured was told
+	all      = Ready | Durable | Open | GuestLog | IMA
 )
 
 // ErrJournal says that the memory is not what a manager left.
@@ -72,8 +74,10 @@ const (
 // SettingLocality is in place of a locality while the engine is told another one.
 const SettingLocality = 0xff
 
-// A Journal is one guest's. It is used by one goroutine at a time.
+// A Journal is one guest's. Facts may be told and asked by anybody at any time; everything else is
+// the vTPM's present user's.
 type Journal struct {
+	facts  sync.Mutex
 	mem    []byte
 	mapped bool
 	Guest  Slot
@@ -193,14 +197,34 @@ func (j *Journal) Begin(instance int, nonce []byte) {
 	binary.LittleEndian.PutUint64(j.mem, magic)
 }
 
+// Restart is the start of another boot of the vTPM that runs: of the facts, only that its record
+// is on disk stays true, and the commands were another guest's front end's.
+func (j *Journal) Restart() {
+	j.NoMore(all &^ Durable)
+	clear(j.Guest.mem)
+	j.setU32(atLog, 0)
+}
+
 // Is reports whether all of the facts are true.
-func (j *Journal) Is(f Fact) bool { return Fact(j.u32(atFacts))&f == f }
+func (j *Journal) Is(f Fact) bool {
+	j.facts.Lock()
+	defer j.facts.Unlock()
+	return Fact(j.u32(atFacts))&f == f
+}
 
 // Now makes facts true.
-func (j *Journal) Now(f Fact) { j.setU32(atFacts, j.u32(atFacts)|uint32(f)) }
+func (j *Journal) Now(f Fact) {
+	j.facts.Lock()
+	defer j.facts.Unlock()
+	j.setU32(atFacts, j.u32(atFacts)|uint32(f))
+}
 
 // NoMore makes facts untrue.
-func (j *Journal) NoMore(f Fact) { j.setU32(atFacts, j.u32(atFacts)&^uint32(f)) }
+func (j *Journal) NoMore(f Fact) {
+	j.facts.Lock()
+	defer j.facts.Unlock()
+	j.setU32(atFacts, j.u32(atFacts)&^uint32(f))
+}
 
 // Instance is the vTPM's number.
 func (j *Journal) Instance() int { return int(j.u32(atInstance)) }

@@ -11,16 +11,19 @@ import (
 	"sync/atomic"
 
 	"github.com/google/go-tpm/tpm2"
+	"github.com/google/go-tpm/tpm2/transport"
 	"redoubt.dev/redoubt/attest/eventlog"
 	"redoubt.dev/redoubt/vtpm/engine"
+	"redoubt.dev/redoubt/vtpm/journal"
 	"redoubt.dev/redoubt/vtpm/keys"
 )
 
 // A Device is a running vTPM. Its methods may be called concurrently.
 type Device struct {
-	m   *Manager
-	rec *record
-	eng *engine.Engine
+	m    *Manager
+	rec  *record
+	eng  *engine.Engine
+	note *journal.Journal
 
 	// turn holds one token: who has it may use the engine. A guest's command takes it once, a
 	// host's sequence for all its commands.
@@ -45,7 +48,7 @@ type Device struct {
 // A new guest's record is written after it is ready, beside the guest's own start, because a disk
 // that syncs holds up the engine's writes too. No command, the guest's or the host's, runs before
 // the record is durable: what the TPM then keeps can be read again after a crash.
-func (m *Manager) startDevice(ctx context.Context, rec *record, fresh bool, events Measurements) (_ *Device, err error) {
+func (m *Manager) startDevice(ctx context.Context, rec *record, fresh bool, boot Boot) (_ *Device, err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel() // ends the measuring if the engine fails first
 	dir := m.guestDir(rec.Guest)
@@ -65,12 +68,19 @@ func (m *Manager) startDevice(ctx context.Context, rec *record, fresh bool, even
 	}
 	results := make(chan measured, 1)
 	go func() { // ends with events, which ctx ends
-		e, err := events(ctx)
+		e, err := boot.Events(ctx)
 		results <- measured{e, err}
 	}()
-	d := &Device{m: m, rec: rec, turn: make(chan struct{}, 1), manufactured: make(chan struct{})}
+	d := m.device(rec, boot.Journal)
+	nonce := make([]byte, 32)
+	_, _ = rand.Read(nonce) // never fails (crypto/rand)
+	d.note.Begin(rec.Instance, nonce)
+	if !fresh {
+		d.note.Now(journal.Durable)
+	}
 	if d.eng, err = engine.Start(ctx, engine.Config{
 		Dir: filepath.Join(dir, tpmDir), Key: rec.key, Existing: !fresh, Starter: m.starter,
+		Journal: d.note, Keep: boot.Keep,
 	}); err != nil {
 		return nil, err
 	}
@@ -95,6 +105,14 @@ func (m *Manager) startDevice(ctx context.Context, rec *record, fresh bool, even
 		return nil, err
 	}
 	return d, nil
+}
+
+// device is a Device without an engine yet; note may be nil.
+func (m *Manager) device(rec *record, note *journal.Journal) *Device {
+	if note == nil {
+		note = journal.Volatile()
+	}
+	return &Device{m: m, rec: rec, note: note, turn: make(chan struct{}, 1), manufactured: make(chan struct{})}
 }
 
 // newMarker lies in the directory of a guest whose record is not yet written. No command has run
@@ -169,7 +187,7 @@ func (m *Manager) save(rec *record) error {
 // provision makes a TPM that has just started ready for its guest: platform authorisation,
 // identity check, measurements.
 func (d *Device) provision(ctx context.Context, events func() ([]eventlog.Event, error)) error {
-	tpm := raw{ctx, d.eng}
+	tpm := raw{ctx: ctx, eng: d.eng}
 	auth := make([]byte, 32)
 	_, _ = rand.Read(auth) // never fails (crypto/rand)
 	if _, err := (tpm2.HierarchyChangeAuth{
@@ -179,6 +197,7 @@ func (d *Device) provision(ctx context.Context, events func() ([]eventlog.Event,
 		return fmt.Errorf("set the platform authorisation: %w", err)
 	}
 	d.platformAuth = auth
+	d.note.SetAuth(auth)
 	if d.rec.manufactured() {
 		if err := d.checkIdentity(tpm); err != nil {
 			return err
@@ -192,10 +211,7 @@ func (d *Device) provision(ctx context.Context, events func() ([]eventlog.Event,
 	if err != nil {
 		return fmt.Errorf("measurements: %w", err)
 	}
-	if list, err = forBanks(list, banks); err != nil {
-		return fmt.Errorf("measurements: %w", err)
-	}
-	log, err := eventlog.Encode(list)
+	list, log, err := logFor(list, banks)
 	if err != nil {
 		return fmt.Errorf("measurements: %w", err)
 	}
@@ -208,8 +224,18 @@ func (d *Device) provision(ctx context.Context, events func() ([]eventlog.Event,
 	return nil
 }
 
+// logFor is what is extended and logged of a list in a TPM with the banks.
+func logFor(list []eventlog.Event, banks []tpm2.TPMAlgID) ([]eventlog.Event, []byte, error) {
+	list, err := forBanks(list, banks)
+	if err != nil {
+		return nil, nil, err
+	}
+	log, err := eventlog.Encode(list)
+	return list, log, err
+}
+
 // allocatedBanks lists the banks in which the TPM has registers.
-func allocatedBanks(tpm raw) ([]tpm2.TPMAlgID, error) {
+func allocatedBanks(tpm transport.TPM) ([]tpm2.TPMAlgID, error) {
 	rsp, err := tpm2.GetCapability{Capability: tpm2.TPMCapPCRs, PropertyCount: 1}.Execute(tpm)
 	if err != nil {
 		return nil, fmt.Errorf("list PCR banks: %w", err)
@@ -283,12 +309,16 @@ func (d *Device) give() { d.turn <- struct{}{} }
 
 // Execute runs one command of the guest and returns the response. What a guest may not do is
 // answered as a TPM would; an error means that the vTPM is finished, or ctx ended first.
-func (d *Device) Execute(ctx context.Context, locality uint8, cmd []byte) ([]byte, error) {
+//
+// seq is the sender's number of the command. The last number again has the last response again,
+// also from a manager that adopted the device: the guest's front end need not know what became of
+// a command whose manager was killed.
+func (d *Device) Execute(ctx context.Context, seq uint32, locality uint8, cmd []byte) ([]byte, error) {
 	if err := d.take(ctx); err != nil {
 		return nil, err
 	}
 	defer d.give()
-	return d.eng.Execute(ctx, locality, cmd)
+	return d.eng.ExecuteGuest(ctx, seq, locality, cmd)
 }
 
 // Reset is the guest's reboot: a power cycle of the TPM, then ready again with the
@@ -298,6 +328,7 @@ func (d *Device) Reset(ctx context.Context, events Measurements) error {
 		return err
 	}
 	defer d.give()
+	d.note.Restart()
 	err := d.eng.Reset(ctx)
 	if err == nil {
 		err = d.provision(ctx, func() ([]eventlog.Event, error) { return events(ctx) })

@@ -149,7 +149,7 @@ func TestHostInAFullTPM(t *testing.T) {
 	}
 	// Nothing of the host's is left.
 	for _, first := range []uint32{firstTransient, firstLoadedSession} {
-		h := host{raw: raw{t.Context(), d.eng}}
+		h := d.host(t.Context(), &turn{})
 		if l, err := h.handles(first); err != nil || len(l) != 0 {
 			t.Errorf("left loaded: %v, %v", l, err)
 		}

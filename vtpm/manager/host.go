@@ -2,14 +2,15 @@ package manager
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"slices"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
+
 	"redoubt.dev/redoubt/vtpm/engine"
+	"redoubt.dev/redoubt/vtpm/journal"
 )
 
 // Host runs f with a transport for the host's own commands, at locality 0. No guest's command comes
@@ -21,18 +22,63 @@ func (d *Device) Host(ctx context.Context, f func(transport.TPM) error) error {
 		return err
 	}
 	defer d.give()
-	h := &host{raw: raw{ctx, d.eng}}
+	return d.sequence(ctx, f)
+}
+
+// sequence is Host for who has the turn.
+func (d *Device) sequence(ctx context.Context, f func(transport.TPM) error) error {
+	h := d.host(ctx, &turn{})
+	d.note.BeginTurn()
 	err := f(h)
 	// The guest's things come back even if ctx has ended.
 	h.ctx = context.WithoutCancel(ctx)
 	return errors.Join(err, h.restore())
 }
 
+// host is the transport of a sequence. The turn is the caller's.
+func (d *Device) host(ctx context.Context, t *turn) *host {
+	return &host{raw{ctx, d.eng, d.note, t}}
+}
+
+// finish ends a sequence that its manager was killed in: what it had loaded is flushed, and what it
+// had set aside is put back.
+func (d *Device) finish(ctx context.Context) error {
+	all, err := d.note.Turn()
+	if err != nil {
+		return err
+	}
+	t, err := replay(all)
+	if err != nil {
+		return err
+	}
+	h := d.host(ctx, t)
+	for _, o := range slices.Clone(t.own) {
+		// It may be gone: a session ends with its last command.
+		if _, err := (tpm2.FlushContext{FlushHandle: o}).Execute(h.raw); err != nil && !errors.Is(err, tpm2.TPMRCHandle) && !errors.Is(err, tpm2.TPMRCValue) {
+			return fmt.Errorf("flush %#x: %w", o, err)
+		}
+	}
+	t.own = nil
+	if err := h.restore(); err != nil {
+		return err
+	}
+	d.note.BeginTurn()
+	return nil
+}
+
 // raw sends commands and repeats those that the TPM asks to repeat. Such a response means that
 // nothing was done (Part 2 §6.6.3, format-zero warnings).
 type raw struct {
-	ctx context.Context
-	eng *engine.Engine
+	ctx  context.Context
+	eng  executor
+	note *journal.Journal
+	turn *turn // nil: before the guest is let in, when nothing is the guest's
+}
+
+// executor is an engine.
+type executor interface {
+	Execute(ctx context.Context, locality uint8, cmd []byte) ([]byte, error)
+	Log() string
 }
 
 // maxRetries bounds the repetitions; an emulated TPM answers differently the next time.
@@ -52,17 +98,21 @@ func (r raw) Send(cmd []byte) ([]byte, error) {
 		case tpm2.TPMRCFailure:
 			return nil, fmt.Errorf("%w (engine's log: %s)", ErrFailure, r.eng.Log())
 		}
+		if r.turn == nil {
+			return rsp, nil
+		}
+		if err := r.turn.step(cmd, rsp); err != nil {
+			return nil, err
+		}
+		if !r.note.Noted(counts(cmd), journal.Exchange{Command: cmd, Response: rsp}) {
+			return nil, errTurn
+		}
 		return rsp, nil
 	}
 }
 
 // host is raw that makes room in a full TPM.
-type host struct {
-	raw
-	own     []tpm2.TPMHandle // what the host itself has loaded
-	objects []tpm2.TPMSContext
-	session []tpm2.TPMSContext
-}
+type host struct{ raw }
 
 // Send implements transport.TPM.
 func (h *host) Send(cmd []byte) ([]byte, error) {
@@ -72,16 +122,13 @@ func (h *host) Send(cmd []byte) ([]byte, error) {
 			return nil, err
 		}
 		switch engine.ResponseCode(rsp) {
-		case tpm2.TPMRCSuccess:
-			h.note(cmd, rsp)
-			return rsp, nil
 		case tpm2.TPMRCObjectMemory:
-			done, err := h.setAside(firstTransient, &h.objects)
+			done, err := h.setAside(firstTransient)
 			if err != nil || !done {
 				return rsp, err
 			}
 		case tpm2.TPMRCSessionMemory:
-			done, err := h.setAside(firstLoadedSession, &h.session)
+			done, err := h.setAside(firstLoadedSession)
 			if err != nil || !done {
 				return rsp, err
 			}
@@ -91,51 +138,25 @@ func (h *host) Send(cmd []byte) ([]byte, error) {
 	}
 }
 
-// First handles of a kind (Part 2 §7.2).
-const (
-	firstLoadedSession = 0x02000000
-	firstTransient     = 0x80000000
-	handleKind         = 0xff000000
-)
-
-// note remembers the handles that the host's commands load.
-func (h *host) note(cmd, rsp []byte) {
-	switch engine.CommandCode(cmd) {
-	case tpm2.TPMCCCreatePrimary, tpm2.TPMCCLoad, tpm2.TPMCCLoadExternal, tpm2.TPMCCCreateLoaded,
-		tpm2.TPMCCContextLoad, tpm2.TPMCCStartAuthSession:
-		if len(rsp) >= 14 {
-			h.own = append(h.own, tpm2.TPMHandle(binary.BigEndian.Uint32(rsp[10:])))
-		}
-	case tpm2.TPMCCFlushContext:
-		if len(cmd) >= 14 {
-			gone := tpm2.TPMHandle(binary.BigEndian.Uint32(cmd[10:]))
-			h.own = slices.DeleteFunc(h.own, func(o tpm2.TPMHandle) bool { return o == gone })
-		}
-	}
-}
-
 // setAside saves the guest's first object or session of a kind out of the TPM. It reports
 // false if there is none.
-func (h *host) setAside(first uint32, to *[]tpm2.TPMSContext) (bool, error) {
+func (h *host) setAside(first uint32) (bool, error) {
 	handles, err := h.handles(first)
 	if err != nil {
 		return false, err
 	}
 	for _, v := range handles {
-		if slices.Contains(h.own, v) {
+		if slices.Contains(h.turn.own, v) {
 			continue
 		}
-		saved, err := tpm2.ContextSave{SaveHandle: v}.Execute(h.raw)
-		if err != nil {
+		if _, err := (tpm2.ContextSave{SaveHandle: v}).Execute(h.raw); err != nil {
 			return false, fmt.Errorf("set the guest's handle %#x aside: %w", v, err)
 		}
 		if first == firstTransient { // a saved session leaves by itself, an object does not
 			if _, err := (tpm2.FlushContext{FlushHandle: v}).Execute(h.raw); err != nil {
 				return false, fmt.Errorf("set the guest's handle %#x aside: %w", v, err)
 			}
-			saved.Context.SavedHandle = v // the TPM writes 0x80000000 for every object
 		}
-		*to = append(*to, saved.Context)
 		return true, nil
 	}
 	return false, nil
@@ -166,13 +187,14 @@ func (h *host) handles(first uint32) ([]tpm2.TPMHandle, error) {
 // restore brings the guest's things back under their handles.
 func (h *host) restore() error {
 	var errs []error
-	for _, c := range h.session { // a session keeps its handle
+	for _, c := range slices.Clone(h.turn.sessions) { // a session keeps its handle
 		if _, err := (tpm2.ContextLoad{Context: c}).Execute(h.raw); err != nil {
 			errs = append(errs, fmt.Errorf("restore the guest's session %#x: %w", c.SavedHandle, err))
 		}
 	}
-	slices.SortFunc(h.objects, func(a, b tpm2.TPMSContext) int { return int(int64(a.SavedHandle) - int64(b.SavedHandle)) })
-	for _, c := range h.objects {
+	objects := slices.Clone(h.turn.objects)
+	slices.SortFunc(objects, func(a, b tpm2.TPMSContext) int { return int(int64(a.SavedHandle) - int64(b.SavedHandle)) })
+	for _, c := range objects {
 		if err := h.restoreObject(c); err != nil {
 			errs = append(errs, fmt.Errorf("restore the guest's object %#x: %w", c.SavedHandle, err))
 		}

@@ -32,6 +32,8 @@ import (
 	"github.com/google/uuid"
 	"redoubt.dev/redoubt/attest/eventlog"
 	"redoubt.dev/redoubt/programs"
+	"redoubt.dev/redoubt/vtpm/engine"
+	"redoubt.dev/redoubt/vtpm/journal"
 	"redoubt.dev/redoubt/vtpm/keys"
 )
 
@@ -272,27 +274,44 @@ func Fixed(events []eventlog.Event) Measurements {
 // Start makes or reopens the vTPM of a guest and returns when it is ready. ctx bounds the start
 // only. If it fails nothing runs, and a vTPM that was made by this call is gone again.
 func (m *Manager) Start(ctx context.Context, guest string, events Measurements) (*Device, error) {
-	return m.StartNumbered(ctx, guest, events, func(int) {})
+	return m.Boot(ctx, guest, Boot{Events: events})
 }
 
-// StartNumbered is Start; assigned is called with the vTPM's instance number as soon as that
-// is settled, before the engine starts.
-func (m *Manager) StartNumbered(ctx context.Context, guest string, events Measurements, assigned func(instance int)) (*Device, error) {
-	d, err := m.start(ctx, guest, events, assigned)
+// A Boot is what a vTPM is started with.
+type Boot struct {
+	Events Measurements
+	// Assigned, if not nil, is called with the vTPM's instance number as soon as that is settled,
+	// before the engine starts.
+	Assigned func(instance int)
+	// Journal and Keep are what another manager needs to adopt the device; both may be nil.
+	Journal *journal.Journal
+	Keep    func(engine.Kept) error
+}
+
+// Boot is Start with all its wishes.
+func (m *Manager) Boot(ctx context.Context, guest string, b Boot) (*Device, error) {
+	d, err := m.start(ctx, guest, b)
 	if err != nil {
 		return nil, fmt.Errorf("vTPM of guest %s: %w", guest, err)
 	}
 	return d, nil
 }
 
-func (m *Manager) start(ctx context.Context, guest string, events Measurements, assigned func(int)) (*Device, error) {
+func (m *Manager) start(ctx context.Context, guest string, b Boot) (*Device, error) {
 	r, fresh, err := m.reserve(guest)
 	if err != nil {
 		return nil, err
 	}
 	defer m.starting.Done()
-	assigned(r.Instance)
-	d, err := m.startDevice(ctx, r, fresh, events)
+	if b.Assigned != nil {
+		b.Assigned(r.Instance)
+	}
+	d, err := m.startDevice(ctx, r, fresh, b)
+	return m.started(guest, r, fresh, d, err)
+}
+
+// started ends what reserve began: with a device that runs, or with err.
+func (m *Manager) started(guest string, r *record, fresh bool, d *Device, err error) (*Device, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if err != nil {

@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/google/go-tpm/tpm2"
@@ -93,8 +94,11 @@ func stop(t testing.TB, d *Device) {
 // guest is the transport of the guest's own software.
 type guest struct{ d *Device }
 
+// sent numbers all guests' commands.
+var sent atomic.Uint32
+
 func (g guest) Send(cmd []byte) ([]byte, error) {
-	return g.d.Execute(context.Background(), 0, cmd)
+	return g.d.Execute(context.Background(), sent.Add(1), 0, cmd)
 }
 
 // The registers in every bank are those of the event log, and the log says the boot.

@@ -9,6 +9,8 @@ import (
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
+
+	"redoubt.dev/redoubt/vtpm/journal"
 )
 
 // Handles of what manufacture leaves in the TPM.
@@ -46,6 +48,7 @@ func (d *Device) background(ctx context.Context, fresh bool) {
 		if d.mErr = d.saveNew(); d.mErr != nil {
 			return
 		}
+		d.note.Now(journal.Durable)
 	}
 	d.give() // the first turn
 	if !d.rec.manufactured() {

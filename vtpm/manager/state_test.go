@@ -236,7 +236,7 @@ func TestRecordCannotBeSaved(t *testing.T) {
 	if err := d.Manufactured(t.Context()); err == nil || !strings.Contains(err.Error(), "save its record") {
 		t.Errorf("manufacture: %v", err)
 	}
-	if _, err := d.Execute(t.Context(), 0, []byte{0x80, 0x01, 0, 0, 0, 12, 0, 0, 0x01, 0x7b, 0, 8}); err == nil || !strings.Contains(err.Error(), "save its record") {
+	if _, err := d.Execute(t.Context(), 1, 0, []byte{0x80, 0x01, 0, 0, 0, 12, 0, 0, 0x01, 0x7b, 0, 8}); err == nil || !strings.Contains(err.Error(), "save its record") {
 		t.Errorf("a command ran without a record: %v", err)
 	}
 	if _, err := os.Stat(m.guestDir(guestA)); !errors.Is(err, os.ErrNotExist) {
