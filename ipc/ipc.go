@@ -217,5 +217,8 @@ func (c *Conn) SetWriteDeadline(t time.Time) error { return c.c.SetWriteDeadline
 // File duplicates the descriptor, to hand this end to another process.
 func (c *Conn) File() (*os.File, error) { return c.c.File() }
 
+// Shutdown ends the connection for everybody who has a copy of this end: the peer sees io.EOF.
+func (c *Conn) Shutdown() error { return errors.Join(c.c.CloseWrite(), c.c.CloseRead()) }
+
 // Close ends the connection; the peer sees io.EOF.
 func (c *Conn) Close() error { return c.c.Close() }

@@ -56,6 +56,7 @@ type Starter struct {
 type remote struct {
 	pid    int
 	line   *os.File
+	out    *os.File // what it prints
 	output sync.WaitGroup
 
 	mu   sync.Mutex
@@ -81,10 +82,10 @@ func (s Starter) start(ctx context.Context, p programs.Program) (_ programs.Runn
 	if err := unix.SetNonblock(fds[0], true); err != nil { // so that Kill ends a read
 		return nil, errors.Join(err, unix.Close(fds[0]))
 	}
-	r := &remote{line: os.NewFile(uintptr(fds[0]), "lifeline")}
+	line := os.NewFile(uintptr(fds[0]), "lifeline")
 	defer func() {
 		if err != nil {
-			r.line.Close()
+			line.Close()
 		}
 	}()
 	out, in, err := os.Pipe()
@@ -105,16 +106,56 @@ func (s Starter) start(ctx context.Context, p programs.Program) (_ programs.Runn
 		out.Close()
 		return nil, err
 	}
-	r.pid = started.PID
+	return run(started.PID, line, out, p.Output), nil
+}
+
+func run(pid int, line, out *os.File, w io.Writer) *remote {
+	r := &remote{pid: pid, line: line, out: out}
+	if w == nil {
+		w = io.Discard
+	}
 	r.output.Go(func() { // ends with the last writer, the program
 		defer out.Close()
-		w := p.Output
-		if w == nil {
-			w = io.Discard
-		}
 		_, _ = io.Copy(w, out)
 	})
-	return r, nil
+	return r
+}
+
+// Handles are copies of what another process needs to own a program of a [Starter] in place of
+// this one: see [Adopt].
+func Handles(p programs.Running) (lifeline, output *os.File, err error) {
+	r, ok := p.(*remote)
+	if !ok {
+		return nil, nil, errors.New("the program is no Builder's")
+	}
+	if lifeline, err = duplicate(r.line); err != nil {
+		return nil, nil, err
+	}
+	if output, err = duplicate(r.out); err != nil {
+		lifeline.Close()
+		return nil, nil, err
+	}
+	return lifeline, output, nil
+}
+
+func duplicate(f *os.File) (*os.File, error) {
+	c, err := f.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	fd := -1
+	if cerr := c.Control(func(own uintptr) { fd, err = unix.FcntlInt(own, unix.F_DUPFD_CLOEXEC, 0) }); cerr != nil {
+		return nil, cerr
+	}
+	if err != nil {
+		return nil, err
+	}
+	return os.NewFile(uintptr(fd), f.Name()), nil
+}
+
+// Adopt owns a program whose last owner is gone. It takes the handles over.
+func Adopt(pid int, lifeline, output *os.File, w io.Writer) programs.Running {
+	return run(pid, lifeline, output, w)
 }
 
 func (r *remote) PID() int   { return r.pid }

@@ -35,6 +35,11 @@ const (
 	FileCode     = "code"     // the firmware image, for OVMF
 	FileHostTPM  = "host-tpm" // the host's TPM, open
 	FileVars     = "vars"     // the guest's own variable store, for OVMF
+	FileJournal  = "journal"  // what a vTPM's manager leaves to the next one
+	FileControl  = "control"  // the manager's ends of an engine's channels
+	FileData     = "data"
+	FileLifeline = "lifeline" // and of its lifeline and its output (package foreign)
+	FileOutput   = "output"
 )
 
 // Files names the descriptors beside a message.
@@ -415,12 +420,39 @@ const (
 	MethodCreate  = "create"  // Create → Created: the device's process runs
 	MethodMeasure = "measure" // Measure → nothing, when the vTPM is ready
 	MethodRelease = "release" // Release → nothing: the guest is gone
+	MethodInherit = "inherit" // Inherit → Inherited, by a manager that follows one that died
 )
 
 // vTPM service → Builder: EventX notices, and
-const NoticeFailed = "failed" // Failed
+const (
+	NoticeFailed = "failed" // Failed
+	// MethodKeep has the Builder keep the manager's end of an engine, in place of what it kept for
+	// that guest, so that the engine outlives the manager.
+	MethodKeep = "keep" // Keep → nothing
+)
 
-// Attach makes the back end serve a guest (step 2). Files: FileTPM.
+// Keep names a guest's engine. Files: FileControl, FileData, FileLifeline, FileOutput.
+type Keep struct {
+	UUID  string `json:"uuid"`
+	PID   int    `json:"pid"`
+	Files Files  `json:"files"`
+}
+
+// Inherit makes a new manager go on with a guest's vTPM. Files: FileJournal; FileTPM where an emulator
+// is attached, which the rest of Attach is about; those of Keep where there is an engine.
+type Inherit struct {
+	Attach
+	PID int `json:"pid,omitempty"` // of the engine
+}
+
+// Inherited says what became of it: with Ready the vTPM is as it was. Without, its guest has not been
+// let in yet, and is to have its vTPM created and measured as at any start; its emulator is
+// attached. A guest that was let in and whose vTPM is lost is an error: it must be failed closed.
+type Inherited struct {
+	Ready bool `json:"ready"`
+}
+
+// Attach makes the back end serve a guest (step 2). It may be repeated. Files: FileTPM, FileJournal.
 type Attach struct {
 	UUID     string        `json:"uuid"`
 	Domain   tree.Domain   `json:"domain"`

@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"encoding/hex"
 	"fmt"
+	"os"
 	"sync"
 	"time"
 
@@ -13,8 +14,10 @@ import (
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/services/protocol"
 	"redoubt.dev/redoubt/store/server"
+	"redoubt.dev/redoubt/store/tree"
 	"redoubt.dev/redoubt/vtpm/backend"
 	"redoubt.dev/redoubt/vtpm/channel"
+	"redoubt.dev/redoubt/vtpm/journal"
 	"redoubt.dev/redoubt/vtpm/manager"
 )
 
@@ -27,8 +30,12 @@ type guest struct {
 	ctx    context.Context // ends when the guest is down
 	cancel context.CancelFunc
 
+	journal *journal.Journal
+	work    sync.WaitGroup // what may touch the journal
+
 	mu     sync.Mutex
 	back   *backend.Backend
+	domain tree.Domain     // that back serves
 	device *manager.Device // nil until it is ready for the first time
 	number int
 	log    []byte // event log of this boot, for evidence
@@ -52,40 +59,76 @@ func (s *service) attach(r *rpc.Request) error {
 	if err != nil {
 		return err
 	}
-	if len(files[protocol.FileTPM]) != 1 {
-		return rpc.Errorf(rpc.Invalid, "vTPM: attach needs one channel")
+	defer closeFiles(files)
+	if len(files[protocol.FileTPM]) != 1 || len(files[protocol.FileJournal]) != 1 {
+		return rpc.Errorf(rpc.Invalid, "vTPM: attach needs one channel and one journal")
 	}
-	ch, err := channel.FromFile(files[protocol.FileTPM][0])
+	g, err := s.join(in.UUID, func() (*journal.Journal, error) { return journal.Map(files[protocol.FileJournal][0]) })
 	if err != nil {
 		return err
 	}
-	s.mu.Lock()
-	g := s.guests[in.UUID]
-	if g == nil {
-		g = &guest{s: s, uuid: in.UUID}
-		g.ctx, g.cancel = context.WithCancel(s.ctx)
-		s.guests[in.UUID] = g
-	}
-	s.mu.Unlock()
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.back != nil {
-		ch.Close()
+	switch {
+	case g.back != nil && g.domain == in.Domain:
+		return nil // said again by a Builder that does not know whether it was heard
+	case g.back != nil:
 		return rpc.Errorf(rpc.Exists, "vTPM of %s: attached already", in.UUID)
 	}
+	return g.serve(in, files[protocol.FileTPM], s.hub.Attach)
+}
+
+func closeFiles(files map[string][]*os.File) {
+	for _, list := range files {
+		for _, f := range list {
+			f.Close() // what was taken over is closed already, or a copy
+		}
+	}
+}
+
+// join finds the guest, or makes it.
+func (s *service) join(uuid string, open func() (*journal.Journal, error)) (*guest, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if g := s.guests[uuid]; g != nil {
+		return g, nil
+	}
+	j, err := open()
+	if err != nil {
+		return nil, err
+	}
+	g := &guest{s: s, uuid: uuid, journal: j}
+	g.ctx, g.cancel = context.WithCancel(s.ctx)
+	s.guests[uuid] = g
+	return g, nil
+}
+
+// serve has a back end serve the emulator at the other end of files. g.mu is held.
+func (g *guest) serve(in protocol.Attach, files []*os.File, attach func(context.Context, backend.Options) (*backend.Backend, error)) error {
+	ch, err := channel.FromFile(files[0])
+	if err != nil {
+		return err
+	}
 	g.measured, g.ready = make(chan measurement, 1), make(chan error, 1)
-	g.back, err = s.hub.Attach(g.ctx, backend.Options{
+	g.back, err = attach(g.ctx, backend.Options{
 		Domain: in.Domain, Channel: ch, Deadline: in.Deadline, NoGate: in.NoGate, Poll: in.Poll,
-		Report: func(kind string) { s.event(protocol.Event{UUID: in.UUID, Kind: kind}) },
+		Opened: func() { g.journal.Now(journal.Open) }, NoIMA: g.journal.Is(journal.IMA),
+		Report: func(kind string) {
+			if kind == backend.ReportIMA {
+				g.journal.Now(journal.IMA)
+			}
+			g.s.event(protocol.Event{UUID: in.UUID, Kind: kind})
+		},
 	})
 	if err != nil {
 		return fmt.Errorf("vTPM back end: %w", err)
 	}
+	g.domain = in.Domain
 	back := g.back
-	s.wg.Go(func() {
+	g.s.wg.Go(func() {
 		<-back.Done()
 		if err := back.Err(); err != nil {
-			s.failed(in.UUID, err)
+			g.s.failed(in.UUID, err)
 		}
 	})
 	return nil
@@ -112,7 +155,7 @@ func (s *service) create(ctx context.Context, r *rpc.Request) (any, error) {
 	g.mu.Lock()
 	back, ready, device, number := g.back, g.ready, g.device, g.number
 	g.mu.Unlock()
-	s.wg.Go(func() {
+	g.work.Go(func() {
 		if err := g.bring(back, device, in, numbered); err != nil {
 			ready <- err
 			back.Fail(err.Error())
@@ -161,11 +204,14 @@ func (g *guest) bring(back *backend.Backend, device *manager.Device, in protocol
 	}
 	var err error
 	if device == nil {
-		device, err = g.s.manager.StartNumbered(g.ctx, g.uuid, events, func(n int) {
-			g.mu.Lock()
-			g.number = n
-			g.mu.Unlock()
-			numbered <- n
+		device, err = g.s.manager.Boot(g.ctx, g.uuid, manager.Boot{
+			Events: events, Journal: g.journal, Keep: g.keep,
+			Assigned: func(n int) {
+				g.mu.Lock()
+				g.number = n
+				g.mu.Unlock()
+				numbered <- n
+			},
 		})
 		if err == nil {
 			g.s.wg.Go(func() { g.watchManufacture(device) })
@@ -181,20 +227,40 @@ func (g *guest) bring(back *backend.Backend, device *manager.Device, in protocol
 			return err
 		}
 	}
+	if !g.journal.SetLog(m.log) {
+		return fmt.Errorf("event log of %d bytes", len(m.log))
+	}
+	if m.guestLog {
+		g.journal.Now(journal.GuestLog)
+	}
 	g.mu.Lock()
 	g.device, g.log = device, m.log
-	number := g.number
 	g.mu.Unlock()
-	g.s.event(protocol.Event{UUID: g.uuid, Kind: protocol.EventVTPMStarted, Instance: number})
-	guestLog := m.log
-	if !m.guestLog {
-		guestLog = nil
-	}
+	g.journal.Now(journal.Ready)
+	g.s.event(protocol.Event{UUID: g.uuid, Kind: protocol.EventVTPMStarted, Instance: device.Instance()})
+	return g.up(back)
+}
+
+// up opens the gate's last two facts.
+func (g *guest) up(back *backend.Backend) error {
+	g.mu.Lock()
+	number, device := g.number, g.device
+	g.mu.Unlock()
 	if err := g.s.store.Write(server.ReadyNode(number), "1"); err != nil {
 		return err
 	}
-	back.EngineUp(number, device, guestLog)
+	back.EngineUp(number, device, g.guestLog())
 	return nil
+}
+
+// guestLog is the event log that the guest gets.
+func (g *guest) guestLog() []byte {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if !g.journal.Is(journal.GuestLog) {
+		return nil
+	}
+	return g.log
 }
 
 func (s *service) measure(ctx context.Context, r *rpc.Request) error {
@@ -248,22 +314,25 @@ func (s *service) release(r *rpc.Request) error {
 		return nil
 	}
 	g.detach()
+	g.work.Wait() // a device may come of it
 	g.mu.Lock()
 	device := g.device
 	g.mu.Unlock()
 	if device == nil {
-		return nil
+		return g.journal.Close()
 	}
 	ctx, stop := context.WithTimeout(context.Background(), shutdownTime)
 	defer stop()
 	if err := device.Close(ctx); err != nil {
 		return fmt.Errorf("vTPM of %s: %w", in.UUID, err)
 	}
-	return nil
+	return g.journal.Close()
 }
 
-// leave ends the back end and removes the ready node: what it said is true no more.
+// leave ends the back end and removes the ready node: what it said is true no more. Nor is the
+// vTPM ready for whatever emulator comes next.
 func (g *guest) leave() {
+	g.journal.NoMore(journal.Ready | journal.Open)
 	g.mu.Lock()
 	back, number := g.back, g.number
 	g.back = nil

@@ -82,6 +82,9 @@ func (s *service) close() error {
 	defer stop()
 	err := m.Close(ctx)
 	store.Close()
+	for _, g := range guests {
+		g.work.Wait()
+	}
 	s.wg.Wait()
 	return err
 }
@@ -100,6 +103,8 @@ func (s *service) handle(ctx context.Context, r *rpc.Request) (any, error) {
 		return nil, nil
 	case protocol.MethodAttach:
 		return struct{}{}, s.attach(r)
+	case protocol.MethodInherit:
+		return s.inherit(ctx, r)
 	case protocol.MethodCreate:
 		return s.create(ctx, r)
 	case protocol.MethodMeasure:

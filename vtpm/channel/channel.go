@@ -154,5 +154,9 @@ func (c *Conn) Receive() (Frame, error) {
 	return Parse(c.buf[:n])
 }
 
-// Close ends the channel and unblocks Receive.
-func (c *Conn) Close() error { return c.c.Close() }
+// Close ends the channel and unblocks Receive. The peer sees the end, too, where somebody keeps a
+// copy of this end for the case that this process is killed.
+func (c *Conn) Close() error {
+	_ = c.c.Shutdown() // closed already, or the peer is gone
+	return c.c.Close()
+}

@@ -111,23 +111,32 @@ func over(mem []byte) *Journal {
 	return j
 }
 
-// OpenFile maps the memory of f, which stays the caller's, and checks what is in it. fresh says
-// that nothing is.
-func OpenFile(f *os.File) (j *Journal, fresh bool, err error) {
+// Map maps the memory of f, which stays the caller's, for a vTPM that begins: what is in it does not
+// matter before Begin.
+func Map(f *os.File) (*Journal, error) {
 	st, err := f.Stat()
 	if err != nil {
-		return nil, false, fmt.Errorf("%w: %w", ErrJournal, err)
+		return nil, fmt.Errorf("%w: %w", ErrJournal, err)
 	}
 	if st.Size() != Size {
-		return nil, false, fmt.Errorf("%w of %d bytes, it has %d", ErrJournal, st.Size(), Size)
+		return nil, fmt.Errorf("%w of %d bytes, it has %d", ErrJournal, st.Size(), Size)
 	}
 	mem, err := unix.Mmap(int(f.Fd()), 0, Size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 	if err != nil {
-		return nil, false, fmt.Errorf("%w: map: %w", ErrJournal, err)
+		return nil, fmt.Errorf("%w: map: %w", ErrJournal, err)
 	}
-	j = over(mem)
+	j := over(mem)
 	j.mapped = true
-	if binary.LittleEndian.Uint64(mem) == 0 {
+	return j, nil
+}
+
+// OpenFile maps the memory of f and checks what another manager left in it. fresh says that
+// nothing was.
+func OpenFile(f *os.File) (j *Journal, fresh bool, err error) {
+	if j, err = Map(f); err != nil {
+		return nil, false, err
+	}
+	if binary.LittleEndian.Uint64(j.mem) == 0 {
 		return j, true, nil
 	}
 	if err := j.check(); err != nil {

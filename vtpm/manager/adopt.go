@@ -43,7 +43,7 @@ func (m *Manager) Adopt(ctx context.Context, guest string, o Orphan) (*Device, e
 func (m *Manager) adopt(ctx context.Context, guest string, o Orphan) (*Device, error) {
 	r, err := m.reserveOrphan(guest, o)
 	if err != nil {
-		return nil, errors.Join(err, o.end())
+		return nil, errors.Join(err, o.End())
 	}
 	defer m.starting.Done()
 	d := m.device(r, o.Journal)
@@ -79,8 +79,8 @@ func (m *Manager) reserveOrphan(guest string, o Orphan) (*record, error) {
 	return r, nil
 }
 
-// end ends an orphan that nobody adopts.
-func (o Orphan) end() error {
+// End ends an orphan that nobody adopts.
+func (o Orphan) End() error {
 	o.Control.Close()
 	o.Data.Close()
 	p, err := o.Process(io.Discard)
