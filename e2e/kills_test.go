@@ -241,7 +241,7 @@ var (
 func (v *verifier) check() {
 	v.t.Helper()
 	c := v.console(v.name)
-	if strings.Contains(c, "DISK-ERROR") || strings.Contains(c, "NET-ERROR") || strings.Contains(c, "GUEST FAILED") {
+	if regexp.MustCompile(`(DISK|NET|TPM)-ERROR|GUEST FAILED`).MatchString(c) {
 		v.t.Errorf("%s:\n%s", v.name, lastLines(c, 20))
 	}
 	f := readFacts(c)

@@ -17,7 +17,8 @@ const (
 // verify writes a disk full of a pattern, flushes it, reads it back from the disk itself and
 // compares, round after round, and prints each; a number of rounds ends it. The first block holds the
 // last round that was flushed: one that begins anew holds the disk to it, so that what a reboot
-// interrupted may be there or not, but nothing that was flushed may be lost.
+// interrupted may be there or not, but nothing that was flushed may be lost. All the while it
+// extends a register of its TPM, see chain.
 func verify(path string, rounds int) error {
 	direct, err := os.OpenFile(path, os.O_RDWR|unix.O_DIRECT|unix.O_DSYNC, 0)
 	if err != nil {
@@ -42,6 +43,11 @@ func verify(path string, rounds int) error {
 	if err := compare(direct, blocks, last, last+1); err != nil {
 		return diskError(last, err)
 	}
+	tpm, err := startChain()
+	if err != nil {
+		return err
+	}
+	links := uint64(0)
 	fmt.Println("FOUND", last)
 	for round := last + 1; rounds == 0 || round <= last+uint64(rounds); round++ {
 		// In turns through the page cache, with many requests at once, and past it.
@@ -64,6 +70,9 @@ func verify(path string, rounds int) error {
 		binary.LittleEndian.PutUint64(header, round)
 		if _, err := direct.WriteAt(header, 0); err != nil {
 			return diskError(round, err)
+		}
+		if links, err = tpm.check(links); err != nil {
+			return err
 		}
 		fmt.Println("ROUND", round)
 	}

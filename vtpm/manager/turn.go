@@ -42,8 +42,9 @@ func counts(cmd []byte) bool {
 
 // step takes a command and its response in. It fails where the response is none to the command.
 func (t *turn) step(cmd, rsp []byte) error {
-	if !counts(cmd) || engine.ResponseCode(rsp) != tpm2.TPMRCSuccess {
-		return nil
+	done := engine.ResponseCode(rsp) == tpm2.TPMRCSuccess
+	if !done || !counts(cmd) {
+		return nil // it changed nothing
 	}
 	code := engine.CommandCode(cmd)
 	handle := func(b []byte) (tpm2.TPMHandle, error) {
