@@ -9,7 +9,7 @@ import (
 )
 
 // Resettable are the services whose processes are replaced under running guests.
-var Resettable = []string{BlkBack, NetBack, Toolstack}
+var Resettable = []string{BlkBack, NetBack, Toolstack, VTPM}
 
 // DefaultResets are in force for services that the operator does not name.
 const DefaultResets = "blkback=10m,netback=10m"

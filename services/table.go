@@ -116,7 +116,7 @@ var Table = []Service{
 			{Emulator, "TPM data channel"},
 		},
 		Holds:    []string{"its directory", "a data channel a guest", "a control and a data channel an engine"},
-		Lifetime: "Redoubt's", Reset: Never,
+		Lifetime: "Redoubt's", Reset: OnTimer,
 		State: ReadWrite, Policy: list("vtpm", vtpmCalls), Memory: 2 * goMemory,
 	},
 	{
@@ -125,7 +125,7 @@ var Table = []Service{
 		Creator: VTPM, Count: PerGuest, Tag: OneGuest, DependsOn: []string{VTPM},
 		Peers:    []Peer{{VTPM, "control and data channel"}},
 		Holds:    []string{"a control channel", "a pipe with its key", "a data channel"},
-		Lifetime: "its guest's, over reboots", Reset: Ends,
+		Lifetime: "its guest's, over reboots and its manager's ends", Reset: Ends,
 		State: ReadWrite, GroupReads: true, Devices: []string{"/dev/null", "/dev/urandom"},
 		Packages: packages("swtpm", func() []string { return nil }),
 		Policy:   list(SWTPM, []byte("include swtpm")), Memory: 64 * mib,

@@ -5,7 +5,6 @@ import (
 	"strconv"
 
 	"redoubt.dev/redoubt/audit"
-	"redoubt.dev/redoubt/process"
 	"redoubt.dev/redoubt/services"
 	"redoubt.dev/redoubt/store/tree"
 )
@@ -41,9 +40,11 @@ func (b *Builder) depends(ctx context.Context, g *guest, d tree.Domain) error {
 	}
 	all := []audit.Instance{store}
 	if !g.build.Spec.TPM.Disabled {
-		b.mu.Lock()
-		all = append(all, b.instances[services.VTPM])
-		b.mu.Unlock()
+		manager, err := b.vtpm.Instance(ctx)
+		if err != nil {
+			return err
+		}
+		all = append(all, manager)
 	}
 	var entries []audit.Entry
 	for _, i := range all {
@@ -64,25 +65,4 @@ func (b *Builder) handOver(g *guest, r *run, kvm bool) error {
 func (b *Builder) handQEMU(g *guest, r *run, kvm bool) error {
 	return b.journal.Record(b.journal.Entry(ActHandOver, g.name(), audit.Done, "to", services.QEMU,
 		"emulator", r.is.ID, "memory", strconv.FormatUint(g.memory(), 10), "kvm", strconv.FormatBool(kvm)))
-}
-
-// serviceStarted records an instance of a service that is not kept.
-func (b *Builder) serviceStarted(service string, p *process.Process) error {
-	i := audit.NewInstance(service, p.PID())
-	b.mu.Lock()
-	b.instances[service] = i
-	b.mu.Unlock()
-	return b.journal.Record(b.journal.Started(i))
-}
-
-// serviceEnded records its end. Every guest depends on the services that this is for.
-func (b *Builder) serviceEnded(service string, err error) {
-	guests := b.names(func(g *guest) bool { return service != services.VTPM || !g.build.Spec.TPM.Disabled })
-	b.mu.Lock()
-	i, ok := b.instances[service]
-	delete(b.instances, service)
-	b.mu.Unlock()
-	if ok {
-		b.journal.Note(b.journal.Ended(i, err, guests))
-	}
 }

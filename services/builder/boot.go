@@ -6,6 +6,7 @@ import (
 	"slices"
 	"sync"
 
+	"redoubt.dev/redoubt/audit"
 	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/services"
@@ -45,7 +46,8 @@ func (b *Builder) boot(ctx context.Context, start map[string]func(context.Contex
 		}
 		return struct{}{}, f(ctx)
 	}))
-	if err := b.serviceStarted(services.Bootstrapper, p); err != nil {
+	is := audit.NewInstance(services.Bootstrapper, p.PID())
+	if err := b.journal.Record(b.journal.Started(is)); err != nil {
 		p.Kill()
 		return err
 	}
@@ -56,7 +58,7 @@ func (b *Builder) boot(ctx context.Context, start map[string]func(context.Contex
 	defer cancel()
 	end := p.Stop(stop)
 	wg.Wait()
-	b.serviceEnded(services.Bootstrapper, end)
+	b.journal.Note(b.journal.Ended(is, end, nil))
 	mu.Lock()
 	defer mu.Unlock()
 	switch {

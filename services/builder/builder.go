@@ -24,17 +24,14 @@ import (
 	"golang.org/x/sys/unix"
 
 	"redoubt.dev/redoubt/audit"
-	"redoubt.dev/redoubt/ipc"
-	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/network"
 	"redoubt.dev/redoubt/process"
 	"redoubt.dev/redoubt/services"
-	"redoubt.dev/redoubt/services/calls"
 	"redoubt.dev/redoubt/services/keeper"
 	"redoubt.dev/redoubt/services/launch"
-	"redoubt.dev/redoubt/services/protocol"
 	"redoubt.dev/redoubt/services/store/kept"
 	"redoubt.dev/redoubt/services/trust"
+	vtpm "redoubt.dev/redoubt/services/vtpm/kept"
 	"redoubt.dev/redoubt/store/server"
 	"redoubt.dev/redoubt/store/tree"
 )
@@ -66,15 +63,13 @@ type Builder struct {
 	ledger  *trust.Ledger
 	store   *kept.Store
 	network *networking
-	vtpm    *rpc.Peer
+	vtpm    *vtpm.Manager
 
 	tenantChange sync.Mutex // over one change of a tenant
 
 	mu        sync.Mutex
 	guests    map[string]*guest
 	tenancies map[string]*tenancy
-	// instances are those of the services that are not kept, and all guests share.
-	instances map[string]audit.Instance
 	next      tree.Domain
 	closing   bool // no new guests
 
@@ -88,7 +83,7 @@ const stopGrace = 10 * time.Second
 
 // Run starts the services, serves until ctx ends or a service dies, and ends everything.
 func Run(ctx context.Context, cfg Config) error {
-	b := &Builder{cfg: cfg, log: cfg.Log, guests: map[string]*guest{}, instances: map[string]audit.Instance{}, tenancies: map[string]*tenancy{}, ready: make(chan struct{}), next: server.FirstGuest}
+	b := &Builder{cfg: cfg, log: cfg.Log, guests: map[string]*guest{}, tenancies: map[string]*tenancy{}, ready: make(chan struct{}), next: server.FirstGuest}
 	logs := filepath.Join(cfg.RunDir, services.LogDir)
 	if b.cfg.Pool == "" {
 		b.cfg.Pool = "/"
@@ -121,21 +116,13 @@ func Run(ctx context.Context, cfg Config) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	b.procs = launch.New(logs, cfg.Users)
-	var running []*process.Process
 	defer func() {
 		// The toolstacks first, so that nothing new is asked for; then guests; then the rest.
-		end := func(p *process.Process) {
-			c, stop := context.WithTimeout(context.Background(), stopGrace)
-			defer stop()
-			if err := p.Stop(c); err != nil {
-				b.log.Warn("service ended badly", "service", p.Name, "err", err)
-			}
-		}
 		b.closeTenants()
 		b.endGuests()
 		b.network.close()
-		for i := len(running) - 1; i >= 0; i-- {
-			end(running[i])
+		if b.vtpm != nil {
+			b.vtpm.Close(stopGrace)
 		}
 		if b.store != nil {
 			b.store.Close(stopGrace)
@@ -143,38 +130,6 @@ func Run(ctx context.Context, cfg Config) error {
 		b.wg.Wait()
 		b.procs.Wait()
 	}()
-	spawn := func(name, dir string, h rpc.Handler) (*rpc.Peer, error) {
-		p, err := b.procs.Start(name, launch.Order{StateDir: dir})
-		if err != nil {
-			return nil, err
-		}
-		running = append(running, p)
-		if err := b.serviceStarted(name, p); err != nil {
-			return nil, err
-		}
-		peer := rpc.New(p.Control, h)
-		b.wg.Go(func() {
-			if err := peer.Run(context.Background()); err != nil {
-				b.log.Error("service", "service", name, "err", err)
-			}
-		})
-		b.wg.Go(func() {
-			<-p.Done()
-			b.serviceEnded(name, p.Err())
-		})
-		b.wg.Go(func() {
-			select {
-			case <-p.Done():
-				err := p.Err()
-				if err == nil {
-					err = fmt.Errorf("%s ended", name)
-				}
-				cancel(err)
-			case <-ctx.Done():
-			}
-		})
-		return peer, nil
-	}
 	if b.network, err = b.newNetworking(); err != nil {
 		return err
 	}
@@ -185,7 +140,7 @@ func Run(ctx context.Context, cfg Config) error {
 			}
 			return b.store.Layout(ctx)
 		},
-		services.VTPM:      func(ctx context.Context) error { return b.startVTPM(ctx, spawn, cancel) },
+		services.VTPM:      func(ctx context.Context) error { return b.startVTPM(ctx, cancel) },
 		services.Toolstack: b.openTenants,
 	}); err != nil {
 		if cause := context.Cause(ctx); cause != nil {
@@ -205,39 +160,6 @@ func Run(ctx context.Context, cfg Config) error {
 	return nil
 }
 
-// startVTPM starts the vTPM service.
-func (b *Builder) startVTPM(ctx context.Context, spawn func(name, dir string, h rpc.Handler) (*rpc.Peer, error), fatal func(error)) error {
-	vtpmDir := b.vtpmDir()
-	if err := os.MkdirAll(vtpmDir, 0o700); err != nil {
-		return err
-	}
-	var err error
-	if b.vtpm, err = spawn(services.VTPM, vtpmDir, calls.Watched(b.journal, services.VTPM, "", b.fromVTPM)); err != nil {
-		return err
-	}
-	sock, number, err := b.store.Connect(ctx, server.VTPM)
-	if err != nil {
-		return err
-	}
-	files := []*os.File{sock}
-	msg := protocol.ConfigureVTPM{StateDir: services.StateDir, HostTPM: b.cfg.HostTPM, Files: protocol.Files{protocol.FileStore}}
-	if b.cfg.HostTPM != "" {
-		tpm, err := openHostTPM(b.cfg.HostTPM)
-		if err != nil {
-			sock.Close()
-			return fmt.Errorf("vTPM manager: the host's TPM %s: %w", b.cfg.HostTPM, err)
-		}
-		files, msg.Files = append(files, tpm), append(msg.Files, protocol.FileHostTPM)
-	}
-	_, err = b.vtpm.Call(ctx, protocol.MethodConfigure, msg, nil, files...)
-	ipc.CloseAll(files)
-	if err != nil {
-		return fmt.Errorf("vTPM manager: %w", err)
-	}
-	b.store.Hold(server.VTPM, number, b.vtpm, fatal)
-	return nil
-}
-
 // openStore starts the store. What it cannot be saved from ends the Builder by fatal.
 func (b *Builder) openStore(ctx context.Context, fatal func(error)) (*kept.Store, error) {
 	return kept.Open(ctx, kept.Options{
@@ -250,9 +172,6 @@ func (b *Builder) openStore(ctx context.Context, fatal func(error)) (*kept.Store
 		Lost:   fatal,
 	})
 }
-
-// vtpmDir is the vTPM service's directory.
-func (b *Builder) vtpmDir() string { return filepath.Join(b.cfg.StateDir, "vtpm") }
 
 // lock makes this the only Builder of a run directory. The lock goes with the process.
 func lock(path string) (func(), error) {

@@ -68,7 +68,7 @@ func (b *Builder) fromToolstack(ctx context.Context, t *tenancy, r *rpc.Request)
 				return nil, err
 			}
 			var out protocol.Activated
-			_, err := b.vtpm.Call(ctx, r.Method, in, &out)
+			err := b.vtpm.Call(ctx, r.Method, in, &out)
 			return out, err
 		})
 	case protocol.MethodOpen:
@@ -95,7 +95,7 @@ func (b *Builder) quote(ctx context.Context, in protocol.Quote) (any, error) {
 		return nil, rpc.Errorf(rpc.Unavailable, "the guest is down")
 	}
 	var out protocol.Quoted
-	if _, err := b.vtpm.Call(ctx, protocol.MethodQuote, in, &out); err != nil {
+	if err := b.vtpm.Call(ctx, protocol.MethodQuote, in, &out); err != nil {
 		return nil, err
 	}
 	if g.build.Spec.Boot.Firmware != "" {
@@ -123,7 +123,7 @@ func (b *Builder) destroy(ctx context.Context, t *tenancy, in protocol.Destroy) 
 	if b.guest(in.UUID) != nil {
 		return rpc.Errorf(rpc.Exists, "the guest runs: stop it first")
 	}
-	if _, err := b.vtpm.Call(ctx, protocol.MethodDestroy, in, nil); err != nil {
+	if err := b.vtpm.Call(ctx, protocol.MethodDestroy, in, nil); err != nil {
 		return err
 	}
 	t.forget(in.UUID)

@@ -180,11 +180,10 @@ func (b *Builder) start(ctx context.Context, g *guest) (_ *run, err error) {
 		own = append(own, front, back)
 		add(protocol.FileTPM, front)
 		// The engine's work can begin before the emulator's: it does not wait for it.
-		_, err = b.vtpm.Call(ctx, protocol.MethodAttach, protocol.Attach{
+		err = b.vtpm.Attach(ctx, protocol.Attach{
 			UUID: g.build.UUID, Domain: d, Deadline: time.Duration(g.build.Spec.TPM.Timeout),
 			NoGate: g.build.Options.NoGate, Poll: g.build.Options.Poll,
-			Files: protocol.Files{protocol.FileTPM},
-		}, nil, back)
+		}, back)
 		if err != nil {
 			return nil, err
 		}
@@ -279,23 +278,26 @@ func (b *Builder) provision(ctx context.Context, g *guest, d tree.Domain) error 
 	b.event(g, protocol.Event{Kind: protocol.EventVTPMAsked})
 	measured := make(chan error, 1)
 	go func() { measured <- g.measure() }()
-	var created protocol.Created
-	_, err := b.vtpm.Call(ctx, protocol.MethodCreate, protocol.Create{
-		UUID: g.build.UUID, Name: g.name(), Delay: g.build.Options.VTPMDelay,
-	}, &created)
-	if err == nil {
-		err = b.store.Set(ctx, []state.Node{{Path: server.BackPath(d) + "/instance", Value: strconv.Itoa(created.Instance)}})
-	}
-	if merr := <-measured; merr != nil {
-		err = errors.Join(err, merr)
-	}
-	if err != nil {
+	known := sync.OnceValue(func() error { return <-measured })
+	return b.vtpm.Provision(ctx, g.build.UUID, func(manager *rpc.Peer) error {
+		var created protocol.Created
+		_, err := manager.Call(ctx, protocol.MethodCreate, protocol.Create{
+			UUID: g.build.UUID, Name: g.name(), Delay: g.build.Options.VTPMDelay,
+		}, &created)
+		if err == nil {
+			err = b.store.Set(ctx, []state.Node{{Path: server.BackPath(d) + "/instance", Value: strconv.Itoa(created.Instance)}})
+		}
+		if merr := known(); merr != nil {
+			err = errors.Join(err, merr)
+		}
+		if err != nil {
+			return err
+		}
+		_, err = manager.Call(ctx, protocol.MethodMeasure, protocol.Measure{
+			UUID: g.build.UUID, Log: g.log, GuestLog: g.build.Spec.Boot.Firmware == "",
+		}, nil)
 		return err
-	}
-	_, err = b.vtpm.Call(ctx, protocol.MethodMeasure, protocol.Measure{
-		UUID: g.build.UUID, Log: g.log, GuestLog: g.build.Spec.Boot.Firmware == "",
-	}, nil)
-	return err
+	})
 }
 
 // setRun makes r the guest's running emulator, which ends at once if the vTPM failed before.

@@ -53,7 +53,7 @@ func (b *Builder) supervise(g *guest) {
 
 // release tells the vTPM service that a guest's emulator is gone.
 func (b *Builder) release(g *guest, keep bool) {
-	_, err := b.vtpm.Call(context.Background(), protocol.MethodRelease, protocol.Release{UUID: g.build.UUID, Keep: keep}, nil)
+	err := b.vtpm.Release(context.Background(), g.build.UUID, keep)
 	if err != nil {
 		b.log.Warn("vTPM release", "guest", g.name(), "err", err)
 	}

@@ -33,8 +33,12 @@ func (b *Builder) reset(in protocol.Reset) (done protocol.ResetDone, err error) 
 		return done, rpc.Errorf(rpc.Invalid, "%q is not replaced under its guests; services: %s", in.Service, strings.Join(services.Resettable, ", "))
 	case in.Service == services.NetBack && in.Guest != "":
 		return done, rpc.Errorf(rpc.Invalid, "there is one NetBack for all guests: leave the guest out")
+	case in.Service == services.VTPM && in.Guest != "":
+		return done, rpc.Errorf(rpc.Invalid, "there is one vTPM manager for all guests: leave the guest out")
 	case in.Service == services.NetBack:
 		all = append(all, b.network)
+	case in.Service == services.VTPM:
+		all = append(all, b.vtpm)
 	}
 	for _, r := range all {
 		if r.Reset() {

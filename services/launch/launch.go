@@ -3,6 +3,7 @@
 package launch
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -47,6 +48,7 @@ type instance struct {
 	spec    *sandbox.Spec
 	pid     int
 	done    <-chan struct{} // closed when it has ended; nil while it is being started
+	gone    chan struct{}   // closed when its user is free again
 }
 
 // ended says that its user is free again, though release may not have come yet.
@@ -110,7 +112,7 @@ func (p *Launcher) take(s *services.Service) (*instance, error) {
 
 // takes gives a user to a service's process that is to be started; mu is held.
 func (p *Launcher) takes(id uint32, s *services.Service) *instance {
-	i := &instance{service: s, user: id}
+	i := &instance{service: s, user: id, gone: make(chan struct{})}
 	p.running[id] = i
 	return i
 }
@@ -119,6 +121,7 @@ func (p *Launcher) takes(id uint32, s *services.Service) *instance {
 func (p *Launcher) release(i *instance) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	close(i.gone)
 	if p.running[i.user] == i {
 		delete(p.running, i.user)
 	}
@@ -195,6 +198,26 @@ func (p *Launcher) List() []protocol.RunningService {
 	}
 	slices.SortFunc(out, func(a, b protocol.RunningService) int { return strings.Compare(a.Label, b.Label) })
 	return out
+}
+
+// AwaitOthers waits until every process of a service is gone but those with the numbers.
+func (p *Launcher) AwaitOthers(ctx context.Context, name string, but []int) error {
+	p.mu.Lock()
+	var gone []chan struct{}
+	for _, i := range p.running {
+		if i.service.Name == name && !slices.Contains(but, i.pid) {
+			gone = append(gone, i.gone)
+		}
+	}
+	p.mu.Unlock()
+	for _, c := range gone {
+		select {
+		case <-c:
+		case <-ctx.Done():
+			return fmt.Errorf("the last %s: %w", name, ctx.Err())
+		}
+	}
+	return nil
 }
 
 // Wait waits until all that was started has ended.

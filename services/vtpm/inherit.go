@@ -80,8 +80,8 @@ func (s *service) inherit(ctx context.Context, r *rpc.Request) (any, error) {
 	ready := err == nil
 	switch {
 	case ready:
-	case !fresh && g.journal.Is(journal.Open):
-		return nil, err // the guest has used it
+	case !fresh && g.journal.Is(journal.Open|journal.Durable):
+		return nil, err // the guest has used it: before both no command runs
 	case !errors.Is(err, manager.ErrNotReady):
 		s.log.Warn("a vTPM is started anew", "guest", in.UUID, "err", err)
 	}
@@ -119,7 +119,11 @@ func (g *guest) adopt(ctx context.Context, pid int, files map[string][]*os.File,
 // goOn serves the guest's emulator: at once where the gate was open. g.mu is held.
 func (g *guest) goOn(in protocol.Attach, ch []*os.File, ready bool) error {
 	if !ready || !g.journal.Is(journal.Open) {
-		if err := g.serve(in, ch, g.s.hub.Attach); err != nil || !ready {
+		again := func(ctx context.Context, opt backend.Options) (*backend.Backend, error) {
+			opt.Again = true
+			return g.s.hub.Attach(ctx, opt)
+		}
+		if err := g.serve(in, ch, again); err != nil || !ready {
 			return err
 		}
 		back := g.back

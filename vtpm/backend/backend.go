@@ -48,7 +48,9 @@ type Options struct {
 	Poll time.Duration
 	// Report tells of the moments above; it must not block.
 	Report func(kind string)
-	NoIMA  bool // ReportIMA was told
+	// Again says that another back end had the guest before: it may have taken a command with it.
+	Again bool
+	NoIMA bool // ReportIMA was told
 	// Opened is called when the gate has opened, before the guest is told; nil: nobody asks.
 	Opened func()
 }
@@ -91,6 +93,7 @@ func (h *Hub) Attach(ctx context.Context, opt Options) (*Backend, error) {
 // Resume goes on serving a guest whose gate another back end opened before it was killed; log is
 // what that one told or was about to.
 func (h *Hub) Resume(ctx context.Context, opt Options, tpm TPM, log []byte) (*Backend, error) {
+	opt.Again = true
 	b := h.backend(ctx, opt)
 	b.open = true
 	close(b.decided)
@@ -276,7 +279,7 @@ func (b *Backend) serve(tpm TPM, log []byte) error {
 	if err := b.opt.Channel.Send(channel.Frame{Kind: channel.Open, Data: log}); err != nil {
 		return nil
 	}
-	if b.open {
+	if b.opt.Again {
 		if err := b.opt.Channel.Send(channel.Frame{Kind: channel.Again}); err != nil {
 			return nil
 		}
