@@ -140,6 +140,9 @@ func observe(dir string) (s State, err error) {
 		if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) {
 			continue // the thread has ended
 		}
+		if err == nil && !strings.Contains(string(text), "\nUmask:") {
+			continue // it ends: exit(2) has taken its file system state, in which that is, and more
+		}
 		if err == nil {
 			err = t.status(string(text))
 		}

@@ -16,14 +16,21 @@ import (
 // 1.05 §3.6.1, PCR 16: debug).
 const chainPCR = 16
 
-// chainPause is between two links: the disk wants the guest's processor, too.
-const chainPause = 30 * time.Millisecond
+const (
+	// chainPause is between two links: the disk wants the guest's processor, too.
+	chainPause = 30 * time.Millisecond
+	// chainStill is how long there may be none: its manager may be replaced again and again.
+	chainStill = 10 * time.Second
+)
 
 // A chain extends a register without end and holds its value to what it must be: a command of the
 // TPM that was lost or carried out twice breaks it.
 type chain struct {
 	links  atomic.Uint64
 	broken chan error // has room for one
+
+	seen  uint64 // links, and when there were more than before, as check found it
+	since time.Time
 }
 
 func startChain() (*chain, error) {
@@ -31,7 +38,7 @@ func startChain() (*chain, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &chain{broken: make(chan error, 1)}
+	c := &chain{broken: make(chan error, 1), since: time.Now()}
 	go func() { // ends with the program
 		err := c.extend(tpm)
 		c.broken <- fmt.Errorf("TPM-ERROR link %d: %w", c.links.Load()+1, err)
@@ -39,19 +46,20 @@ func startChain() (*chain, error) {
 	return c, nil
 }
 
-// check fails where the chain is broken or has stood still since it had n links; it returns how
-// many there are.
-func (c *chain) check(n uint64) (uint64, error) {
+// check fails where the chain is broken or stands still.
+func (c *chain) check() error {
 	select {
 	case err := <-c.broken:
-		return 0, err
+		return err
 	default:
 	}
-	now := c.links.Load()
-	if now == n {
-		return 0, fmt.Errorf("TPM-ERROR: no link since %d", n)
+	if n := c.links.Load(); n != c.seen {
+		c.seen, c.since = n, time.Now()
 	}
-	return now, nil
+	if still := time.Since(c.since); still > chainStill {
+		return fmt.Errorf("TPM-ERROR: no link since %d, %v ago", c.seen, still)
+	}
+	return nil
 }
 
 // extend ends with an error only.

@@ -47,7 +47,6 @@ func verify(path string, rounds int) error {
 	if err != nil {
 		return err
 	}
-	links := uint64(0)
 	fmt.Println("FOUND", last)
 	for round := last + 1; rounds == 0 || round <= last+uint64(rounds); round++ {
 		// In turns through the page cache, with many requests at once, and past it.
@@ -71,7 +70,7 @@ func verify(path string, rounds int) error {
 		if _, err := direct.WriteAt(header, 0); err != nil {
 			return diskError(round, err)
 		}
-		if links, err = tpm.check(links); err != nil {
+		if err := tpm.check(); err != nil {
 			return err
 		}
 		fmt.Println("ROUND", round)
