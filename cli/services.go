@@ -63,7 +63,8 @@ func (a *app) resetCommand() *cobra.Command {
 		Use:   "reset SERVICE [GUEST]",
 		Short: "Replace a service's processes under their guests, now",
 		Long: `Replaces the processes of a service, those of all guests or of one, as the timer of
-` + "`redoubt up --reset`" + ` does. Guests see a pause of milliseconds. There is one netback for all guests.`,
+` + "`redoubt up --reset`" + ` does. Guests see a pause of milliseconds. A toolstack and a
+netback are those of all guests of a tenant.`,
 		Example: "  sudo redoubt reset blkback\n  sudo redoubt reset blkback web1\n  sudo redoubt reset netback",
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) < 1 || len(args) > 2 {

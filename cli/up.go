@@ -40,15 +40,17 @@ The store parses requests in worker processes, each of which is replaced after i
 a request did to a worker ends with it. With --store-reset N workers serve N requests, with off
 they stay.
 
-Guests' network devices are in a network of Redoubt's own, which leads nowhere without --uplink:
-that moves an interface of the host there, where it carries one VLAN untagged, or all with their
-tags. It loses its addresses and comes back, down, when Redoubt ends.`,
+Network devices of a tenant's guests are in a network of its own, which leads nowhere without
+--uplink: that moves an interface of the host there, where it carries one VLAN untagged, or all with
+their tags: into the default tenant's, or with TENANT= into another's, as soon as there is such a
+tenant. It loses its addresses and comes back, down, when the tenant is removed or Redoubt ends.`,
 		Example: `  redoubt up
   redoubt up --host-tpm none
   redoubt up --reset blkback=10s    # whoever took it over has it for ten seconds
   redoubt up --pool /srv/guests     # kernels and disks from nowhere else
   redoubt up --store-reset off
   redoubt up --uplink eth1:10 --uplink eth2
+  redoubt up --uplink acme=eth3:20    # for tenant acme
   redoubt up --foreground    # for a service manager`,
 		Args: names(0, "no arguments"),
 		RunE: func(c *cobra.Command, _ []string) error {
@@ -84,7 +86,7 @@ tags. It loses its addresses and comes back, down, when Redoubt ends.`,
 	c.Flags().StringVar(&hostTPM, "host-tpm", "auto", "device or socket of the host's TPM, auto, or none")
 	c.Flags().StringVar(&pool, "pool", "/", "directory beneath which guests' kernels and disks must lie")
 	c.Flags().StringVar(&resets, "reset", "", "how often services are replaced under their guests: SERVICE=DURATION or SERVICE=off, separated by commas (default "+services.DefaultResets+")")
-	c.Flags().StringArrayVar(&uplinks, "uplink", nil, "interface of the host that leads out of the guests' network, IFACE or IFACE:VLAN (repeatable)")
+	c.Flags().StringArrayVar(&uplinks, "uplink", nil, "interface of the host that leads out of a tenant's network, [TENANT=]IFACE[:VLAN] (repeatable)")
 	c.Flags().Uint32Var(&users, "users", services.DefaultUsers, "first of 65536 user ids for services, of nobody else")
 	c.Flags().StringVar(&storeReset, "store-reset", services.DefaultStoreReset, services.StoreResetUsage)
 	c.Flags().BoolVar(&foreground, "foreground", false, "stay; end the services at SIGTERM")

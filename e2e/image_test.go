@@ -78,6 +78,18 @@ network() {
       echo "ECHOS $(($(ask 5002) - before))"; echo LIED
       nc -l -p 7000 </dev/null
       echo "ELSEWHERE $(cat /sys/class/net/eth1/statistics/rx_packets)" ;;
+    host)
+      own 1; who=$(sed 's/.*who=\([a-z]*\).*/\1/' /proc/cmdline)
+      [ $who = default ] && ip addr add 192.0.2.7/24 dev eth0
+      program whose "echo $who"; nc -ll -p 5003 -e /bin/whose &
+      echo READY; while :; do sleep 1000; done ;;
+    visitor)
+      own 2; round=0
+      while :; do
+        round=$((round+1)); who=$(ask 5003)
+        ping -c 1 -W 2 192.0.2.7 >/dev/null && other=answered || other=unanswered
+        echo "ROUND $round $who $other"
+      done ;;
   esac
 }
 case $what in

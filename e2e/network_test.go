@@ -96,7 +96,7 @@ func guestsNetwork(t *testing.T, emulator string) {
 		}
 	}
 	ping(t, outside)
-	h.fails(1, "one NetBack for all guests", "reset", "netback", "server")
+	h.fails(1, `no guest "nobody" with a netback runs`, "reset", "netback", "nobody")
 }
 
 // process is the running process of a label.

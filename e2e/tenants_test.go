@@ -3,7 +3,10 @@ package e2e
 import (
 	"context"
 	"encoding/json"
+	"errors"
+	"fmt"
 	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -11,7 +14,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"redoubt.dev/redoubt/lab"
 )
 
 // Users of nobody on the machine.
@@ -146,6 +152,103 @@ func TestTenantsQEMU(t *testing.T) {
 	if out := h.must("audit", "verify"); out == "" {
 		t.Error("no word of the audit log")
 	}
+}
+
+func TestTenantsNetworksQEMU(t *testing.T) { tenantsNetworks(t, "qemu") }
+
+func TestTenantsNetworksNative(t *testing.T) {
+	lab.NeedsKVM(t)
+	tenantsNetworks(t, "native")
+}
+
+// tenantsNetworks: two tenants have guests with the same VLAN, MAC and IP addresses. Each one's
+// guests reach each other, and nothing of the other's, and so do those outside who come by one's uplink;
+// and one's NetBack may be killed, replaced and end with its tenant without a word to the other's.
+func tenantsNetworks(t *testing.T, emulator string) {
+	uplink, outside := newUplink(t)
+	h := newHost(t, "--uplink", "acme="+uplink+":10", "--reset", "netback=off")
+	h.makeTenant("acme")
+	h.makeTenant("same") // a pool for the default tenant's
+	tenants := map[string]string{"default": h.path("same"), "acme": h.path("acme")}
+	visitors := map[string]string{}
+	for _, name := range []string{"host", "visitor"} {
+		for tenant, pool := range tenants {
+			mac := map[string]string{"host": "1", "visitor": "2"}[name]
+			h.must("--tenant", tenant, "run", "--name", name, "--emulator", emulator, "--kernel", pool+"/kernel",
+				"--initrd", pool+"/initrd", "--memory", "256MiB", "--no-tpm", "--nic", "vlan=10,mac=02:00:00:00:00:0"+mac,
+				"--cmdline", "console=ttyS0 quiet e2e=net net="+name+" who="+tenant)
+		}
+	}
+	rounds := func(tenant string, more int) string {
+		t.Helper()
+		return h.awaitTenant(tenant, "visitor", fmt.Sprintf("ROUND %d ", more+strings.Count(visitors[tenant], "ROUND ")))
+	}
+	for tenant := range tenants {
+		visitors[tenant] = rounds(tenant, 3)
+	}
+	who := func() string {
+		t.Helper()
+		var text []byte
+		err := outside.Do(func() error {
+			c, err := net.DialTimeout("tcp", "192.0.2.1:5003", time.Minute)
+			if err != nil {
+				return err
+			}
+			text, err = io.ReadAll(c)
+			return errors.Join(err, c.Close())
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.TrimSpace(string(text))
+	}
+	if got := who(); got != "acme" {
+		t.Errorf("acme's uplink leads to %q", got)
+	}
+	h.must("services") // as declared
+	others := h.process("redoubt-netback")
+	if err := unix.Kill(h.process("netback-acme"), unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	visitors["acme"] = rounds("acme", 3)
+	if out := h.must("reset", "netback", "acme.host"); !strings.Contains(out, "1 replaced") {
+		t.Error(out)
+	}
+	for tenant := range tenants {
+		visitors[tenant] = rounds(tenant, 3)
+	}
+	if now := h.process("redoubt-netback"); now != others {
+		t.Errorf("the default tenant's NetBack was replaced: %d, then %d", others, now)
+	}
+	for guest, want := range map[string]int{"host": 1, "visitor": 1, "acme.host": 3, "acme.visitor": 3} {
+		if n := h.instances(guest, "netback"); n != want {
+			t.Errorf("the audit log has %s depend on %d NetBacks, want %d", guest, n, want)
+		}
+	}
+	for tenant, other := range map[string]string{"default": "acme", "acme": "default"} {
+		said := visitors[tenant]
+		if strings.Contains(said, " "+other+" ") || !strings.Contains(said, " "+tenant+" ") {
+			t.Errorf("%s's visitor met the wrong host:\n%s", tenant, lastLines(said, 20))
+		}
+		if strings.Contains(said, " answered") != (tenant == "default") {
+			t.Errorf("%s's visitor and the default tenant's address:\n%s", tenant, lastLines(said, 20))
+		}
+	}
+	if got := who(); got != "acme" {
+		t.Errorf("acme's uplink leads to %q", got)
+	}
+	if out := h.must("reset", "netback"); !strings.Contains(out, "2 replaced") {
+		t.Error(out)
+	}
+	for _, name := range []string{"host", "visitor"} {
+		h.must("--tenant", "acme", "stop", name, "--grace", "0s")
+		h.must("--tenant", "acme", "rm", name)
+	}
+	h.must("tenant", "rm", "acme")
+	if _, err := netlink.LinkByName(uplink); err != nil {
+		t.Errorf("acme is gone, its uplink did not come back: %v", err)
+	}
+	visitors["default"] = rounds("default", 2)
 }
 
 // awaitTenant waits for output of a tenant's guest, which its log may hold already.

@@ -5,26 +5,39 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"redoubt.dev/redoubt/spec"
 )
 
-// A HostLink is an interface of the host that is moved into the guests' network while Redoubt runs.
+// A HostLink is an interface of the host that is moved into a tenant's network while Redoubt runs.
 type HostLink struct {
-	Name string // of the interface
-	VLAN uint16 // the only one, untagged; 0: a trunk that carries all with tags
+	ID     int    // 0 and on, of nobody else in any network
+	Tenant string // "": the default one
+	Name   string // of the interface
+	VLAN   uint16 // the only one, untagged; 0: a trunk that carries all with tags
 }
+
+// Uplink is what it is in the network.
+func (h HostLink) Uplink() Uplink { return Uplink{ID: h.ID, VLAN: h.VLAN} }
 
 // maxUplinks bounds them.
 const maxUplinks = 16
 
-// ParseUplinks reads a list such as "eth1,eth2:10".
+// ParseUplinks reads a list such as "eth1,eth2:10,acme=eth3:20". No interface is there twice.
 func ParseUplinks(text string) ([]HostLink, error) {
 	var all []HostLink
 	for item := range strings.SplitSeq(text, ",") {
 		if item == "" {
 			continue
 		}
-		name, vlan, tagged := strings.Cut(item, ":")
-		u := HostLink{Name: name}
+		tenant, link, other := strings.Cut(item, "=")
+		if !other {
+			tenant, link = "", item
+		} else if !spec.ValidName(tenant) {
+			return nil, fmt.Errorf("%q: %q is no tenant's name", item, tenant)
+		}
+		name, vlan, tagged := strings.Cut(link, ":")
+		u := HostLink{ID: len(all), Tenant: tenant, Name: name}
 		if tagged {
 			v, err := strconv.ParseUint(vlan, 10, 16)
 			if err != nil || v < 1 || v > MaxVLAN {
@@ -34,7 +47,7 @@ func ParseUplinks(text string) ([]HostLink, error) {
 		}
 		// dev_valid_name() of Linux; 15 bytes are IFNAMSIZ less its NUL.
 		if name == "" || name == "." || name == ".." || len(name) > 15 || strings.ContainsAny(name, "/ \t\n\v\f\r") {
-			return nil, fmt.Errorf("%q is not IFACE or IFACE:VLAN", item)
+			return nil, fmt.Errorf("%q is not IFACE, IFACE:VLAN or TENANT=…", item)
 		}
 		if slices.ContainsFunc(all, func(o HostLink) bool { return o.Name == name }) {
 			return nil, fmt.Errorf("%s is there twice", name)

@@ -8,7 +8,11 @@ import (
 
 func TestParseUplinks(t *testing.T) {
 	got, err := ParseUplinks("eth1:10,eth2,")
-	if want := []HostLink{{Name: "eth1", VLAN: 10}, {Name: "eth2"}}; err != nil || !slices.Equal(got, want) {
+	if want := []HostLink{{Name: "eth1", VLAN: 10}, {ID: 1, Name: "eth2"}}; err != nil || !slices.Equal(got, want) {
+		t.Errorf("%v, %v", got, err)
+	}
+	got, err = ParseUplinks("acme=eth1:10,eth2:10,acme=eth3,default=a=b")
+	if want := []HostLink{{0, "acme", "eth1", 10}, {1, "", "eth2", 10}, {2, "acme", "eth3", 0}, {3, "default", "a=b", 0}}; err != nil || !slices.Equal(got, want) {
 		t.Errorf("%v, %v", got, err)
 	}
 	if got, err := ParseUplinks(""); err != nil || got != nil {
@@ -16,7 +20,7 @@ func TestParseUplinks(t *testing.T) {
 	}
 	for text, want := range map[string]string{
 		"eth1:0": "VLAN", "eth1:4095": "VLAN", "eth1:": "VLAN", ":5": "IFACE", "a name": "IFACE", "..": "IFACE",
-		"sixteen-letters-": "IFACE", "a/b": "IFACE", "eth1,eth1:4": "twice", strings.Join(strings.Split("abcdefghijklmnopq", ""), ","): "more than",
+		"sixteen-letters-": "IFACE", "a/b": "IFACE", "eth1,eth1:4": "twice", "acme=eth1,eth1": "twice", "=eth1": "tenant", "A=eth1": "tenant", "../x=eth1": "tenant", "acme=": "IFACE", strings.Join(strings.Split("abcdefghijklmnopq", ""), ","): "more than",
 	} {
 		if _, err := ParseUplinks(text); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q: %v", text, err)

@@ -16,7 +16,8 @@ sandbox from the same table, and ` + "`redoubt services`" + ` holds it against w
 not in it: it makes the others and nothing confines it.
 
 All of them: a user of their own, no_new_privs, a list of system calls, Landlock, limits, an empty read-only root but
-for what is named here, and namespaces of their own but for those named here. None opens a network but ` + "`netback`" + `, Redoubt's.
+for what is named here, and namespaces of their own but for those named here. None opens a network but ` + "`netback`" + `, its
+tenant's.
 
 ## Who creates whom
 
@@ -45,7 +46,7 @@ for what is named here, and namespaces of their own but for those named here. No
 		row("holds", strings.Join(s.Holds, "; "))
 		row("root", strings.Join(s.files(), ", "))
 		if s.Network {
-			row("network namespace", "Redoubt's own, with taps, bridges and filter; the Builder holds it and it outlives the process")
+			row("network namespace", "its tenant's, of Redoubt's own, with taps, bridges and filter; the Builder holds it and it outlives the process")
 		}
 		row("capabilities", s.capabilities())
 		if len(s.Share) > 0 {
@@ -57,7 +58,7 @@ for what is named here, and namespaces of their own but for those named here. No
 		}
 		memory := fmt.Sprintf("%d MiB", s.Memory/mib)
 		switch {
-		case s.GuestMemory && s.Count == One:
+		case s.GuestMemory && s.Tag != OneGuest:
 			memory += " and its guests'"
 		case s.GuestMemory:
 			memory += " and its guest's"

@@ -31,7 +31,7 @@ type Service struct {
 
 	Share        []sandbox.Namespace // namespaces that are the host's
 	ShareWhy     string
-	Network      bool                 // it is in Redoubt's own network namespace, which outlives it
+	Network      bool                 // it is in a network namespace of Redoubt's own, which outlives it
 	Capabilities []sandbox.Capability // in its own user namespace unless that is shared
 	Devices      []string             // device files in its root
 	State        Access               // of the directory StateDir
@@ -103,7 +103,7 @@ type Instance struct {
 	GID      uint32
 	StateDir string   // on the host, for a service with State
 	Memory   uint64   // of its guest or guests, in bytes
-	Network  *os.File // Redoubt's network namespace, for a service with Network
+	Network  *os.File // the network namespace, for a service with Network
 	KVM      bool     // QEMU only: the guest runs on /dev/kvm, which it opens by name
 	KVMGroup uint32   // the group of /dev/kvm
 	NICs     bool     // QEMU only: it comes to its NICs' back ends by doors, see vhostuser.Door
@@ -143,7 +143,7 @@ func (s *Service) Sandbox(i Instance) (*sandbox.Spec, error) {
 		}
 	}
 	if s.Network != (i.Network != nil) {
-		return nil, fmt.Errorf("%s: Redoubt's network namespace is missing, or it may not be in it", i.Label)
+		return nil, fmt.Errorf("%s: its network namespace is missing, or it may not be in it", i.Label)
 	}
 	spec.NetworkNamespace = i.Network
 	if i.NICs {

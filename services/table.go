@@ -164,11 +164,11 @@ var Table = []Service{
 	},
 	{
 		Name: NetBack, Program: "redoubt-netback", Seed: "NetBack",
-		Purpose: "network devices of all guests, as vhost-user back ends; taps, bridges, VLANs and the filter between them",
-		Creator: Builder, Count: One, Tag: AnyGuest,
+		Purpose: "network devices of a tenant's guests, as vhost-user back ends; taps, bridges, VLANs and the filter between them",
+		Creator: Builder, Count: PerTenant, Tag: Tenant,
 		Peers:    []Peer{{Builder, "control"}, {Emulator, "vhost-user"}, {QEMU, "rings and events, passed on by the emulator"}},
-		Holds:    []string{"a tap a NIC", "the memory of guests with NICs", "/dev/vhost-net, one a NIC, where the host has it"},
-		Lifetime: "from the first guest with a NIC, or with an uplink from Redoubt's start, to Redoubt's end", Reset: OnTimer,
+		Holds:    []string{"a tap a NIC", "the memory of the tenant's guests with NICs", "/dev/vhost-net, one a NIC, where the host has it"},
+		Lifetime: "from its tenant's first guest with a NIC to the tenant's end, or Redoubt's", Reset: OnTimer,
 		Network: true, Capabilities: []sandbox.Capability{sandbox.NetAdmin},
 		// The Builder has threads and so can enter no user namespace, which is that of a network
 		// namespace for good.

@@ -26,7 +26,7 @@ func main() {
 	flag.StringVar(&cfg.HostTPM, "host-tpm", "", "the host's TPM: a device or a socket; empty for none")
 	flag.StringVar(&cfg.Pool, "pool", "/", "directory beneath which kernels and disks of guests must lie")
 	resets := flag.String("reset", "", "how often services are replaced: SERVICE=DURATION or SERVICE=off, separated by commas")
-	uplinks := flag.String("uplink", "", "interfaces that lead out of the guests' network: IFACE or IFACE:VLAN, separated by commas")
+	uplinks := flag.String("uplink", "", "interfaces that lead out of tenants' networks: [TENANT=]IFACE[:VLAN], separated by commas")
 	users := flag.Uint("users", services.DefaultUsers, "the first of 65536 user ids for services, of nobody else")
 	reset := flag.String("store-reset", services.DefaultStoreReset, services.StoreResetUsage)
 	ready := flag.Int("ready-fd", -1, "descriptor to write a line to once the API is served")

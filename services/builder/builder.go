@@ -62,7 +62,6 @@ type Builder struct {
 	journal *audit.Journal
 	ledger  *trust.Ledger
 	store   *kept.Store
-	network *networking
 	vtpm    *vtpm.Manager
 
 	tenantChange sync.Mutex // over one change of a tenant
@@ -120,7 +119,7 @@ func Run(ctx context.Context, cfg Config) error {
 		// The toolstacks first, so that nothing new is asked for; then guests; then the rest.
 		b.closeTenants()
 		b.endGuests()
-		b.network.close()
+		b.closeNetworks()
 		if b.vtpm != nil {
 			b.vtpm.Close(stopGrace)
 		}
@@ -130,9 +129,6 @@ func Run(ctx context.Context, cfg Config) error {
 		b.wg.Wait()
 		b.procs.Wait()
 	}()
-	if b.network, err = b.newNetworking(); err != nil {
-		return err
-	}
 	if err := b.boot(ctx, map[string]func(context.Context) error{
 		services.StoreState: func(ctx context.Context) (err error) {
 			if b.store, err = b.openStore(ctx, cancel); err != nil {

@@ -278,7 +278,7 @@ func (b *Builder) build(ctx context.Context, t *tenancy, in protocol.Build, r *r
 	}
 	var run *run
 	if g.storage, err = b.newStorage(ctx, g); err == nil {
-		g.nics, err = b.network.add(g)
+		g.nics, err = t.network.add(g)
 	}
 	if err == nil {
 		run, err = b.start(ctx, g)

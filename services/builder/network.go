@@ -1,12 +1,15 @@
 package builder
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 	"time"
 
 	"redoubt.dev/redoubt/audit"
@@ -20,10 +23,11 @@ import (
 	"redoubt.dev/redoubt/vhostuser"
 )
 
-// networking is the guests' network: the namespace, which holds all that must outlive NetBack, and
-// the one NetBack that serves every guest's NICs and is replaced when it dies.
+// networking is the network of a tenant's guests: the namespace, which holds all that must outlive
+// NetBack, and the one NetBack that serves all their NICs and is replaced when it dies. Nothing leads from
+// one tenant's to another's: a VLAN's number means something within its tenant only.
 //
-// NetBack is started for the first guest with a NIC: a host without any has neither the process
+// NetBack is started for the first guest with a NIC: a tenant without any has neither the process
 // nor its capability. It then stays.
 //
 // No call to an emulator is made beneath the lock: an emulator faces its guest, and one that does not
@@ -31,7 +35,7 @@ import (
 type networking struct {
 	*keeper.Keeper // its lock is over one attachment, too, and over what follows
 	b              *Builder
-	uplinks        []network.HostLink
+	uplinks        []network.HostLink // the tenant's
 
 	ns      *network.Namespace // nil before it is needed
 	plugged int                // uplinks that are in it
@@ -41,7 +45,7 @@ type networking struct {
 
 // Bounds.
 const (
-	// maxNICs of all guests: what one message can say of them, and one process can have open.
+	// maxNICs of all a tenant's guests: what one message can say of them, and one process can have open.
 	maxNICs = 64
 	nicMTU  = 1500
 	// netbackLimit bounds a call to NetBack, which then is sick and replaced.
@@ -52,13 +56,22 @@ const (
 	settleLimit = 10 * time.Second
 )
 
-// newNetworking takes over the uplinks, if any.
-func (b *Builder) newNetworking() (*networking, error) {
-	n := &networking{b: b, uplinks: b.cfg.Uplinks}
+// newNetworking takes over the tenant's uplinks, if any.
+func (b *Builder) newNetworking(tenant string) (*networking, error) {
+	n := &networking{b: b}
+	for _, u := range b.cfg.Uplinks {
+		if cmp.Or(u.Tenant, services.DefaultTenant) == tenant {
+			n.uplinks = append(n.uplinks, u)
+		}
+	}
+	whose := tenant
+	if tenant == services.DefaultTenant {
+		whose = ""
+	}
 	n.Keeper = keeper.New(keeper.Options{
-		Service: services.NetBack, Log: b.log, Journal: b.journal,
+		Service: services.NetBack, About: tenant, Log: b.log, Journal: b.journal, Detail: []string{"tenant", tenant},
 		Start: func() (keeper.Process, error) {
-			return b.procs.Start(services.NetBack, launch.Order{Network: n.ns, Memory: n.memory()})
+			return b.procs.Start(services.NetBack, launch.Order{Whose: whose, Network: n.ns, Memory: n.memory()})
 		},
 		Handler: n.handler,
 		Ready:   n.ready,
@@ -102,8 +115,8 @@ func (n *networking) open() (err error) {
 	if n.ns, err = network.NewNamespace(); err != nil {
 		return err
 	}
-	for i, u := range n.uplinks {
-		if err := network.Plug(n.ns, u.Name, network.Uplink{ID: i, VLAN: u.VLAN}); err != nil {
+	for _, u := range n.uplinks {
+		if err := network.Plug(n.ns, u.Name, u.Uplink()); err != nil {
 			return err
 		}
 		n.plugged++
@@ -111,14 +124,23 @@ func (n *networking) open() (err error) {
 	return nil
 }
 
+// closeNetworks ends all tenants' networks.
+func (b *Builder) closeNetworks() {
+	b.mu.Lock()
+	all := maps.Clone(b.tenancies)
+	b.mu.Unlock()
+	var wg sync.WaitGroup
+	for _, t := range all {
+		wg.Go(t.network.close)
+	}
+	wg.Wait()
+}
+
 // close ends NetBack and gives the uplinks back. No guest has a NIC any more.
 func (n *networking) close() {
-	if n == nil {
-		return
-	}
 	n.Close(stopGrace / 2)
-	for i, u := range n.uplinks[:n.plugged] {
-		if err := network.Unplug(n.ns, u.Name, network.Uplink{ID: i, VLAN: u.VLAN}); err != nil {
+	for _, u := range n.uplinks[:n.plugged] {
+		if err := network.Unplug(n.ns, u.Name, u.Uplink()); err != nil {
 			n.b.log.Error("network", "err", err)
 		}
 	}
@@ -203,8 +225,8 @@ func (n *networking) config(more []network.NIC) network.Config {
 	for _, s := range n.guests {
 		c.NICs = append(c.NICs, s.config...)
 	}
-	for i, u := range n.uplinks {
-		c.Uplinks = append(c.Uplinks, network.Uplink{ID: i, VLAN: u.VLAN})
+	for _, u := range n.uplinks {
+		c.Uplinks = append(c.Uplinks, u.Uplink())
 	}
 	return c
 }

@@ -120,7 +120,7 @@ func (n *networking) choose(g *guest) ([]network.NIC, error) {
 		ids[c.ID], stations[station{c.MAC, c.VLAN}] = true, true
 	}
 	if len(ids)+len(g.build.Spec.NICs) > maxNICs {
-		return nil, rpc.Errorf(rpc.Unavailable, "nics: all guests together have %d already: the most is %d", len(ids), maxNICs)
+		return nil, rpc.Errorf(rpc.Unavailable, "nics: the tenant's guests together have %d already: the most is %d", len(ids), maxNICs)
 	}
 	var all []network.NIC
 	for i, want := range g.build.Spec.NICs {

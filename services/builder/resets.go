@@ -9,7 +9,7 @@ import (
 	"redoubt.dev/redoubt/services/protocol"
 )
 
-// reset replaces a service's processes now: all, or those of one guest.
+// reset replaces a service's processes now: all, or those that one guest depends on.
 func (b *Builder) reset(in protocol.Reset) (done protocol.ResetDone, err error) {
 	var all []interface{ Reset() bool }
 	b.mu.Lock()
@@ -23,21 +23,22 @@ func (b *Builder) reset(in protocol.Reset) (done protocol.ResetDone, err error) 
 		}
 	}
 	for _, t := range b.tenancies {
-		if in.Service == services.Toolstack && (in.Guest == "" || wanted[t]) {
+		switch {
+		case in.Guest != "" && !wanted[t]:
+		case in.Service == services.Toolstack:
 			all = append(all, t)
+		case in.Service == services.NetBack:
+			all = append(all, t.network)
 		}
 	}
 	b.mu.Unlock()
-	switch {
-	case !slices.Contains(services.Resettable, in.Service):
+	if !slices.Contains(services.Resettable, in.Service) {
 		return done, rpc.Errorf(rpc.Invalid, "%q is not replaced under its guests; services: %s", in.Service, strings.Join(services.Resettable, ", "))
-	case in.Service == services.NetBack && in.Guest != "":
-		return done, rpc.Errorf(rpc.Invalid, "there is one NetBack for all guests: leave the guest out")
-	case in.Service == services.VTPM && in.Guest != "":
-		return done, rpc.Errorf(rpc.Invalid, "there is one vTPM manager for all guests: leave the guest out")
-	case in.Service == services.NetBack:
-		all = append(all, b.network)
-	case in.Service == services.VTPM:
+	}
+	if in.Service == services.VTPM {
+		if in.Guest != "" {
+			return done, rpc.Errorf(rpc.Invalid, "there is one vTPM manager for all guests: leave the guest out")
+		}
 		all = append(all, b.vtpm)
 	}
 	for _, r := range all {

@@ -29,6 +29,7 @@ type tenancy struct {
 	b        *Builder
 	name     string
 	listener *os.File                  // of its API; callers wait in its queue while there is no toolstack
+	network  *networking               // of its guests
 	denied   calls.Refusals            // callers turned away
 	ends     map[string]protocol.Ended // the last of each guest
 }
@@ -41,7 +42,7 @@ func qualified(tenant, guest string) string {
 	return tenant + "." + guest // no name has a dot
 }
 
-// openTenant starts a tenant's toolstack.
+// openTenant starts a tenant's toolstack, and takes over what its network has of the host's.
 func (b *Builder) openTenant(ctx context.Context, name string) error {
 	path := services.APIPath(b.cfg.RunDir, name)
 	if err := os.MkdirAll(filepath.Dir(path), 0o711); err != nil {
@@ -60,7 +61,12 @@ func (b *Builder) openTenant(ctx context.Context, name string) error {
 		l.Close()
 		return err
 	}
-	t := &tenancy{b: b, name: name, listener: l, ends: map[string]protocol.Ended{}}
+	network, err := b.newNetworking(name)
+	if err != nil {
+		l.Close()
+		return fmt.Errorf("network of %s: %w", name, err)
+	}
+	t := &tenancy{b: b, name: name, listener: l, network: network, ends: map[string]protocol.Ended{}}
 	t.Keeper = keeper.New(keeper.Options{
 		Service: services.Toolstack, About: name, Log: b.log, Journal: b.journal, Detail: []string{"tenant", name},
 		Start: func() (keeper.Process, error) {
@@ -82,6 +88,7 @@ func (b *Builder) openTenant(ctx context.Context, name string) error {
 	b.mu.Unlock()
 	if err != nil {
 		t.close()
+		t.network.close()
 		return fmt.Errorf("toolstack of %s: %w", name, err)
 	}
 	return nil
@@ -240,6 +247,7 @@ func (b *Builder) removeTenant(name string) error {
 	b.mu.Unlock()
 	if t != nil {
 		t.close()
+		t.network.close()
 	}
 	err := os.Remove(services.APIPath(b.cfg.RunDir, name))
 	return errors.Join(err, os.RemoveAll(filepath.Join(b.cfg.StateDir, services.TenantsDir, name)))

@@ -33,8 +33,13 @@ type Field struct {
 	network *network.Namespace // such as NetBack's
 }
 
-// New starts the victim, whose files are in dir. Close ends it.
+// New starts the victim, whose files are in dir, in the host's network. Close ends it.
 func New(program, dir string) (*Field, error) {
+	return newField(program, dir, func(start func() error) error { return start() })
+}
+
+// newField starts the victim by do.
+func newField(program, dir string, do func(func() error) error) (*Field, error) {
 	ns, err := network.NewNamespace()
 	if err != nil {
 		return nil, err
@@ -45,7 +50,7 @@ func New(program, dir string) (*Field, error) {
 		out, err = f.command.StdoutPipe()
 	}
 	if err == nil {
-		err = f.command.Start()
+		err = do(f.command.Start)
 	}
 	if err != nil {
 		return nil, errors.Join(err, ns.Close())
