@@ -12,7 +12,7 @@ import (
 var Resettable = []string{BlkBack, NetBack, Toolstack, VTPM}
 
 // DefaultResets are in force for services that the operator does not name.
-const DefaultResets = "blkback=10m,netback=10m"
+const DefaultResets = "blkback=10m,netback=10m,vtpm=10m"
 
 // minReset is the most often that a service can be replaced.
 const minReset = 100 * time.Millisecond
