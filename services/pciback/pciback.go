@@ -1,13 +1,13 @@
 // Package pciback is the PCIBack service: it says what a guest's PCI bus looks like, which device has
-// which slot, window for its registers and interrupt routes (package topology), and leaves. It has no
+// which slot, where its registers lie and which interrupt routes it uses (package topology), and leaves. It has no
 // descriptor but its control connection, and knows of its guest what its one call says: how many
 // devices of which kind, and what they need.
 //
-// One process assigns one guest's bus, once, and ends with its answer: a reboot of the guest keeps it, since
-// a bus is assigned to a guest and not to an emulator. What asks derives from a tenant's spec, so a
-// process that were kept for the next guest would be shared by tenants, and would need a clock to know when
-// there is no next one; the price, a process a start, is paid beside what a start does in any case (the
-// copies of kernel and initrd, BlkBack, the emulator's process).
+// One process assigns one guest's bus, once, and ends with its answer. A reboot asks nobody: the bus is
+// the guest's, not an emulator's. Why not one process for a batch of starts: its input derives from
+// tenants' specs, so that it would be shared by tenants, and it would need a clock to know that there is
+// no next guest. The price, a process a start, is paid beside what a start does in any case (the copies of kernel
+// and initrd, BlkBack, the emulator's process): docs/SERVICES.md has the figures.
 package pciback
 
 import (
