@@ -54,8 +54,18 @@ func NewBus(host Host, ecam []byte) (*Bus, error) {
 }
 
 // Build puts functions on the bus, each in its place, and nothing where places overlap with one
-// another, lie outside what there is, or are not what a function needs. Once, before the guest runs.
-func (b *Bus) Build(all ...Placed) error {
+// another, lie outside what there is, or are not what a function needs. Before the guest runs. It takes the
+// functions over: those that an error keeps off the bus are closed.
+func (b *Bus) Build(all ...Placed) (err error) {
+	on := 0
+	defer func() {
+		if err == nil {
+			return
+		}
+		for _, p := range all[on:] {
+			err = errors.Join(err, p.Function.close())
+		}
+	}()
 	t := topology.Topology{Machine: topology.Native}
 	for _, p := range all {
 		if f := p.Function; p.Place.Size != f.barSize || p.Place.Vectors != f.spec.Vectors {
@@ -77,7 +87,7 @@ func (b *Bus) Build(all ...Placed) error {
 	for _, p := range all {
 		f, slot := p.Function, p.Place.Slot
 		binary.LittleEndian.PutUint32(f.config[regBAR0:], uint32(p.Place.BAR))
-		b.slots[slot] = f
+		b.slots[slot], on = f, on+1
 		off := slot * functionStride
 		if err := f.attach(b.host, b.ecam[off:off+ConfigSize], p.Place.Route); err != nil {
 			return err

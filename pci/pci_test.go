@@ -170,8 +170,10 @@ func TestBuild(t *testing.T) {
 		"and 3":           func(a, _ *topology.Place) { a.Vectors = 4 },
 	} {
 		var all [2]Placed
+		var devs [2]*recorder
 		for i := range all {
-			f, err := NewFunction(Spec{Name: "other", BARSize: barSize, Vectors: 3})
+			devs[i] = &recorder{}
+			f, err := NewFunction(Spec{Name: "other", BARSize: barSize, Vectors: 3, Implementation: devs[i]})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -181,6 +183,9 @@ func TestBuild(t *testing.T) {
 		change(&all[0].Place, &all[1].Place)
 		if err := b.bus.Build(all[:]...); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q: %v", want, err)
+		}
+		if !devs[0].closed || !devs[1].closed {
+			t.Errorf("%q: a device is left open", want)
 		}
 		if v := b.read32(2 * functionStride); v != 0xffff_ffff {
 			t.Errorf("%q: device 2 is %#x", want, v)
