@@ -165,13 +165,15 @@ func (b *Builder) fromVTPM(_ context.Context, r *rpc.Request) (any, error) {
 // fromEmulator serves one emulator's notices. It faces the guest: nothing it says is more
 // than its own event or its own end.
 func (b *Builder) fromEmulator(g *guest, r *run) rpc.Handler {
-	return func(_ context.Context, req *rpc.Request) (any, error) {
+	return func(ctx context.Context, req *rpc.Request) (any, error) {
 		switch req.Method {
 		case foreign.Method:
 			if g.emulator != spec.QEMU {
 				break
 			}
 			return r.startQEMU(b, g, req)
+		case protocol.MethodBackEnd:
+			return b.backEnd(ctx, g, r, req)
 		case protocol.NoticeEvent:
 			return rpc.Answer(req, func(e protocol.Event) (any, error) {
 				b.event(g, protocol.Event{Kind: clip(e.Kind, 64), Text: clip(e.Text, 512), Time: e.Time})

@@ -66,6 +66,7 @@ type run struct {
 	peer   *rpc.Peer
 	heard  chan struct{}  // closed when all the emulator said was taken in
 	qemu   bool           // its QEMU was asked for; beneath mu
+	asked  int            // it asked for so many back ends; beneath mu
 	is     audit.Instance // in the audit log
 
 	mu     sync.Mutex

@@ -16,6 +16,7 @@ import (
 	"redoubt.dev/redoubt/services/launch"
 	"redoubt.dev/redoubt/services/protocol"
 	"redoubt.dev/redoubt/spec"
+	"redoubt.dev/redoubt/store/tree"
 )
 
 // storage is a guest's BlkBack, which lives as long as the guest and is replaced when it dies.
@@ -28,9 +29,10 @@ type storage struct {
 	b              *Builder
 	g              *guest
 
-	run    *run     // whose emulator has the disks; nil while there is none that runs
-	memory *os.File // the run's guest memory
-	stale  bool     // BlkBack was replaced before the run could be told
+	run    *run        // whose emulator has the disks; nil while there is none that runs
+	memory *os.File    // the run's guest memory
+	domain tree.Domain // of the run, also while it is being started
+	stale  bool        // BlkBack was replaced before the run could be told
 }
 
 // drainLimit is how long requests may take to end in a back end that is replaced.
@@ -131,7 +133,7 @@ func (s *storage) attach(ctx context.Context, r *run, memory *os.File) (fronts [
 		ipc.CloseAll(append(fronts, own...))
 		return nil, err
 	}
-	s.memory = own[0]
+	s.memory, s.domain = own[0], r.domain
 	return fronts, nil
 }
 

@@ -12,6 +12,7 @@ import (
 
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/monitor"
+	"redoubt.dev/redoubt/pci/topology"
 	"redoubt.dev/redoubt/qemu"
 	"redoubt.dev/redoubt/services/protocol"
 	"redoubt.dev/redoubt/spec"
@@ -40,23 +41,41 @@ func (g *guest) connectDevices() (err error) {
 	for i, f := range g.files[protocol.FileBlock] {
 		front := vhostuser.NewFrontend(1, virtio.BlockQueueSize)
 		g.disks = append(g.disks, front)
-		if err := g.connect(front, f); err != nil {
+		if err := g.connect(topology.Disk, i, front, f); err != nil {
 			return fmt.Errorf("disks[%d]: %w", i, err)
 		}
 	}
 	for i, f := range g.files[protocol.FileNetwork] {
 		front := vhostuser.NewFrontend(len(virtio.NetInfo().Queues), virtio.NetQueueSize)
 		g.nics = append(g.nics, front)
-		if err := g.connect(front, f); err != nil {
+		if err := g.connect(topology.NIC, i, front, f); err != nil {
 			return fmt.Errorf("nics[%d]: %w", i, err)
 		}
 	}
 	return nil
 }
 
-// connect makes the first connection of a front end.
-func (g *guest) connect(front *vhostuser.Frontend, f *os.File) error {
-	if err := connect(front, f); err != nil {
+// maxConnects bounds the back ends that a device is connected with before its guest runs.
+const maxConnects = 5
+
+// connect makes the first connection of a front end. A back end that has died meanwhile is no reason not
+// to start: the Builder has the next one.
+func (g *guest) connect(kind topology.Kind, i int, front *vhostuser.Frontend, f *os.File) error {
+	err := connect(front, f)
+	for n := 1; errors.Is(err, vhostuser.ErrBackEnd) && n < maxConnects; n++ {
+		files, cerr := g.service.peer.Call(g.service.ctx, protocol.MethodBackEnd, protocol.BackEnd{Kind: kind, Index: i}, nil)
+		if cerr != nil {
+			return errors.Join(err, cerr)
+		}
+		if len(files) != 1 {
+			for _, f := range files {
+				f.Close()
+			}
+			return errors.Join(err, fmt.Errorf("%d descriptors for another back end", len(files)))
+		}
+		err = connect(front, files[0])
+	}
+	if err != nil {
 		return err
 	}
 	if g.in.Emulator != spec.Native {

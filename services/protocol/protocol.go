@@ -312,7 +312,16 @@ const (
 // Emulator → Builder.
 const (
 	NoticeOutcome = "outcome" // Exit, the emulator's last word
+	// MethodBackEnd asks, before the guest runs, for another connection of a device, in place of one whose
+	// back end ended before it could be used. Descriptor of the answer: the front end's.
+	MethodBackEnd = "back-end" // BackEnd → nothing
 )
+
+// BackEnd names a device: a topology.Disk or a topology.NIC.
+type BackEnd struct {
+	Kind  topology.Kind `json:"kind"`
+	Index int           `json:"index"`
+}
 
 // Start is all an emulator learns. Files: FileMemory, FileStore, FileConsole, FileChannel, and as the guest
 // has them FileKVM, FileKernel, FileInitrd, FileTPM, FileBlock…, FileNetwork…, and for

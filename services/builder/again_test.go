@@ -1,0 +1,69 @@
+package builder
+
+import (
+	"context"
+	"log/slog"
+	"os"
+	"testing"
+
+	"redoubt.dev/redoubt/ipc"
+	"redoubt.dev/redoubt/ipc/rpc"
+	"redoubt.dev/redoubt/network"
+	"redoubt.dev/redoubt/pci/topology"
+	"redoubt.dev/redoubt/services/keeper"
+	"redoubt.dev/redoubt/services/protocol"
+	"redoubt.dev/redoubt/store/tree"
+)
+
+// TestBackEndRefused: an emulator gets no connection but those of its own guest's devices, before that
+// runs, and not without end.
+func TestBackEndRefused(t *testing.T) {
+	b := &Builder{log: slog.New(slog.DiscardHandler)}
+	r := &run{domain: 7}
+	g := guestWith(1)
+	g.disks = make([]*os.File, 1)
+	memory, err := os.Open(os.DevNull)
+	must(t, err)
+	defer memory.Close()
+	// Both have a run already, and memory; the domain is this emulator's.
+	kept := func() *keeper.Keeper { return keeper.New(keeper.Options{Log: b.log}) }
+	g.storage = &storage{Keeper: kept(), b: b, g: g, memory: memory, domain: 7, run: r}
+	g.nics = &nics{n: &networking{Keeper: kept(), b: b}, g: g, config: make([]network.NIC, 1), memory: memory, domain: 7, run: r}
+	ours, its, err := ipc.Pipe()
+	must(t, err)
+	builder, emulator := rpc.New(ours, b.fromEmulator(g, r)), rpc.New(its, nil)
+	b.wg.Go(func() { _ = builder.Run(context.Background()) })
+	b.wg.Go(func() { _ = emulator.Run(context.Background()) })
+	defer b.wg.Wait()
+	defer emulator.Close()
+	ask := func(kind topology.Kind, index int) {
+		t.Helper()
+		files, err := emulator.Call(t.Context(), protocol.MethodBackEnd, protocol.BackEnd{Kind: kind, Index: index}, nil)
+		if rpc.KindOf(err) != rpc.Refused || len(files) != 0 {
+			t.Errorf("%s[%d]: %d descriptors, %v", kind, index, len(files), err)
+		}
+	}
+	ask(topology.Disk, 0) // it runs
+	ask(topology.NIC, 0)
+	is := func(domain tree.Domain) {
+		g.storage.Lock()
+		defer g.storage.Unlock()
+		g.nics.n.Lock()
+		defer g.nics.n.Unlock()
+		g.storage.run, g.nics.run = nil, nil
+		g.storage.domain, g.nics.domain = domain, domain
+	}
+	is(8) // another emulator is being started
+	ask(topology.Disk, 0)
+	ask(topology.NIC, 0)
+	for _, i := range []int{-1, 1, 1 << 40} {
+		ask(topology.Disk, i)
+		ask(topology.NIC, i)
+	}
+	ask(topology.RNG, 0)
+	is(7)
+	r.mu.Lock()
+	r.asked = maxBackEnds
+	r.mu.Unlock()
+	ask(topology.Disk, 0) // too often
+}
