@@ -42,6 +42,11 @@ func (b *Builder) startVTPM(ctx context.Context, fatal context.CancelCauseFunc) 
 			return b.procs.AwaitOthers(ctx, services.SWTPM, kept)
 		},
 		Again: b.provisionAgain,
+		Gone: func(uuid string) {
+			if g := b.guest(uuid); g != nil {
+				b.wg.Go(g.vtpmGone) // an emulator that takes nothing must not hold up the others
+			}
+		},
 		Fail: func(uuid, reason string) {
 			if g := b.guest(uuid); g != nil {
 				g.vtpmFailed(reason)
@@ -77,6 +82,16 @@ func (b *Builder) configureVTPM(ctx context.Context, i *keeper.Instance, lost fu
 
 // vtpmDir is the vTPM service's directory.
 func (b *Builder) vtpmDir() string { return filepath.Join(b.cfg.StateDir, "vtpm") }
+
+// vtpmGone tells the guest's emulator, which may have to hold the guest still.
+func (g *guest) vtpmGone() {
+	g.mu.Lock()
+	r := g.run
+	g.mu.Unlock()
+	if r != nil {
+		_ = r.peer.Notify(protocol.NoticeVTPMLost, struct{}{}) // or it is gone, too
+	}
+}
 
 // provisionAgain gives a guest that was not let in yet its vTPM anew: the manager died.
 func (b *Builder) provisionAgain(uuid string, d tree.Domain) {

@@ -46,6 +46,7 @@ type service struct {
 
 	mu      sync.Mutex
 	machine machine
+	tpm     *frontend.Frontend // nil without a TPM
 	xenbus  *xenbus
 	disks   []*vhostuser.Frontend
 	nics    []*vhostuser.Frontend
@@ -152,6 +153,14 @@ func (s *service) handle(_ context.Context, r *rpc.Request) (any, error) {
 			log = log[:l.Size]
 		}
 		return protocol.GuestLog{Log: log}, nil
+	case protocol.NoticeVTPMLost:
+		s.mu.Lock()
+		tpm := s.tpm
+		s.mu.Unlock()
+		if tpm != nil {
+			tpm.Lost()
+		}
+		return nil, nil
 	case protocol.MethodEnd:
 		s.cancel()
 		return nil, nil
@@ -238,7 +247,7 @@ func (s *service) launch(in protocol.Start, files map[string][]*os.File, running
 			},
 		})
 	}
-	s.machine, s.xenbus = m, xs
+	s.machine, s.xenbus, s.tpm = m, xs, g.frontend
 	go func() {
 		defer close(s.ended)
 		exit := m.Run(s.ctx, g.frontend, func() {

@@ -309,6 +309,10 @@ const (
 	MethodNIC         = "nic"          // NIC → nothing, when the back end serves the guest
 )
 
+// NoticeVTPMLost tells an emulator that the manager of its guest's vTPM is gone and another one is
+// started.
+const NoticeVTPMLost = "vtpm-lost" // nothing
+
 // Emulator → Builder.
 const (
 	NoticeOutcome = "outcome" // Exit, the emulator's last word

@@ -59,6 +59,9 @@ type Frontend struct {
 	mu      sync.Mutex
 	waiting *channel.Frame // the command that has no reply
 	seq     uint32         // of the last one
+	alone   bool           // the back end is gone, and the next one has not come
+
+	left chan struct{} // Lost → Execute; has room for one
 
 	opened  chan struct{} // closed by receive on Open
 	replies chan []byte   // receive → Execute
@@ -71,7 +74,7 @@ type Frontend struct {
 func New(conn *channel.Conn, opt Options) *Frontend {
 	f := &Frontend{
 		conn: conn, opt: opt,
-		opened: make(chan struct{}), replies: make(chan []byte, 1), done: make(chan struct{}),
+		opened: make(chan struct{}), replies: make(chan []byte, 1), done: make(chan struct{}), left: make(chan struct{}, 1),
 	}
 	go f.receive()
 	return f
@@ -125,6 +128,7 @@ func (f *Frontend) receive() {
 func (f *Frontend) replied(seq uint32) (bool, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	f.alone = false
 	switch {
 	case f.waiting != nil && f.waiting.Seq == seq:
 		f.waiting = nil
@@ -139,10 +143,30 @@ func (f *Frontend) replied(seq uint32) (bool, error) {
 func (f *Frontend) again() error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	f.alone = false
 	if f.waiting == nil {
 		return nil
 	}
 	return f.conn.Send(*f.waiting)
+}
+
+// Lost tells that the back end is gone and another one will come. A guest that is not held inside
+// the exit would see its command time out, so it is paused while one has no reply.
+func (f *Frontend) Lost() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.alone = true
+	select {
+	case f.left <- struct{}{}:
+	default:
+	}
+}
+
+// isAlone reports whether a command that waits, waits for another back end.
+func (f *Frontend) isAlone() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.alone && f.waiting != nil
 }
 
 // send sends the next command.
@@ -192,16 +216,36 @@ func (f *Frontend) Execute(locality uint8, command []byte) ([]byte, error) {
 			return nil, err
 		}
 	}
-	select {
-	case r := <-f.replies:
-		return r, nil
-	case <-f.done:
-		select {
-		case r := <-f.replies: // the reply came before the end
-			return r, nil
-		default:
-			return nil, f.err
+	return f.reply()
+}
+
+// reply waits for the reply to the command that was sent.
+func (f *Frontend) reply() (r []byte, err error) {
+	paused := false
+	for {
+		if !paused && f.opt.PauseAfter == 0 && f.isAlone() {
+			if err := f.opt.Guest.Pause(); err != nil {
+				return nil, fmt.Errorf("pause while the vTPM manager is replaced: %w", err)
+			}
+			paused = true
 		}
+		select {
+		case r = <-f.replies:
+		case <-f.left:
+			continue
+		case <-f.done:
+			select {
+			case r = <-f.replies: // the reply came before the end
+			default:
+				return nil, f.err // the guest stays paused: it is about to be stopped
+			}
+		}
+		if paused {
+			if err := f.opt.Guest.Resume(); err != nil {
+				return nil, fmt.Errorf("resume after the vTPM manager was replaced: %w", err)
+			}
+		}
+		return r, nil
 	}
 }
 

@@ -169,6 +169,43 @@ func TestAgain(t *testing.T) {
 	}
 }
 
+// TestLost: a guest that is not held inside the exit stands still while its command waits for another
+// back end, and no longer than until it has its reply; one without a command does not.
+func TestLost(t *testing.T) {
+	r := &recorder{held: make(chan struct{})}
+	f, back := connect(t, r, 0)
+	send(t, back, channel.Frame{Kind: channel.Open})
+	turn := func(seq uint32, before, after func()) {
+		t.Helper()
+		before()
+		out := execute(f)
+		if fr, err := back.Receive(); err != nil || fr.Seq != seq {
+			t.Fatalf("%+v %v", fr, err)
+		}
+		after()
+		send(t, back, channel.Frame{Kind: channel.Reply, Seq: seq, Data: reply})
+		if o := <-out; o.err != nil {
+			t.Fatal(o.err)
+		}
+	}
+	nothing := func() {}
+	turn(1, nothing, nothing) // it may have waited for the gate
+	begin := r.all()
+	turn(2, nothing, func() {
+		r.held = make(chan struct{})
+		f.Lost()
+		<-r.held
+	})
+	turn(3, func() {
+		r.held = make(chan struct{})
+		f.Lost()
+	}, func() { <-r.held })
+	turn(4, nothing, nothing)
+	if got := strings.TrimSpace(strings.TrimPrefix(r.all(), begin)); got != "pause resume pause resume" {
+		t.Errorf("happened: %s", got)
+	}
+}
+
 // TestFailures: whatever ends the wait is the command's error, and the guest is not resumed.
 func TestFailures(t *testing.T) {
 	pause := errors.New("cannot pause")

@@ -40,6 +40,7 @@ type Options struct {
 	Guests    func() []string                               // those that depend on it: all
 	Leftovers func(ctx context.Context, kept []int) error   // waits for the end of all other engines
 	Again     func(uuid string, d tree.Domain)              // the attached guest's vTPM must be provisioned anew
+	Gone      func(uuid string)                             // the manager of the attached guest is gone
 	Fail      func(uuid, reason string)                     // the guest must be failed closed
 	Lost      func(error)                                   // it cannot be kept running
 }
@@ -114,12 +115,28 @@ func Open(ctx context.Context, o Options) (*Manager, error) {
 			return all
 		},
 		Guests: o.Guests,
-		Ended:  func(i *keeper.Instance) { <-i.Heard() }, // what it asked for is done, too
+		Ended:  m.ended,
 		Lost:   o.Lost, Every: o.Every, Drain: time.Minute,
 	})
 	m.keeper.Lock()
 	defer m.keeper.Unlock()
 	return m, m.keeper.Begin(ctx)
+}
+
+// ended tells the guests, and sees that what the manager asked for is done.
+func (m *Manager) ended(i *keeper.Instance) {
+	m.mu.Lock()
+	var all []string
+	for uuid, d := range m.devices {
+		if d.channel != nil && !m.closing {
+			all = append(all, uuid)
+		}
+	}
+	m.mu.Unlock()
+	for _, uuid := range all {
+		m.o.Gone(uuid)
+	}
+	<-i.Heard()
 }
 
 // process is the manager's. To ask it to end is to have it shut all engines down, so one that is

@@ -79,6 +79,7 @@ func newHost(t *testing.T) *host {
 			return nil
 		},
 		Again: func(uuid string, d tree.Domain) { h.again <- fmt.Sprint(uuid, " ", d) },
+		Gone:  func(string) {},
 		Fail:  func(uuid, _ string) { h.failed <- uuid },
 		Lost:  func(err error) { t.Errorf("lost: %v", err) },
 	})
