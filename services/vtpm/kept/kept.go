@@ -51,6 +51,8 @@ type Manager struct {
 	o      Options
 	keeper *keeper.Keeper
 
+	wg sync.WaitGroup // guests that are being inherited
+
 	// mu is taken for moments only, also by who holds the keeper's lock.
 	mu      sync.Mutex
 	number  uint64 // of the manager there is or was last
@@ -75,7 +77,8 @@ type device struct {
 	engine  []*os.File // control, data, lifeline, output; nil while there is none
 	pid     int        // the engine's
 	stage   stage
-	ready   uint64 // number of the manager that inherited it ready
+	ready   uint64        // number of the manager that inherited it ready
+	settled chan struct{} // closed when the last manager has inherited it, or not; nil before the second
 }
 
 func (d *device) dropEngine() {
@@ -91,9 +94,13 @@ func (d *device) dropChannel() {
 	d.stage = alone
 }
 
-// inheritLimit bounds what a new manager may take for one guest: it may have to wait for a command,
-// and one that makes a key takes seconds.
-const inheritLimit = 30 * time.Second
+const (
+	// inheritLimit bounds what a new manager may take for one guest: it may have to wait for a command,
+	// which the engine's own limit bounds.
+	inheritLimit = 150 * time.Second
+	// settleTime is how long the others wait for such a guest: one that makes a key takes seconds.
+	settleTime = 2 * time.Second
+)
 
 // Open starts the manager.
 func Open(ctx context.Context, o Options) (*Manager, error) {
@@ -164,6 +171,7 @@ func (m *Manager) Close(grace time.Duration) {
 	m.closing = true
 	m.mu.Unlock()
 	m.keeper.Close(grace)
+	m.wg.Wait()
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for uuid, d := range m.devices {
@@ -235,10 +243,13 @@ func (m *Manager) Provision(ctx context.Context, uuid string, f func(*rpc.Peer) 
 	err := m.keeper.Call(ctx, func(i *keeper.Instance) error {
 		m.mu.Lock()
 		d := m.devices[uuid]
-		ready := d != nil && d.ready == i.Number
 		m.mu.Unlock()
-		if ready { // what f did was all that was to be done, and this one inherited it
-			return nil
+		if d == nil {
+			return rpc.Errorf(rpc.Unavailable, "the guest is down")
+		}
+		ready, err := m.inherited(ctx, i, d)
+		if err != nil || ready { // what f did was all that was to be done, and this one inherited it
+			return err
 		}
 		return f(i.Peer)
 	})
@@ -251,6 +262,25 @@ func (m *Manager) Provision(ctx context.Context, uuid string, f func(*rpc.Peer) 
 		d.stage = provisioned
 	}
 	return nil
+}
+
+// inherited waits until it is known whether a manager has inherited a device ready.
+func (m *Manager) inherited(ctx context.Context, i *keeper.Instance, d *device) (bool, error) {
+	m.mu.Lock()
+	settled := d.settled
+	m.mu.Unlock()
+	if settled != nil {
+		select {
+		case <-settled:
+		case <-i.Done():
+			return false, rpc.ErrGone
+		case <-ctx.Done():
+			return false, ctx.Err()
+		}
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return d.ready == i.Number, nil
 }
 
 // Release says that a guest's emulator is gone. With keep another one follows; else the vTPM ends.
@@ -337,33 +367,55 @@ func (m *Manager) ready(ctx context.Context, i *keeper.Instance) error {
 	}
 	errs := make(chan error, len(all))
 	for uuid, d := range all {
-		go func() { errs <- m.inherit(ctx, i, uuid, d) }()
+		settled := make(chan struct{})
+		m.mu.Lock()
+		d.settled = settled
+		m.mu.Unlock()
+		m.wg.Go(func() { // ends with the manager at the latest
+			defer close(settled)
+			err := m.inherit(i, uuid, d)
+			if err != nil {
+				m.o.Log.Warn("vTPM manager", "guest", uuid, "err", err)
+			}
+			errs <- err
+		})
 	}
-	var err error
+	late := time.NewTimer(settleTime)
+	defer late.Stop()
 	for range all {
-		err = errors.Join(err, <-errs)
+		select {
+		case err := <-errs:
+			if err != nil {
+				return err
+			}
+		case <-late.C: // a guest whose vTPM takes its time holds up nobody else
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		}
 	}
-	return err
+	return nil
 }
 
-// inherit has a new manager inherit one guest. An error says that the manager is of no use.
-func (m *Manager) inherit(ctx context.Context, i *keeper.Instance, uuid string, d *device) error {
+// inherit has a new manager inherit one guest. An error says that the manager is of no use, or gone.
+func (m *Manager) inherit(i *keeper.Instance, uuid string, d *device) error {
 	in, files, err := m.inheritance(uuid, d)
-	if err != nil || files == nil {
-		return err
+	if err == nil && files == nil {
+		return nil
 	}
 	defer ipc.CloseAll(files)
-	ctx, cancel := context.WithTimeout(ctx, inheritLimit)
+	ctx, cancel := context.WithTimeout(context.Background(), inheritLimit)
 	defer cancel()
 	var out protocol.Inherited
-	_, err = i.Peer.Call(ctx, protocol.MethodInherit, in, &out, files...)
-	var refused *rpc.Error
-	if err != nil && !errors.As(err, &refused) {
+	if err == nil {
+		_, err = i.Peer.Call(ctx, protocol.MethodInherit, in, &out, files...)
+	}
+	if errors.Is(err, rpc.ErrGone) {
 		return fmt.Errorf("inherit the vTPM of %s: %w", uuid, err)
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.devices[uuid] != d { // its guest ended meanwhile
+	if m.devices[uuid] != d || m.number != i.Number { // its guest or the manager ended meanwhile
 		return nil
 	}
 	switch {

@@ -266,6 +266,34 @@ func TestProvisionedOverADeath(t *testing.T) {
 	}
 }
 
+// TestSlowGuest: a guest whose vTPM takes its time holds up no other guest, and its own start waits.
+func TestSlowGuest(t *testing.T) {
+	h := newHost(t)
+	h.attach(web, 3)
+	h.attach(mail, 4)
+	h.provision(mail)
+	slow := make(chan struct{})
+	h.next(func(in protocol.Inherit) (protocol.Inherited, error) {
+		if in.UUID == web {
+			h.mu.Unlock() // nothing else of this process waits for it
+			<-slow
+			h.mu.Lock()
+		}
+		return ready(in)
+	})
+	if err := h.mgr.Call(t.Context(), "quote", struct{}{}, nil); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	go func() {
+		done <- h.mgr.Provision(t.Context(), web, func(*rpc.Peer) error { return errors.New("made anew") })
+	}()
+	close(slow)
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
 // TestKeepRefused: an engine of a guest that is not there, or without all its descriptors, is not
 // taken into keeping.
 func TestKeepRefused(t *testing.T) {
