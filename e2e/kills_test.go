@@ -277,7 +277,7 @@ func (v *verifier) check() {
 	}
 }
 
-// goesOn waits until the guest has done two rounds more.
+// goesOn waits until the guest has done two rounds more, and its chain has grown.
 func (v *verifier) goesOn() {
 	v.t.Helper()
 	rounds := verifyRound.FindAllStringSubmatch(v.console(v.name), -1)
@@ -285,7 +285,27 @@ func (v *verifier) goesOn() {
 	if len(rounds) > 0 {
 		last, _ = strconv.ParseUint(rounds[len(rounds)-1][2], 10, 64)
 	}
+	links := v.links()
 	v.await(v.name, fmt.Sprintf("ROUND %d\n", last+2), 3*bootTime)
+	for n := last + 3; v.links() == links; n++ {
+		if n > last+100 {
+			v.t.Errorf("%s: a chain of %s links for %d rounds", v.name, links, n-last)
+			return
+		}
+		v.await(v.name, fmt.Sprintf("ROUND %d\n", n), 3*bootTime)
+	}
+}
+
+var chainLinks = regexp.MustCompile(`(?m)^LINKS ([0-9]+)\n`)
+
+// links is how many the guest's chain had at the last round.
+func (v *verifier) links() string {
+	v.t.Helper()
+	all := chainLinks.FindAllStringSubmatch(v.console(v.name), -1)
+	if len(all) == 0 {
+		return "no"
+	}
+	return all[len(all)-1][1]
 }
 
 // holdings are what the processes that outlive all guests have: the Builder's descendants by name,

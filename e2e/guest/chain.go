@@ -19,8 +19,9 @@ const chainPCR = 16
 const (
 	// chainPause is between two links: the disk wants the guest's processor, too.
 	chainPause = 30 * time.Millisecond
-	// chainStill is how long there may be none: its manager may be replaced again and again.
-	chainStill = 10 * time.Second
+	// chainStill is how long there may be none: its manager may be replaced again and again, where a
+	// start takes seconds.
+	chainStill = time.Minute
 )
 
 // A chain extends a register without end and holds its value to what it must be: a command of the

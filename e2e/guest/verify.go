@@ -73,6 +73,7 @@ func verify(path string, rounds int) error {
 		if err := tpm.check(); err != nil {
 			return err
 		}
+		fmt.Println("LINKS", tpm.links.Load())
 		fmt.Println("ROUND", round)
 	}
 	return nil
