@@ -46,7 +46,8 @@ func TestSoakStarts(t *testing.T) {
 				defer func() { <-running }()
 				h := &host{t, h.dir, h.cache}
 				name := fmt.Sprintf("soak-%d", i)
-				h.gated(name, emulator, kernel, delay)
+				h.late(name, emulator, kernel, delay)
+				h.gated(name, delay)
 				h.must("rm", name)
 			})
 		}
