@@ -17,10 +17,23 @@ var ErrUnsupported = errors.New("network: the kernel has no support")
 
 const probeName = "rtprobe"
 
+// maxDumps bounds how often a list is asked for that changes while the kernel gives it.
+const maxDumps = 64
+
+// whole is a list that did not change while it was given: a guest's tap may go at any moment.
+func whole[T any](list func() (T, error)) (all T, err error) {
+	for range maxDumps {
+		if all, err = list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			break
+		}
+	}
+	return all, err
+}
+
 // VLANFiltering reports whether bridges of this kernel keep VLANs apart, by trying it in the
 // calling thread's namespace, or by what [Apply] has made there before. A kernel that cannot refuses the setting, or takes it without a word.
 func VLANFiltering() (_ bool, err error) {
-	links, err := netlink.LinkList()
+	links, err := whole(netlink.LinkList)
 	if err != nil {
 		return false, fmt.Errorf("network: %w", err)
 	}
@@ -54,7 +67,7 @@ func Apply(p *Plan) error {
 	if err := setFilter(p.Chains); err != nil {
 		return fmt.Errorf("network: filter: %w", err)
 	}
-	links, err := netlink.LinkList()
+	links, err := whole(netlink.LinkList)
 	if err != nil {
 		return fmt.Errorf("network: %w", err)
 	}
@@ -180,7 +193,7 @@ func setStation(l netlink.Link, o Port, filtering bool) error {
 
 // setVLANs gives the port its VLANs and takes others away.
 func setVLANs(l netlink.Link, o Port) error {
-	all, err := netlink.BridgeVlanList()
+	all, err := whole(netlink.BridgeVlanList)
 	if err != nil {
 		return err
 	}
