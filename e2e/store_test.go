@@ -99,13 +99,19 @@ func (h *host) nothingInStore() {
 // tells of: before and after the front end is connected, the instance number written, the engine
 // up and the gate open. The vTPM is late, so that the guest waits at its gate in most of them.
 func TestStoreKilledDuringStartQEMU(t *testing.T) {
+	killedDuringStart(t, "7s", (*host).killStore, "vtpm-asked", "tpm-first-access", "vtpm-started", "vtpm-ready")
+}
+
+// killedDuringStart kills what guests outlive at each moment of a start, of a guest each, that an
+// event tells of. The vTPM is late, so that the guest waits at its gate in most of them.
+func killedDuringStart(t *testing.T, delay string, kill func(*host), moments ...string) {
 	h := newHost(t)
-	for _, moment := range []string{"vtpm-asked", "tpm-first-access", "vtpm-started", "vtpm-ready"} {
+	for _, moment := range moments {
 		t.Run(moment, func(t *testing.T) {
 			h := &host{t, h.dir, h.cache}
-			h.start(start{name: moment, emulator: "qemu", what: "off", args: []string{"--unsafe-vtpm-delay", "7s"}})
+			h.start(start{name: moment, emulator: "qemu", what: "off", args: []string{"--unsafe-vtpm-delay", delay}})
 			h.followEvents(moment)(moment, 2*bootTime)
-			h.killStore()
+			kill(h)
 			g := h.awaitDown(moment, 2*bootTime)
 			if g.State != "stopped" {
 				t.Fatalf("guest is %s: %s\n%s", g.State, g.Reason, lastLines(h.console(moment), 20))

@@ -18,21 +18,8 @@ const vtpmProgram = "redoubt-vtpm"
 // tells of: before its engine is there, while the guest waits at its gate, once it is ready, let in
 // and measures.
 func TestVTPMKilledDuringStartQEMU(t *testing.T) {
-	h := newHost(t)
-	for _, moment := range []string{"vtpm-asked", "tpm-first-access", "vtpm-started", "vtpm-ready", "ima"} {
-		t.Run(moment, func(t *testing.T) {
-			h := &host{t, h.dir, h.cache}
-			h.start(start{name: moment, emulator: "qemu", what: "off", args: []string{"--unsafe-vtpm-delay", "2s"}})
-			h.followEvents(moment)(moment, 2*bootTime)
-			h.kill("vTPM", vtpmProgram)
-			g := h.awaitDown(moment, 2*bootTime)
-			if g.State != "stopped" {
-				t.Fatalf("guest is %s: %s\n%s", g.State, g.Reason, lastLines(h.console(moment), 20))
-			}
-			readFacts(h.console(moment)).keptTrust(t)
-		})
-	}
-	h.nothingInStore()
+	killedDuringStart(t, "2s", func(h *host) { h.kill("vTPM", vtpmProgram) },
+		"vtpm-asked", "tpm-first-access", "vtpm-started", "vtpm-ready", "ima")
 }
 
 // TestVTPMKilledUnderGuestQEMU kills the manager at random moments under a guest that extends a

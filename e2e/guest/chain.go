@@ -66,6 +66,7 @@ func (c *chain) check() error {
 // extend ends with an error only.
 func (c *chain) extend(tpm transport.TPM) error {
 	want := make([]byte, sha256.Size)
+	pace := time.NewTicker(chainPause)
 	for n := uint64(1); ; n++ {
 		link := sha256.Sum256(fmt.Append(nil, n))
 		sum := sha256.Sum256(append(want, link[:]...))
@@ -95,6 +96,6 @@ func (c *chain) extend(tpm transport.TPM) error {
 			}
 		}
 		c.links.Store(n)
-		time.Sleep(chainPause)
+		<-pace.C
 	}
 }

@@ -5,8 +5,8 @@ import (
 	"log/slog"
 	"testing"
 
-	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/ipc/rpc"
+	"redoubt.dev/redoubt/ipc/rpc/rpctest"
 	"redoubt.dev/redoubt/services/protocol"
 	"redoubt.dev/redoubt/services/trust"
 )
@@ -20,23 +20,6 @@ func must(t *testing.T, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
-	}
-}
-
-// served calls a handler as a peer would.
-func served(t *testing.T, h rpc.Handler) func(method string, in any) error {
-	t.Helper()
-	a, b, err := ipc.Pipe()
-	must(t, err)
-	ours, theirs := rpc.New(a, nil), rpc.New(b, h)
-	done := make(chan struct{}, 2)
-	for _, p := range []*rpc.Peer{ours, theirs} {
-		go func() { _ = p.Run(context.Background()); done <- struct{}{} }()
-	}
-	t.Cleanup(func() { ours.Close(); theirs.Close(); <-done; <-done })
-	return func(method string, in any) error {
-		_, err := ours.Call(t.Context(), method, in, nil)
-		return err
 	}
 }
 
@@ -88,7 +71,7 @@ func TestTrustLists(t *testing.T) {
 
 func callAs(t *testing.T, b *Builder, tenant, method string, in any) error {
 	t.Helper()
-	return served(t, b.served(tenant))(method, in)
+	return rpctest.Serve(t, b.served(tenant))(method, in)
 }
 
 // served is a handler for a tenant's toolstack.

@@ -11,8 +11,8 @@ import (
 	"testing"
 
 	"redoubt.dev/redoubt/audit"
-	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/ipc/rpc"
+	"redoubt.dev/redoubt/ipc/rpc/rpctest"
 	"redoubt.dev/redoubt/services"
 	"redoubt.dev/redoubt/services/protocol"
 )
@@ -42,30 +42,13 @@ func records(t *testing.T, dir string) (all []string) {
 	return all
 }
 
-// served calls a handler as a peer would.
-func served(t *testing.T, h rpc.Handler) func(method string, in any) error {
-	t.Helper()
-	a, b, err := ipc.Pipe()
-	must(t, err)
-	ours, theirs := rpc.New(a, nil), rpc.New(b, h)
-	done := make(chan struct{}, 2)
-	for _, p := range []*rpc.Peer{ours, theirs} {
-		go func() { _ = p.Run(context.Background()); done <- struct{}{} }()
-	}
-	t.Cleanup(func() { ours.Close(); theirs.Close(); <-done; <-done })
-	return func(method string, in any) error {
-		_, err := ours.Call(t.Context(), method, in, nil)
-		return err
-	}
-}
-
 // TestCallsAreRecorded: before anything is done it is in the log who asked, and afterwards what
 // came of it; and where the log cannot be written, nothing is done.
 func TestCallsAreRecorded(t *testing.T) {
 	dir := t.TempDir()
 	j := open(t, dir)
 	calls := 0
-	call := served(t, Recorded(j, "acme", func(string) string { return "" }, func(_ context.Context, r *rpc.Request) (any, error) {
+	call := rpctest.Serve(t, Recorded(j, "acme", func(string) string { return "" }, func(_ context.Context, r *rpc.Request) (any, error) {
 		calls++
 		if all := records(t, dir); !strings.HasSuffix(all[len(all)-1], " asked") {
 			t.Errorf("%s: served before it was recorded: %q", r.Method, all)
@@ -110,7 +93,7 @@ func TestCallsAreRecorded(t *testing.T) {
 func TestRefusalsDoNotFillTheLog(t *testing.T) {
 	dir := t.TempDir()
 	j := open(t, dir)
-	call := served(t, Watched(j, services.Emulator, "web-1", func(context.Context, *rpc.Request) (any, error) {
+	call := rpctest.Serve(t, Watched(j, services.Emulator, "web-1", func(context.Context, *rpc.Request) (any, error) {
 		return nil, rpc.Errorf(rpc.Refused, "no")
 	}))
 	const n = 5000

@@ -88,7 +88,7 @@ func TestUsersRunOut(t *testing.T) {
 // somebody else's file, and nothing that a link names.
 func TestGive(t *testing.T) {
 	if os.Getuid() != 0 {
-		t.Skip("needs root: it gives files away")
+		t.Skip("needs root, as `make test` is run by: it gives files away")
 	}
 	dir := t.TempDir()
 	outside := filepath.Join(dir, "outside")

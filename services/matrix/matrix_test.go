@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"redoubt.dev/redoubt/network"
+	"redoubt.dev/redoubt/sandbox"
 	"redoubt.dev/redoubt/sandbox/attack"
 	"redoubt.dev/redoubt/services"
 )
@@ -17,23 +18,7 @@ import (
 func TestNetworkReach(t *testing.T) {
 	bin := probe(t)
 	f, err := New(bin, t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() {
-		if err := f.Close(); err != nil {
-			t.Error(err)
-		}
-	}()
-	s, err := services.Find(services.NetBack)
-	if err != nil {
-		t.Fatal(err)
-	}
-	spec, err := f.spec(s, "")
-	if err != nil {
-		t.Fatal(err)
-	}
-	spec.Learn = true // all calls pass
+	spec := netback(t, f, err)
 	for _, name := range []string{
 		"the host's network interfaces, seen", "the host's network interfaces, changed",
 		"an interface put into the host's network", "requests to the host's network by its number",
@@ -72,25 +57,9 @@ func TestTenantsNetworkReach(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = other.Close() }()
+	t.Cleanup(func() { _ = other.Close() })
 	f, err := newField(bin, t.TempDir(), other.Do)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() {
-		if err := f.Close(); err != nil {
-			t.Error(err)
-		}
-	}()
-	s, err := services.Find(services.NetBack)
-	if err != nil {
-		t.Fatal(err)
-	}
-	spec, err := f.spec(s, "")
-	if err != nil {
-		t.Fatal(err)
-	}
-	spec.Learn = true // all calls pass
+	spec := netback(t, f, err)
 	for name, from := range map[string]func(func() error) error{
 		"the host's network interfaces, seen":          other.Do,
 		"the host's network interfaces, changed":       other.Do,
@@ -114,6 +83,30 @@ func TestTenantsNetworkReach(t *testing.T) {
 			t.Errorf("%s: %v, %s", name, err, r.Text)
 		}
 	}
+}
+
+// netback is NetBack's sandbox in a field that was just made, or not; all calls pass its filter. The
+// field ends with the test.
+func netback(t *testing.T, f *Field, err error) *sandbox.Spec {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := f.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	s, err := services.Find(services.NetBack)
+	if err != nil {
+		t.Fatal(err)
+	}
+	spec, err := f.spec(s, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	spec.Learn = true
+	return spec
 }
 
 // probe builds the attacking program.

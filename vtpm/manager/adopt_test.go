@@ -140,22 +140,7 @@ func TestAdoptInTheHostsTurn(t *testing.T) {
 	for n, done := 0, false; !done; n++ {
 		h, m, d := begin(t)
 		g := guest{d}
-		var handles []tpm2.TPMHandle
-		var names [][]byte
-		for i := range 3 {
-			tmpl := tpm2.ECCSRKTemplate
-			tmpl.Unique = tpm2.NewTPMUPublicID(tpm2.TPMAlgECC, &tpm2.TPMSECCPoint{
-				X: tpm2.TPM2BECCParameter{Buffer: []byte{byte(i)}}, Y: tpm2.TPM2BECCParameter{Buffer: []byte{0}},
-			})
-			rsp, err := tpm2.CreatePrimary{
-				PrimaryHandle: tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Auth: tpm2.PasswordAuth(nil)},
-				InPublic:      tpm2.New2B(tmpl),
-			}.Execute(g)
-			if err != nil {
-				t.Fatal(err)
-			}
-			handles, names = append(handles, rsp.ObjectHandle), append(names, rsp.Name.Buffer)
-		}
+		handles, names := fill(t, g)
 		var sessions []tpm2.TPMHandle
 		for range 3 {
 			s, _, err := tpm2.PolicySession(g, tpm2.TPMAlgSHA256, 16)

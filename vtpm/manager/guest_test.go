@@ -92,22 +92,7 @@ func TestHostInAFullTPM(t *testing.T) {
 	made(t, d)
 	g := guest{d}
 	for _, gap := range []int{-1, 0, 1, 2} { // a slot that is free, if any
-		var names [][]byte
-		var handles []tpm2.TPMHandle
-		for i := range 3 {
-			tmpl := tpm2.ECCSRKTemplate
-			tmpl.Unique = tpm2.NewTPMUPublicID(tpm2.TPMAlgECC, &tpm2.TPMSECCPoint{
-				X: tpm2.TPM2BECCParameter{Buffer: []byte{byte(i)}}, Y: tpm2.TPM2BECCParameter{Buffer: []byte{0}},
-			})
-			rsp, err := tpm2.CreatePrimary{
-				PrimaryHandle: tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Auth: tpm2.PasswordAuth(nil)},
-				InPublic:      tpm2.New2B(tmpl),
-			}.Execute(g)
-			if err != nil {
-				t.Fatal(err)
-			}
-			handles, names = append(handles, rsp.ObjectHandle), append(names, rsp.Name.Buffer)
-		}
+		handles, names := fill(t, g)
 		if gap >= 0 {
 			if _, err := (tpm2.FlushContext{FlushHandle: handles[gap]}).Execute(g); err != nil {
 				t.Fatal(err)
@@ -154,6 +139,26 @@ func TestHostInAFullTPM(t *testing.T) {
 			t.Errorf("left loaded: %v, %v", l, err)
 		}
 	}
+}
+
+// fill has the guest load an object into each of the TPM's three slots.
+func fill(t *testing.T, g guest) (handles []tpm2.TPMHandle, names [][]byte) {
+	t.Helper()
+	for i := range 3 {
+		tmpl := tpm2.ECCSRKTemplate
+		tmpl.Unique = tpm2.NewTPMUPublicID(tpm2.TPMAlgECC, &tpm2.TPMSECCPoint{
+			X: tpm2.TPM2BECCParameter{Buffer: []byte{byte(i)}}, Y: tpm2.TPM2BECCParameter{Buffer: []byte{0}},
+		})
+		rsp, err := tpm2.CreatePrimary{
+			PrimaryHandle: tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Auth: tpm2.PasswordAuth(nil)},
+			InPublic:      tpm2.New2B(tmpl),
+		}.Execute(g)
+		if err != nil {
+			t.Fatal(err)
+		}
+		handles, names = append(handles, rsp.ObjectHandle), append(names, rsp.Name.Buffer)
+	}
+	return handles, names
 }
 
 // srk is the guest's storage key.
