@@ -3,13 +3,18 @@ package api
 
 import (
 	"context"
+	"errors"
 	"net"
 	"net/http"
+	"slices"
+
+	"connectrpc.com/connect"
 
 	"redoubt.dev/redoubt/api/redoubt/v1/redoubtv1connect"
 )
 
-// Dial makes a client of the API on a Unix socket. Nothing is sent before the first call.
+// Dial makes a client of the API on a Unix socket. Nothing is sent before the first call. A call that may be
+// made twice is made again where who served it was replaced over it; the next one has the same socket.
 func Dial(socket string) redoubtv1connect.GuestServiceClient {
 	var p http.Protocols
 	p.SetUnencryptedHTTP2(true)
@@ -20,5 +25,42 @@ func Dial(socket string) redoubtv1connect.GuestServiceClient {
 			return d.DialContext(ctx, "unix", socket)
 		},
 	}
-	return redoubtv1connect.NewGuestServiceClient(&http.Client{Transport: t}, "http://redoubt")
+	return redoubtv1connect.NewGuestServiceClient(&http.Client{Transport: t}, "http://redoubt",
+		connect.WithInterceptors(connect.UnaryInterceptorFunc(again)))
+}
+
+// repeatable are the calls that may be made twice.
+var repeatable = []string{
+	redoubtv1connect.GuestServiceListProcedure, redoubtv1connect.GuestServiceGetProcedure, redoubtv1connect.GuestServiceStopProcedure,
+	redoubtv1connect.GuestServiceQuoteProcedure, redoubtv1connect.GuestServiceActivateCredentialProcedure,
+}
+
+// maxTries are made of one call: services that die more often are sick.
+const maxTries = 8
+
+func again(next connect.UnaryFunc) connect.UnaryFunc {
+	return func(ctx context.Context, r connect.AnyRequest) (out connect.AnyResponse, err error) {
+		for range maxTries {
+			out, err = next(ctx, r)
+			if !Replaced(err) || ctx.Err() != nil || !slices.Contains(repeatable, r.Spec().Procedure) {
+				break
+			}
+		}
+		return out, err
+	}
+}
+
+// Replaced says of a call's error that who served it was replaced over it: it may have been carried out.
+func Replaced(err error) bool {
+	if err == nil {
+		return false
+	}
+	if code := connect.CodeOf(err); code == connect.CodeAborted || connect.IsWireError(err) {
+		return code == connect.CodeAborted || code == connect.CodeCanceled
+	}
+	var dial *net.OpError
+	if errors.As(err, &dial) && dial.Op == "dial" {
+		return false // there is nobody
+	}
+	return connect.CodeOf(err) == connect.CodeUnavailable
 }

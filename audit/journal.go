@@ -45,7 +45,9 @@ type Journal struct {
 // starts nevertheless: who could damage the log could as well stop Redoubt, and an operator whose
 // disk lost a sector wants guests, the evidence and the alarm. `redoubt audit verify` fails until
 // the operator has taken the damaged log away.
-func OpenJournal(stateDir string, self Actor, log *slog.Logger) (*Journal, error) {
+//
+// What the log does not say the end of has ended with the last Builder, but for what is alive.
+func OpenJournal(stateDir string, self Actor, log *slog.Logger, alive Alive) (*Journal, error) {
 	dir, anchor := filepath.Join(stateDir, Dir), filepath.Join(stateDir, AnchorFile)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
@@ -81,7 +83,7 @@ func OpenJournal(stateDir string, self Actor, log *slog.Logger) (*Journal, error
 		err = j.Record(j.Entry(ActDamaged, "audit log", Done, "damage", damage, "kept", aside))
 	}
 	if err == nil {
-		err = j.endLeft(dir)
+		err = j.endLeft(dir, alive)
 	}
 	if err != nil {
 		j.Close()
@@ -134,8 +136,14 @@ func KeptHead(stateDir string) (Head, error) {
 	return h, nil
 }
 
-// endLeft ends in the log what a Builder that was killed left: it all ended with it.
-func (j *Journal) endLeft(dir string) error {
+// Alive is what outlived the last Builder.
+type Alive struct {
+	Guests    []string // by name
+	Instances []string // by ID
+}
+
+// endLeft ends in the log what ended with a Builder that was killed.
+func (j *Journal) endLeft(dir string, alive Alive) error {
 	guests, instances := map[string]bool{}, map[[2]string]bool{}
 	for r, err := range Records(dir) {
 		if err != nil {
@@ -157,6 +165,14 @@ func (j *Journal) endLeft(dir string) error {
 		}
 	}
 	var all []Entry
+	for _, g := range alive.Guests {
+		delete(guests, g)
+	}
+	for i := range instances {
+		if slices.Contains(alive.Instances, i[1]) {
+			delete(instances, i)
+		}
+	}
 	for g := range guests {
 		all = append(all, j.Entry(ActGuestEnd, g, Done, "reason", "ended with a Builder that was killed"))
 	}

@@ -13,7 +13,7 @@ import (
 
 func openJournal(t *testing.T, dir string) *Journal {
 	t.Helper()
-	j, err := OpenJournal(dir, Actor{Service: "builder"}, slog.New(slog.DiscardHandler))
+	j, err := OpenJournal(dir, Actor{Service: "builder"}, slog.New(slog.DiscardHandler), Alive{})
 	must(t, err)
 	t.Cleanup(j.Close)
 	return j

@@ -80,13 +80,16 @@ func (a *app) explain(err error) string {
 		return err.Error()
 	}
 	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ECONNREFUSED) {
-		if pid, err := a.runningBuilder(); err == nil && pid != 0 && a.tenant != services.DefaultTenant {
+		if pid, err := a.running(); err == nil && pid != 0 && a.tenant != services.DefaultTenant {
 			return fmt.Sprintf("there is no tenant %q: make it with `redoubt tenant set %s`", a.tenant, a.tenant)
 		}
 		return fmt.Sprintf("Redoubt does not run on %s: start it with `redoubt up`", a.runDir)
 	}
 	if errors.Is(err, unix.EACCES) {
 		return fmt.Sprintf("%s: permission denied: run as root", services.APIPath(a.runDir, a.tenant))
+	}
+	if api.Replaced(err) && connect.CodeOf(err) != connect.CodeCanceled {
+		return "Redoubt's services were replaced over this: see `redoubt ps --all`, and ask again"
 	}
 	return ce.Message()
 }

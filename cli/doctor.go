@@ -94,7 +94,7 @@ func (a *app) examine() []finding {
 		all = append(all, directory(d.what, d.dir))
 	}
 	running := finding{What: "services running", Mend: "redoubt up"}
-	if pid, err := a.runningBuilder(); err != nil {
+	if pid, err := a.running(); err != nil {
 		running.Detail = err.Error()
 	} else if pid != 0 {
 		running.OK, running.Detail, running.Mend = true, fmt.Sprintf("process %d", pid), ""

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -100,7 +101,7 @@ func (a *app) up(ctx context.Context, foreground bool, options ...string) error 
 	if os.Geteuid() != 0 {
 		return errors.New("up: not root: Redoubt makes guests and needs /dev/kvm: use sudo")
 	}
-	if pid, err := a.runningBuilder(); err != nil {
+	if pid, err := a.running(); err != nil {
 		return err
 	} else if pid != 0 {
 		return a.say(map[string]any{"running": true, "pid": pid}, "Redoubt runs already (process %d)\n", pid)
@@ -112,10 +113,11 @@ func (a *app) up(ctx context.Context, foreground bool, options ...string) error 
 	if err != nil {
 		return fmt.Errorf("up: %w", err)
 	}
-	args := append([]string{"-run-dir", a.runDir, "-state-dir", a.stateDir}, options...)
-	program := filepath.Join(filepath.Dir(self), "redoubt-builder")
+	options = append([]string{"--", "-run-dir", a.runDir, "-state-dir", a.stateDir}, options...)
+	args := []string{"-lock", filepath.Join(a.runDir, services.LockFile)}
+	program := filepath.Join(filepath.Dir(self), "redoubt-supervisor")
 	if foreground {
-		err := unix.Exec(program, append([]string{program}, args...), process.Env())
+		err := unix.Exec(program, slices.Concat([]string{program}, args, options), process.Env())
 		return fmt.Errorf("up: %s: %w", program, err)
 	}
 	logPath := filepath.Join(a.runDir, services.LogDir, "redoubt-services.log")
@@ -129,7 +131,7 @@ func (a *app) up(ctx context.Context, foreground bool, options ...string) error 
 		return fmt.Errorf("up: %w", err)
 	}
 	defer r.Close()
-	cmd := exec.Command(program, append(args, "-ready-fd", "3")...)
+	cmd := exec.Command(program, slices.Concat(args, []string{"-ready-fd", "3"}, options)...)
 	cmd.Env = process.Env()
 	cmd.Stderr = log
 	cmd.ExtraFiles = []*os.File{w}
@@ -184,9 +186,9 @@ func lastLogLine(path string) string {
 	return "no word in " + path
 }
 
-// runningBuilder is the process id of the Builder that holds the run directory's lock, 0 where
+// running is the process id of the Supervisor that holds the run directory's lock, 0 where
 // there is none.
-func (a *app) runningBuilder() (int, error) {
+func (a *app) running() (int, error) {
 	f, err := os.Open(filepath.Join(a.runDir, services.LockFile))
 	if errors.Is(err, os.ErrNotExist) {
 		return 0, nil
@@ -229,7 +231,7 @@ ends the services. It returns when all is down.`,
 }
 
 func (a *app) down(ctx context.Context, grace time.Duration) error {
-	pid, err := a.runningBuilder()
+	pid, err := a.running()
 	if err != nil {
 		return err
 	}

@@ -39,7 +39,8 @@ func (h *host) up() time.Duration {
 		h.t.Fatal(err)
 	}
 	defer r.Close()
-	c := exec.Command(filepath.Join(programsDir, "redoubt-builder"), "-run-dir", h.path("run"), "-state-dir", h.path("state"), "-ready-fd", "3")
+	c := exec.Command(filepath.Join(programsDir, "redoubt-supervisor"), "-lock", h.path("run", "lock"), "-ready-fd", "3",
+		"--", "-run-dir", h.path("run"), "-state-dir", h.path("state"))
 	c.Env = append(os.Environ(), "REDOUBT_TOOLS="+h.cache.Tools())
 	c.ExtraFiles = []*os.File{w}
 	begin := time.Now()

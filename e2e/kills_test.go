@@ -69,7 +69,7 @@ func soakSetting(t *testing.T, name string, otherwise uint64) uint64 {
 	return n
 }
 
-// kills kills each service that guests outlive, and has those replaced in good order that can be, at
+// kills kills each service that guests outlive, the Builder too, and has those replaced in good order that can be, at
 // random moments under two guests that write to their disks and verify it without end; one of them
 // has an overlay and reboots again and again, by itself, by its power button and by force. No guest sees an error,
 // nothing that was flushed is lost, trust is kept, and nothing of the dead is left. Each has a NIC and answers datagrams
@@ -173,11 +173,39 @@ func fire(ctx context.Context, h *host, random *rand.Rand) (netbacks []death) {
 			}})
 		}
 	}
+	// With the Builder all of them die.
+	builder := func() bool {
+		pids := h.processes("redoubt-builder")
+		begin := time.Now()
+		if len(pids) != 1 || unix.Kill(pids[0], unix.SIGKILL) != nil {
+			return false
+		}
+		netbacks = append(netbacks, death{begin, begin.Add(time.Second)}) // the next one's comes as soon as it can
+		return true
+	}
+	acts = append(acts, act{"kill builder", func() int {
+		if !builder() {
+			return 0
+		}
+		return 1
+	}}, act{"kill builder twice", func() int {
+		if !builder() {
+			return 0
+		}
+		time.Sleep(time.Duration(random.Int64N(int64(150 * time.Millisecond)))) // while the next one takes over
+		if !builder() {
+			return 1
+		}
+		return 2
+	}})
 	for _, name := range services.Resettable {
 		if name == services.Toolstack {
 			continue
 		}
 		acts = append(acts, act{"reset " + name, func() int {
+			if name == services.Builder {
+				netbacks = append(netbacks, death{time.Now(), time.Now().Add(2 * time.Second)})
+			}
 			if r := h.run("reset", name); r.status != 0 {
 				h.t.Errorf("reset %s: %s", name, r.err)
 			}
@@ -220,13 +248,23 @@ func (v *verifier) restarts(ctx context.Context, random *rand.Rand, most time.Du
 		case <-time.After(pause): // the same
 		}
 		grace := []string{"0s", "30s"}[random.IntN(2)]
-		for _, args := range [][]string{{"stop", v.name, "--grace", grace}, {"run", v.name}} {
-			if args[0] == "run" {
-				v.check() // the next start begins another console
+		if r := v.run("stop", v.name, "--grace", grace); r.status != 0 {
+			v.t.Errorf("redoubt stop: %s", r.err)
+			return
+		}
+		for {
+			v.check() // the next start begins another console
+			r := v.run("run", v.name)
+			if r.status == 0 {
+				break
 			}
-			if r := v.run(args...); r.status != 0 {
-				v.t.Errorf("redoubt %s: %s", strings.Join(args, " "), r.err)
+			// A Builder that dies over a first start takes it along, or it had just succeeded.
+			if !strings.Contains(r.err, "were replaced over this") && !strings.Contains(r.err, "runs already") {
+				v.t.Errorf("redoubt run: %s", r.err)
 				return
+			}
+			if strings.Contains(v.must("ps"), v.name) {
+				break
 			}
 		}
 	}
@@ -308,7 +346,7 @@ func (v *verifier) links() string {
 	return all[len(all)-1][1]
 }
 
-// holdings are what the processes that outlive all guests have: the Builder's descendants by name,
+// holdings are what the processes that outlive all guests have: the Supervisor's descendants by name,
 // zombies too, and each lasting one's descriptors by kind.
 func (h *host) holdings() map[string]int {
 	h.t.Helper()
@@ -316,20 +354,20 @@ func (h *host) holdings() map[string]int {
 	for _, m := range h.family() {
 		out["process "+m.name]++
 		switch m.name {
-		case "redoubt-builder", "redoubt-vtpm", "redoubt-toolsta": // as the kernel cuts names
+		case "redoubt-supervi", "redoubt-builder", "redoubt-vtpm", "redoubt-toolsta": // as the kernel cuts names
 			h.descriptors(out, m)
 		}
 	}
 	return out
 }
 
-// A member is the Builder or a process that descends from it.
+// A member is the Supervisor or a process that descends from it.
 type member struct {
 	name string // the kernel's, 15 bytes
 	pid  int
 }
 
-// family is all of them, zombies too, the Builder first.
+// family is all of them, zombies too, the Supervisor first.
 func (h *host) family() []member {
 	h.t.Helper()
 	b, err := os.ReadFile(h.path("run", "lock"))

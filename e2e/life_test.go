@@ -260,37 +260,57 @@ func TestUpDown(t *testing.T) {
 	h.must("down")
 }
 
-// TestBuilderKilled: when the Builder is killed everything else ends, guests included, and
-// the next one starts cleanly.
-func TestBuilderKilled(t *testing.T) {
-	h := newDownHost(t)
-	h.must("up")
-	h.start(start{emulator: "qemu", what: "deaf"})
-	var left []int
-	for _, p := range []string{"redoubt-emulator", "redoubt-vtpm", "redoubt-store-state", "redoubt-toolstack", "qemu-system-x86_64", "swtpm"} {
-		pids := h.processes(p)
-		if len(pids) == 0 {
-			t.Fatalf("no process %s", p)
-		}
-		left = append(left, pids...)
+// TestSupervisorKilled: when the Supervisor is killed everything else ends, guests included, also where the
+// Builder is killed at the same moment, and the next ones start cleanly.
+func TestSupervisorKilled(t *testing.T) {
+	for _, programs := range [][]string{{"redoubt-supervisor"}, {"redoubt-supervisor", "redoubt-builder"}} {
+		t.Run(programs[len(programs)-1], func(t *testing.T) {
+			h := newDownHost(t)
+			h.must("up")
+			h.start(start{emulator: "qemu", what: "deaf"})
+			var left []int
+			for _, p := range []string{
+				"redoubt-builder", "redoubt-emulator", "redoubt-vtpm", "redoubt-store-state", "redoubt-toolstack",
+				"qemu-system-x86_64", "swtpm",
+			} {
+				pids := h.processes(p)
+				if len(pids) == 0 {
+					t.Fatalf("no process %s", p)
+				}
+				left = append(left, pids...)
+			}
+			var fds []unix.PollFd
+			for _, pid := range left {
+				fd, err := unix.PidfdOpen(pid, 0)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer unix.Close(fd)
+				fds = append(fds, unix.PollFd{Fd: int32(fd), Events: unix.POLLIN})
+			}
+			var kill []int
+			for _, p := range programs {
+				kill = append(kill, h.processes(p)...)
+			}
+			// Both are held still first, so that neither sees the other's end.
+			for _, s := range []unix.Signal{unix.SIGSTOP, unix.SIGKILL} {
+				for _, pid := range kill {
+					if err := unix.Kill(pid, s); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+			for i := range fds {
+				if n, err := unix.Poll(fds[i:i+1], 20000); n != 1 {
+					name, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", left[i]))
+					t.Errorf("process %d outlives %v (%v): %s", left[i], programs, err, name)
+				}
+			}
+			h.must("up")
+			h.must("rm", "guest")
+			h.must("down")
+		})
 	}
-	var fds []unix.PollFd
-	for _, pid := range left {
-		fd, err := unix.PidfdOpen(pid, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer unix.Close(fd)
-		fds = append(fds, unix.PollFd{Fd: int32(fd), Events: unix.POLLIN})
-	}
-	h.kill("builder", "redoubt-builder")
-	for i := range fds {
-		if n, err := unix.Poll(fds[i:i+1], 20000); n != 1 {
-			t.Errorf("process %d outlives the Builder (%v)", left[i], err)
-		}
-	}
-	h.must("up")
-	h.must("down")
 }
 
 // TestErrors: every mistake is one line that names its place and the mend.

@@ -16,6 +16,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"runtime"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -121,15 +122,21 @@ func FromFile(f *os.File) (*Conn, error) {
 
 // Send sends one message with descriptors, which stay the caller's.
 func (c *Conn) Send(msg []byte, files ...*os.File) error {
-	if len(msg) == 0 || len(msg) > MaxMessage || len(files) > MaxFiles {
-		return fmt.Errorf("%w: %d bytes, %d descriptors", ErrTooLarge, len(msg), len(files))
+	fds := make([]int, len(files))
+	for i, f := range files {
+		fds[i] = int(f.Fd())
+	}
+	defer runtime.KeepAlive(files)
+	return c.SendDescriptors(msg, fds)
+}
+
+// SendDescriptors is Send for who has no use for files.
+func (c *Conn) SendDescriptors(msg []byte, fds []int) error {
+	if len(msg) == 0 || len(msg) > MaxMessage || len(fds) > MaxFiles {
+		return fmt.Errorf("%w: %d bytes, %d descriptors", ErrTooLarge, len(msg), len(fds))
 	}
 	var oob []byte
-	if len(files) > 0 {
-		fds := make([]int, len(files))
-		for i, f := range files {
-			fds[i] = int(f.Fd())
-		}
+	if len(fds) > 0 {
 		oob = unix.UnixRights(fds...)
 	}
 	_, _, err := c.c.WriteMsgUnix(msg, oob, nil)

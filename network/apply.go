@@ -218,9 +218,19 @@ func setVLANs(l netlink.Link, o Port) error {
 }
 
 // Plug moves an interface of the calling thread's namespace into n and gives it the uplink's name;
-// with the next [Apply] of a plan that has the uplink it leads outside.
+// with the next [Apply] of a plan that has the uplink it leads outside. One that is there already stays;
+// one that has the uplink's name only is of who died over this.
 func Plug(n *Namespace, name string, u Uplink) error {
+	if n.Do(func() error { _, err := netlink.LinkByName(u.LinkName()); return err }) == nil {
+		return nil
+	}
 	l, err := netlink.LinkByName(name)
+	if errors.As(err, &netlink.LinkNotFoundError{}) {
+		var renamed error
+		if l, renamed = netlink.LinkByName(u.LinkName()); renamed == nil {
+			err = nil
+		}
+	}
 	if err != nil {
 		return fmt.Errorf("network: uplink %s: %w", name, err)
 	}

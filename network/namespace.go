@@ -38,6 +38,9 @@ func NewNamespace() (*Namespace, error) {
 	return &Namespace{r.f}, nil
 }
 
+// NamespaceOf is the namespace of a descriptor, which is the Namespace's then.
+func NamespaceOf(f *os.File) *Namespace { return &Namespace{f} }
+
 // File is the namespace's descriptor; it stays the Namespace's.
 func (n *Namespace) File() *os.File { return n.f }
 

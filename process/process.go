@@ -3,7 +3,8 @@
 // A child gets one control connection as descriptor 3 ([Control]); everything else it may use
 // arrives over that connection. It gets no other descriptor, no standard input, and no
 // environment but what programs need. Its standard error goes to a log file. A child whose
-// parent dies sees its control connection end and ends itself in an orderly way.
+// parent dies sees its control connection end and ends itself in an orderly way, unless somebody
+// holds the parent's ends: another process can go on with it then ([Adopt]).
 package process
 
 import (
@@ -33,12 +34,19 @@ const controlFD = 3
 // A Process is a running child.
 type Process struct {
 	Name    string
-	Control *ipc.Conn // the parent's end; the caller owns it
-	cmd     *exec.Cmd
+	Control *ipc.Conn      // the parent's end; the caller owns it
+	cmd     *exec.Cmd      // nil of one that was adopted
 	guard   *sandbox.Guard // nil without a sandbox
 	tail    *tail
 	done    chan struct{}
 	err     error
+}
+
+// Held is what it takes to go on with a process that another one started.
+type Held struct {
+	Guard   sandbox.Held
+	Control *os.File // the parent's end
+	Output  *os.File // what the child says on its standard error
 }
 
 // Options say what to start.
@@ -50,6 +58,8 @@ type Options struct {
 	// Host names one that does.
 	Sandbox *sandbox.Spec
 	Host    sandbox.Host
+	// Hold keeps copies elsewhere before the program runs, see [sandbox.Guard]; nil: none are kept.
+	Hold func(Held) error
 }
 
 // Start runs a program. The child is not tied to a context; it ends with its control connection,
@@ -75,37 +85,98 @@ func start(o Options) (*Process, error) {
 		return nil, err
 	}
 	defer child.Close()
-	log, err := os.OpenFile(filepath.Join(o.LogDir, o.Label+".log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o640)
+	log, err := openLog(o.LogDir, o.Label)
 	if err != nil {
 		ctl.Close()
-		return nil, fmt.Errorf("log: %w", err)
+		return nil, err
 	}
+	output, theirs, err := os.Pipe()
+	if err != nil {
+		ctl.Close()
+		log.Close()
+		return nil, err
+	}
+	defer theirs.Close()
 	p := &Process{Name: o.Label, Control: ctl, tail: &tail{}, done: make(chan struct{})}
 	p.cmd = exec.Command(filepath.Join(filepath.Dir(self), o.Program))
 	p.cmd.Env = Env()
 	p.cmd.ExtraFiles = []*os.File{child}
-	p.cmd.Stderr = io.MultiWriter(log, p.tail)
+	p.cmd.Stderr = theirs
 	p.cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true}
-	p.cmd.WaitDelay = 2 * time.Second
 	wait := p.cmd.Wait
 	if o.Sandbox == nil {
 		err = p.cmd.Start()
 	} else if p.guard, err = o.Host.Prepare(p.cmd, o.Sandbox); err == nil {
+		if o.Hold != nil {
+			p.guard.Hold = func(h sandbox.Held) error { return p.hold(o.Hold, h, output) }
+		}
 		err = p.guard.Start()
 		wait = p.guard.Wait
 	}
 	if err != nil {
 		ctl.Close()
 		log.Close()
+		output.Close()
 		return nil, err
 	}
-	go func() {
-		err := wait()
-		log.Close()
-		p.err = p.describe(err)
-		close(p.done)
-	}()
+	go p.follow(wait, output, log)
 	return p, nil
+}
+
+func openLog(dir, label string) (*os.File, error) {
+	log, err := os.OpenFile(filepath.Join(dir, label+".log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o640)
+	if err != nil {
+		return nil, fmt.Errorf("log: %w", err)
+	}
+	return log, nil
+}
+
+func (p *Process) hold(hold func(Held) error, h sandbox.Held, output *os.File) error {
+	control, err := p.Control.File()
+	if err != nil {
+		return err
+	}
+	defer control.Close()
+	return hold(Held{h, control, output})
+}
+
+// Adopt goes on with a process that another one started and held. What is in h is the Process's then,
+// also after an error.
+func Adopt(label, logDir string, h Held) (*Process, error) {
+	p := &Process{Name: label, tail: &tail{}, done: make(chan struct{}), guard: sandbox.Adopt(h.Guard)}
+	log, err := openLog(logDir, label)
+	if err == nil {
+		if p.Control, err = ipc.FromFile(h.Control); err != nil {
+			log.Close()
+		}
+	}
+	if err != nil {
+		h.Control.Close()
+		h.Output.Close()
+		p.Kill()
+		return nil, errors.Join(fmt.Errorf("go on with %s: %w", label, err), p.guard.Wait())
+	}
+	go p.follow(p.guard.Wait, h.Output, log)
+	return p, nil
+}
+
+// lastOutput is how long what a child said may take to be written down after its end.
+const lastOutput = 2 * time.Second
+
+// follow writes down what the child says until it has ended.
+func (p *Process) follow(wait func() error, output, log *os.File) {
+	written := make(chan struct{})
+	go func() { // ends with output
+		defer close(written)
+		_, _ = io.Copy(io.MultiWriter(log, p.tail), output)
+	}()
+	err := wait()
+	_ = output.SetReadDeadline(time.Now().Add(lastOutput)) // who else has the child's end is not waited for
+	<-written
+	output.Close()
+	log.Close()
+	p.err = p.describe(err)
+	close(p.done)
 }
 
 // Env is what a program of ours may know of the environment.
@@ -120,7 +191,12 @@ func Env() []string {
 }
 
 // PID of the child.
-func (p *Process) PID() int { return p.cmd.Process.Pid }
+func (p *Process) PID() int {
+	if p.cmd == nil {
+		return p.guard.PID()
+	}
+	return p.cmd.Process.Pid
+}
 
 // Conn is Control.
 func (p *Process) Conn() *ipc.Conn { return p.Control }
@@ -140,11 +216,18 @@ func (p *Process) GrowMemory(limit uint64) error {
 }
 
 // Kill ends the child at once.
-func (p *Process) Kill() { _ = p.cmd.Process.Kill() }
+func (p *Process) Kill() {
+	if p.cmd == nil {
+		_ = p.guard.Signal(unix.SIGKILL)
+		return
+	}
+	_ = p.cmd.Process.Kill()
+}
 
-// Stop closes the control connection, which asks the child to end, and waits; a child that
+// Stop ends the control connection, which asks the child to end, and waits; a child that
 // has not ended when ctx does is killed.
 func (p *Process) Stop(ctx context.Context) error {
+	_ = p.Control.Shutdown() // whoever else holds it
 	p.Control.Close()
 	select {
 	case <-p.done:
@@ -197,6 +280,7 @@ func (t *tail) lastLine() string {
 // until body returns. The context ends on SIGTERM and SIGINT. It does not return.
 func Main(name string, body func(ctx context.Context, log *slog.Logger, control *ipc.Conn) error) {
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil)).With("service", name)
+	signal.Ignore(unix.SIGPIPE) // a word that nobody hears any more must not be the last
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	err := func() error {
 		f := os.NewFile(controlFD, "control")

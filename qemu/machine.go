@@ -316,6 +316,12 @@ func (m *Machine) end(ctx context.Context, proc programs.Running) error {
 	case <-grace.C:
 	}
 	proc.Kill()
+	select {
+	case <-m.ready:
+		// Who started QEMU may be gone, and with it who could end it: it is told itself.
+		_ = m.command("quit")
+	default:
+	}
 	return <-exited
 }
 

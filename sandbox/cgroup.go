@@ -45,10 +45,16 @@ func FindCgroup() (*Cgroup, error) {
 		return nil, fmt.Errorf("cgroup %s: %w", c.dir, err)
 	}
 	if c.v2 {
+		if filepath.Base(c.dir) == ownGroup { // it has moved, or its parent process has
+			c.dir = filepath.Dir(c.dir)
+		}
 		return c, c.delegate()
 	}
 	return c, nil
 }
+
+// ownGroup is the group into which a process moves so that its last one can have children.
+const ownGroup = "redoubt-main"
 
 var errNoCgroup = errors.New("no cgroup file system with this process's memory group is mounted")
 
@@ -115,7 +121,7 @@ func (c *Cgroup) delegate() error {
 	if !errors.Is(err, unix.EBUSY) {
 		return err
 	}
-	own := filepath.Join(c.dir, "redoubt-main")
+	own := filepath.Join(c.dir, ownGroup)
 	if err := os.Mkdir(own, 0o755); err != nil && !errors.Is(err, os.ErrExist) {
 		return err
 	}

@@ -27,7 +27,14 @@ type Host struct {
 // A Guard is one process and its sandbox, from Prepare to Wait. It owns a goroutine between Start
 // and Wait.
 type Guard struct {
-	cmd   *exec.Cmd
+	// Hold, which may be set before Start, is called twice: once the process is there, before it does
+	// anything (h has no Notes then), and again once all of its sandbox is there but the program. That does
+	// not run if Hold fails. It keeps copies of what [End], then [Adopt] needs. A process that is not held yet ends
+	// with this one.
+	Hold func(Held) error
+
+	cmd   *exec.Cmd // nil for one that was adopted
+	held  *Held     // of one that was adopted
 	spec  *Spec
 	learn bool
 	sync  *os.File   // to the launcher
@@ -76,7 +83,7 @@ func (g *Guard) prepare(h *Host) error {
 		Root: spec.Root, Proc: spec.Proc, UID: spec.UID, GID: spec.GID, Groups: spec.Groups,
 		Capabilities: spec.Capabilities,
 		Files:        orDefault(spec.Files, DefaultFiles), Processes: orDefault(spec.Processes, DefaultProcesses),
-		OwnUTS: !spec.shares(UTS), Umask: spec.umask(), EndsWithParent: spec.EndsWithParent,
+		OwnUTS: !spec.shares(UTS), Umask: spec.umask(),
 	}
 	if _, err := landlockABI(); err != nil {
 		if !spec.optional(Landlock) {
@@ -314,6 +321,9 @@ func (g *Guard) enter() error {
 			return err
 		}
 	}
+	if err := g.hold(); err != nil {
+		return err
+	}
 	if err := g.sync.SetDeadline(time.Now().Add(startLimit)); err != nil {
 		return err
 	}
@@ -335,6 +345,9 @@ func (g *Guard) enter() error {
 		return errors.Join(err, unix.Close(fd))
 	}
 	g.notes = os.NewFile(uintptr(fd), "seccomp")
+	if err := g.hold(); err != nil {
+		return err
+	}
 	if err := g.letExec(); err != nil {
 		return err
 	}
@@ -423,7 +436,7 @@ func (g *Guard) watch() {
 		}
 		_ = g.violate(n)
 		// The call stays held until the process is dead.
-		_ = g.cmd.Process.Kill()
+		_ = g.Signal(unix.SIGKILL)
 	}
 }
 
@@ -437,10 +450,12 @@ func (g *Guard) closeNotes() {
 // sandbox. Where the sandbox ended the process the error is a [*Violation]; where the memory
 // limit did, [ErrMemory].
 func (g *Guard) Wait() error {
-	err := g.cmd.Wait()
+	err := g.awaitEnd()
 	// All notes that were sent are read: the last user of the filter is gone, which the kernel
 	// says on the descriptor.
-	_ = g.notes.SetReadDeadline(time.Now().Add(startLimit))
+	if g.notes != nil {
+		_ = g.notes.SetReadDeadline(time.Now().Add(startLimit))
+	}
 	<-g.watched
 	g.closeNotes()
 	if v := g.Violation(); v != nil {
@@ -455,7 +470,12 @@ func (g *Guard) Wait() error {
 }
 
 // PID is the process's number in the parent's namespace.
-func (g *Guard) PID() int { return g.cmd.Process.Pid }
+func (g *Guard) PID() int {
+	if g.held != nil {
+		return g.held.PID
+	}
+	return g.cmd.Process.Pid
+}
 
 // GrowMemory raises the limit of a running process to that many bytes, for one that is given memory
 // of others to share: a page counts as that process's which touches it first. The Spec's own
@@ -474,7 +494,12 @@ func (g *Guard) GrowMemory(limit uint64) error {
 }
 
 // Signal sends a signal; see the package's text on which ones process 1 obeys.
-func (g *Guard) Signal(s os.Signal) error { return g.cmd.Process.Signal(s) }
+func (g *Guard) Signal(s syscall.Signal) error {
+	if g.held != nil {
+		return signal(g.held.PIDFD, s)
+	}
+	return g.cmd.Process.Signal(s)
+}
 
 // ErrMemory is the end of a process by its memory limit.
 var ErrMemory = errors.New("was killed by its memory limit")

@@ -52,7 +52,6 @@ type launchSpec struct {
 	DataLimit        uint64
 	NoLandlock       bool
 	Umask            int
-	EndsWithParent   bool
 	OwnUTS           bool
 	OwnNet           bool
 }
@@ -129,11 +128,6 @@ func launch(base int) error {
 	}
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("no_new_privs: %w", err)
-	}
-	if s.EndsWithParent { // late: a change of user clears it, prctl(2)
-		if err := unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0, 0, 0); err != nil {
-			return fmt.Errorf("parent-death signal: %w", err)
-		}
 	}
 	if !s.NoLandlock {
 		if err := landlockRestrict(domain); err != nil {

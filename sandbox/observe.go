@@ -52,7 +52,7 @@ func (s *Spec) Declared() State {
 		Capabilities: slices.Sorted(slices.Values(s.Capabilities)),
 		NoNewPrivs:   true, Umask: s.umask(), Seccomp: "filter", Init: !s.shares(PID),
 		Files: orDefault(s.Files, DefaultFiles), Processes: orDefault(s.Processes, DefaultProcesses),
-		Memory: s.Memory &^ uint64(os.Getpagesize()-1),
+		Memory: WholePages(s.Memory),
 	}
 	for _, n := range namespaces {
 		if !s.shares(n) {
@@ -84,6 +84,9 @@ func (s *Spec) Declared() State {
 	}
 	return d
 }
+
+// WholePages is a limit of memory as the kernel keeps it.
+func WholePages(limit uint64) uint64 { return limit &^ uint64(os.Getpagesize()-1) }
 
 // networkName is a network namespace as links in /proc name it, namespaces(7).
 func networkName(f *os.File) (string, error) {

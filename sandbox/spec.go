@@ -54,9 +54,6 @@ type Spec struct {
 
 	// GroupReads lets files that it makes be read by its group; else they are its user's alone.
 	GroupReads bool
-	// EndsWithParent has the kernel end it with its parent, for a program that has no connection
-	// whose end would tell it.
-	EndsWithParent bool
 
 	// Optional ingredients are left out where the host has them not; all others must be had, or
 	// the program does not start.

@@ -6,7 +6,7 @@ import "path/filepath"
 const (
 	APISocket   = "api.sock"     // of the default tenant's toolstack
 	AdminSocket = "builder.sock" // on which the Builder itself answers root, and nobody else
-	LockFile    = "lock"         // held while a Builder runs; holds its process id
+	LockFile    = "lock"         // held while Redoubt runs; holds its first process's id
 	LogDir      = "log"
 	StoreDir    = "store"     // the store's contents
 	StoreSocket = "xenstored" // where XenStore's own clients, if root's, are served

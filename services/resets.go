@@ -9,13 +9,16 @@ import (
 )
 
 // Resettable are the services whose processes are replaced under running guests.
-var Resettable = []string{BlkBack, NetBack, Toolstack, VTPM}
+var Resettable = []string{BlkBack, NetBack, Toolstack, VTPM, Builder}
 
 // DefaultResets are in force for services that the operator does not name.
 const DefaultResets = "blkback=10m,netback=10m,vtpm=10m"
 
-// minReset is the most often that a service can be replaced.
-const minReset = 100 * time.Millisecond
+// minReset is the most often that a service can be replaced, minBuilder the Builder, with which all are.
+const (
+	minReset   = 100 * time.Millisecond
+	minBuilder = time.Second
+)
 
 // ParseResets reads a list such as "blkback=10s,netback=off" on top of the default.
 func ParseResets(text string) (map[string]time.Duration, error) {
@@ -36,8 +39,12 @@ func ParseResets(text string) (map[string]time.Duration, error) {
 		if err != nil {
 			return nil, fmt.Errorf("%s: %q is no duration such as 10s, nor off", name, value)
 		}
-		if d < minReset {
-			return nil, fmt.Errorf("%s: %v is less than %v", name, d, minReset)
+		least := minReset
+		if name == Builder {
+			least = minBuilder
+		}
+		if d < least {
+			return nil, fmt.Errorf("%s: %v is less than %v", name, d, least)
 		}
 		out[name] = d
 	}

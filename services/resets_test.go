@@ -16,7 +16,7 @@ func TestParseResets(t *testing.T) {
 		}
 	}
 	for text, want := range map[string]string{
-		"blkback": "SERVICE=DURATION", "builder=1s": "SERVICE=DURATION", "blkback=often": "no duration", "blkback=1ms": "less than",
+		"blkback": "SERVICE=DURATION", "emulator=1s": "SERVICE=DURATION", "builder=900ms": "less than", "blkback=often": "no duration", "blkback=1ms": "less than",
 	} {
 		if _, err := ParseResets(text); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q: %v", text, err)

@@ -114,7 +114,7 @@ func (s *Service) Sandbox(i Instance) (*sandbox.Spec, error) {
 	spec := &sandbox.Spec{
 		Name: i.Label, UID: i.UID, GID: i.GID, Share: s.Share, Proc: s.Proc,
 		Capabilities: s.Capabilities, Policy: s.Policy, Memory: s.Memory,
-		GroupReads: s.GroupReads, EndsWithParent: s.Foreign(),
+		GroupReads: s.GroupReads,
 	}
 	if spec.GID == 0 {
 		spec.GID = i.UID
@@ -177,6 +177,10 @@ func Find(name string) (*Service, error) {
 func (s *Service) Survived() bool {
 	return s.Reset == AfterAnswer || s.Reset == OnTimer || s.Reset == OnCrash
 }
+
+// Outlives says that the service's processes, and so their guests, go on when the Builder dies; all others
+// end with it and are started again by the next one.
+func (s *Service) Outlives() bool { return s.Reset == EachStart || s.Reset == Ends }
 
 // Foreign says that a service's program is another's (QEMU, swtpm).
 func (s *Service) Foreign() bool { return s.Packages != nil }

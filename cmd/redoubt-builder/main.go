@@ -1,4 +1,4 @@
-// Command redoubt-builder is the Builder, the first process of Redoubt; `redoubt up` starts it.
+// Command redoubt-builder is the Builder; redoubt-supervisor starts it, and starts it again when it has died.
 package main
 
 import (
@@ -8,13 +8,16 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"strconv"
 
 	"golang.org/x/sys/unix"
 
+	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/network"
 	"redoubt.dev/redoubt/sandbox"
 	"redoubt.dev/redoubt/services"
 	"redoubt.dev/redoubt/services/builder"
+	"redoubt.dev/redoubt/services/supervisor"
 )
 
 func main() {
@@ -29,7 +32,7 @@ func main() {
 	uplinks := flag.String("uplink", "", "interfaces that lead out of tenants' networks: [TENANT=]IFACE[:VLAN], separated by commas")
 	users := flag.Uint("users", services.DefaultUsers, "the first of 65536 user ids for services, of nobody else")
 	reset := flag.String("store-reset", services.DefaultStoreReset, services.StoreResetUsage)
-	ready := flag.Int("ready-fd", -1, "descriptor to write a line to once the API is served")
+	ready := flag.Bool("ready", false, "write a line to descriptor "+strconv.Itoa(supervisor.ReadyFD)+" once the API is served")
 	flag.Parse()
 	cfg.Users = uint32(*users)
 	var err error
@@ -45,17 +48,24 @@ func main() {
 		fmt.Fprintf(os.Stderr, "redoubt-builder: -store-reset: %v\n", err)
 		os.Exit(2)
 	}
+	f := os.NewFile(supervisor.StoreFD, "supervisor")
+	unix.CloseOnExec(supervisor.StoreFD)
+	if cfg.Supervisor, err = ipc.FromFile(f); err != nil {
+		fmt.Fprintln(os.Stderr, "redoubt-builder: this program is started by redoubt-supervisor, not by hand: use `redoubt up`")
+		os.Exit(2)
+	}
+	if *ready {
+		unix.CloseOnExec(supervisor.ReadyFD)
+	}
 	cfg.Ready = func() {
-		if *ready >= 0 {
-			f := os.NewFile(uintptr(*ready), "ready")
-			_, _ = f.WriteString("ready\n")
+		if *ready {
+			f := os.NewFile(supervisor.ReadyFD, "ready")
+			_, _ = f.WriteString("ready\n") // whom it was for may have heard it from the last one
 			f.Close()
 		}
 		log.Info("ready")
 	}
-	if *ready >= 0 {
-		unix.CloseOnExec(*ready)
-	}
+	cfg.Reset = func() { os.Exit(supervisor.ExitReset) }
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	defer stop()
 	if err := builder.Run(ctx, cfg); err != nil {

@@ -10,20 +10,19 @@ import (
 	"redoubt.dev/redoubt/ipc"
 )
 
-// Listen makes a SOCK_SEQPACKET socket with a name, in place of one that is there, and serves whoever the
-// mode lets connect, at most so many at once. serve does until ctx ends; it must be called.
-func Listen(path string, mode os.FileMode, most int, h Handler) (serve func(ctx context.Context), err error) {
-	if err := os.Remove(path); err != nil && !os.IsNotExist(err) {
-		return nil, err
-	}
-	l, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: path, Net: "unixpacket"})
+// Serve serves whoever connects to a socket that ipc.ListenMessages made, at most so many at once. serve does
+// until ctx ends; it must be called. The file stays the caller's.
+func Serve(socket *os.File, most int, h Handler) (serve func(ctx context.Context), err error) {
+	all, err := net.FileListener(socket)
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", path, err)
-	}
-	if err := os.Chmod(path, mode); err != nil {
-		l.Close()
 		return nil, err
 	}
+	l, ok := all.(*net.UnixListener)
+	if !ok {
+		all.Close()
+		return nil, fmt.Errorf("%s is no Unix socket", socket.Name())
+	}
+	l.SetUnlinkOnClose(false)
 	return func(ctx context.Context) {
 		defer context.AfterFunc(ctx, func() { l.Close() })()
 		var conns sync.WaitGroup

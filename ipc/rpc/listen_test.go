@@ -26,7 +26,12 @@ func TestListen(t *testing.T) {
 	const most = 3
 	var mu sync.Mutex
 	now := 0
-	serve, err := Listen(path, 0o600, most, func(context.Context, *Request) (any, error) {
+	socket, err := ipc.ListenMessages(path, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer socket.Close()
+	serve, err := Serve(socket, most, func(context.Context, *Request) (any, error) {
 		mu.Lock()
 		defer mu.Unlock()
 		now++

@@ -112,6 +112,7 @@ type Peer struct {
 	closed bool
 
 	draining atomic.Bool
+	gone     func()
 }
 
 type answer struct {
@@ -129,6 +130,17 @@ func New(c *ipc.Conn, h Handler) *Peer {
 	}
 	return &Peer{c: c, handler: h, calls: map[uint64]chan answer{}}
 }
+
+// Gone is a peer that is gone: every call fails with [ErrGone].
+func Gone() *Peer { return &Peer{closed: true} }
+
+// Follow makes the peer the next one in a connection whose last one died: generation, from 1 on, tells
+// their calls apart. It must be called before Run and any Call.
+func (p *Peer) Follow(generation uint64) { p.next = generation << 32 }
+
+// OnGone has f called when the other end is gone, before anything here follows from that. It must be called
+// before Run.
+func (p *Peer) OnGone(f func()) { p.gone = f }
 
 // Run receives until the peer is gone or ctx ends, waits for its handlers, and closes the
 // connection. It returns nil when the peer went in an orderly way.
@@ -151,6 +163,9 @@ func (p *Peer) Run(ctx context.Context) error {
 	for {
 		msg, files, err := p.c.Receive()
 		if err != nil {
+			if errors.Is(err, io.EOF) && p.gone != nil {
+				p.gone()
+			}
 			if ctx.Err() != nil || p.draining.Load() || errors.Is(err, net.ErrClosed) || errors.Is(err, io.EOF) {
 				return nil
 			}
@@ -203,6 +218,9 @@ func (p *Peer) answer(ctx context.Context, f frame, files []*os.File) {
 }
 
 func (p *Peer) send(f frame, files []*os.File) error {
+	if p.c == nil {
+		return ErrGone
+	}
 	b, err := json.Marshal(f)
 	if err != nil {
 		return err
@@ -307,7 +325,12 @@ func (p *Peer) Drain() {
 }
 
 // Close ends the connection; Run returns.
-func (p *Peer) Close() error { return p.c.Close() }
+func (p *Peer) Close() error {
+	if p.c == nil {
+		return nil
+	}
+	return p.c.Close()
+}
 
 func closeAll(files []*os.File) {
 	for _, f := range files {

@@ -2,6 +2,7 @@ package builder
 
 import (
 	"context"
+	"os"
 	"path/filepath"
 
 	"redoubt.dev/redoubt/ipc"
@@ -17,7 +18,14 @@ const maxAdmins = 16
 
 // serveAdmin answers root, and nobody else, on the admin socket until ctx ends.
 func (b *Builder) serveAdmin(ctx context.Context) error {
-	serve, err := rpc.Listen(filepath.Join(b.cfg.RunDir, services.AdminSocket), 0o600, maxAdmins, b.fromAdmin)
+	socket, err := b.kept.Listen(b.left, "listen/admin", func() (*os.File, error) {
+		return ipc.ListenMessages(filepath.Join(b.cfg.RunDir, services.AdminSocket), 0o600)
+	})
+	if err != nil {
+		return err
+	}
+	defer socket.Close()
+	serve, err := rpc.Serve(socket, maxAdmins, b.fromAdmin)
 	if err != nil {
 		return err
 	}

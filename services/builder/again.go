@@ -35,7 +35,7 @@ func (b *Builder) backEnd(ctx context.Context, g *guest, r *run, req *rpc.Reques
 	var f *os.File
 	var err error
 	switch {
-	case in.Kind == topology.Disk && g.storage != nil && in.Index >= 0 && in.Index < len(g.disks):
+	case in.Kind == topology.Disk && g.storage != nil && in.Index >= 0 && in.Index < len(g.Disks):
 		f, err = g.storage.again(ctx, r, in.Index)
 	case in.Kind == topology.NIC && g.nics != nil && in.Index >= 0 && in.Index < len(g.nics.config):
 		f, err = g.nics.again(r, in.Index)

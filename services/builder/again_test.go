@@ -10,8 +10,10 @@ import (
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/network"
 	"redoubt.dev/redoubt/pci/topology"
+	"redoubt.dev/redoubt/services/emulator/kept"
 	"redoubt.dev/redoubt/services/keeper"
 	"redoubt.dev/redoubt/services/protocol"
+	"redoubt.dev/redoubt/spec"
 	"redoubt.dev/redoubt/store/tree"
 )
 
@@ -20,15 +22,15 @@ import (
 func TestBackEndRefused(t *testing.T) {
 	b := &Builder{log: slog.New(slog.DiscardHandler)}
 	r := &run{domain: 7}
-	g := guestWith(1)
-	g.disks = make([]*os.File, 1)
+	made := kept.Guest{Emulator: spec.Native, Build: protocol.Build{Spec: spec.Guest{Name: "g", Disks: make([]spec.Disk, 1)}}, Disks: make([]*os.File, 1)}
+	g := &guest{Guest: made}
 	memory, err := os.Open(os.DevNull)
 	must(t, err)
 	defer memory.Close()
 	// Both have a run already, and memory; the domain is this emulator's.
-	kept := func() *keeper.Keeper { return keeper.New(keeper.Options{Log: b.log}) }
-	g.storage = &storage{Keeper: kept(), b: b, g: g, memory: memory, domain: 7, run: r}
-	g.nics = &nics{n: &networking{Keeper: kept(), b: b}, g: g, config: make([]network.NIC, 1), memory: memory, domain: 7, run: r}
+	lock := func() *keeper.Keeper { return keeper.New(keeper.Options{Log: b.log}) }
+	g.storage = &storage{Keeper: lock(), b: b, g: g, memory: memory, domain: 7, run: r}
+	g.nics = &nics{n: &networking{Keeper: lock(), b: b}, g: g, config: make([]network.NIC, 1), memory: memory, domain: 7, run: r}
 	ours, its, err := ipc.Pipe()
 	must(t, err)
 	builder, emulator := rpc.New(ours, b.fromEmulator(g, r)), rpc.New(its, nil)

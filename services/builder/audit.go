@@ -39,7 +39,7 @@ func (b *Builder) depends(ctx context.Context, g *guest, d tree.Domain) error {
 		return err
 	}
 	all := []audit.Instance{store}
-	if !g.build.Spec.TPM.Disabled {
+	if !g.Build.Spec.TPM.Disabled {
 		manager, err := b.vtpm.Instance(ctx)
 		if err != nil {
 			return err
@@ -49,7 +49,7 @@ func (b *Builder) depends(ctx context.Context, g *guest, d tree.Domain) error {
 	var entries []audit.Entry
 	for _, i := range all {
 		e := b.journal.Linked(g.name(), i)
-		entries = append(entries, e.With("uuid", g.build.UUID).With("domain", strconv.Itoa(int(d))))
+		entries = append(entries, e.With("uuid", g.Build.UUID).With("domain", strconv.Itoa(int(d))))
 	}
 	return b.journal.Record(entries...)
 }
@@ -58,7 +58,7 @@ func (b *Builder) depends(ctx context.Context, g *guest, d tree.Domain) error {
 func (b *Builder) handOver(g *guest, r *run, kvm bool) error {
 	e := b.journal.Entry(ActHandOver, g.name(), audit.Done, "to", services.Emulator, audit.DetailInstance, r.is.ID,
 		"memory", strconv.FormatUint(g.memory(), 10), "kvm", strconv.FormatBool(kvm))
-	return b.journal.Record(b.journal.Started(r.is, "guest", g.name(), "emulator", string(g.emulator)), b.journal.Linked(g.name(), r.is), e)
+	return b.journal.Record(b.journal.Started(r.is, "guest", g.name(), "emulator", string(g.Emulator)), b.journal.Linked(g.name(), r.is), e)
 }
 
 // handQEMU records what a QEMU is given by the emulator that keeps it.

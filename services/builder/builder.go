@@ -7,8 +7,8 @@
 // sides again is the gate, in the vTPM back end.
 //
 // Failure: whatever goes wrong on the vTPM's side fails the guest closed. An emulator that
-// ends, however it ends, yields one outcome. When the Builder ends, every child sees its
-// control connection end and ends itself in an orderly way.
+// ends, however it ends, yields one outcome. When the Builder dies, guests go on: what they are made
+// of is kept by the Supervisor, and the next Builder takes it over (inherit.go).
 package builder
 
 import (
@@ -21,14 +21,15 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"redoubt.dev/redoubt/audit"
+	"redoubt.dev/redoubt/ipc"
+	"redoubt.dev/redoubt/ipc/fdstore"
 	"redoubt.dev/redoubt/network"
 	"redoubt.dev/redoubt/process"
 	"redoubt.dev/redoubt/services"
 	"redoubt.dev/redoubt/services/keeper"
 	"redoubt.dev/redoubt/services/launch"
+	"redoubt.dev/redoubt/services/pciback/asked"
 	"redoubt.dev/redoubt/services/store/kept"
 	"redoubt.dev/redoubt/services/trust"
 	vtpm "redoubt.dev/redoubt/services/vtpm/kept"
@@ -51,6 +52,10 @@ type Config struct {
 	Uplinks    []network.HostLink // what leads out of the guests' network
 	Log        *slog.Logger
 	Ready      func() // called once the API is served
+	// Supervisor keeps what must outlive this process; see fdstore.Open.
+	Supervisor *ipc.Conn
+	// Reset ends this process at once, to be followed by another one. It does not return.
+	Reset func()
 }
 
 // Builder is the running service.
@@ -59,17 +64,24 @@ type Builder struct {
 	log   *slog.Logger
 	procs *launch.Launcher
 
-	journal *audit.Journal
-	ledger  *trust.Ledger
-	store   *kept.Store
-	vtpm    *vtpm.Manager
+	kept       *fdstore.Store
+	left       *fdstore.Left // of the last Builder, until this one is ready
+	devices    vtpm.Devices
+	generation uint64
 
-	tenantChange sync.Mutex // over one change of a tenant
+	journal  *audit.Journal
+	pcibacks *asked.Asker
+	ledger   *trust.Ledger
+	store    *kept.Store
+	vtpm     *vtpm.Manager
+
+	tenantChange sync.Mutex   // over one change of a tenant
+	starts       sync.RWMutex // held for reading over each start of an emulator
 
 	mu        sync.Mutex
 	guests    map[string]*guest
 	tenancies map[string]*tenancy
-	next      tree.Domain
+	domains   domains
 	closing   bool // no new guests
 
 	ready chan struct{} // closed when all services are
@@ -80,9 +92,12 @@ type Builder struct {
 // stopGrace bounds how long children may take to end with their Builder.
 const stopGrace = 10 * time.Second
 
+// pcibackLimit bounds what a PCIBack may take to answer, then to leave.
+const pcibackLimit = 10 * time.Second
+
 // Run starts the services, serves until ctx ends or a service dies, and ends everything.
 func Run(ctx context.Context, cfg Config) error {
-	b := &Builder{cfg: cfg, log: cfg.Log, guests: map[string]*guest{}, tenancies: map[string]*tenancy{}, ready: make(chan struct{}), next: server.FirstGuest}
+	b := &Builder{cfg: cfg, log: cfg.Log, guests: map[string]*guest{}, tenancies: map[string]*tenancy{}, ready: make(chan struct{}), domains: domains{server.FirstGuest, map[tree.Domain]bool{}}}
 	logs := filepath.Join(cfg.RunDir, services.LogDir)
 	if b.cfg.Pool == "" {
 		b.cfg.Pool = "/"
@@ -92,17 +107,21 @@ func Run(ctx context.Context, cfg Config) error {
 			return err
 		}
 	}
-	unlock, err := lock(filepath.Join(cfg.RunDir, services.LockFile))
+	var err error
+	if b.kept, b.left, b.generation, err = fdstore.Open(cfg.Supervisor); err != nil {
+		return fmt.Errorf("supervisor: %w", err)
+	}
+	defer b.kept.Close()
+	b.procs = launch.New(logs, cfg.Users, b.kept)
+	alive, err := b.inherit()
 	if err != nil {
 		return err
 	}
-	defer unlock()
-
 	if b.ledger, err = trust.Open(cfg.StateDir, b.cfg.Pool); err != nil {
 		return err
 	}
 	actor := audit.Actor{Service: services.Builder, UID: uint32(os.Getuid()), PID: os.Getpid()}
-	if b.journal, err = audit.OpenJournal(cfg.StateDir, actor, cfg.Log); err != nil {
+	if b.journal, err = audit.OpenJournal(cfg.StateDir, actor, cfg.Log, alive); err != nil {
 		return err
 	}
 	defer b.journal.Close()
@@ -114,8 +133,15 @@ func Run(ctx context.Context, cfg Config) error {
 
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	b.procs = launch.New(logs, cfg.Users)
+	b.wg.Go(func() {
+		select {
+		case <-b.kept.Gone():
+			cancel(errors.New("the supervisor died"))
+		case <-ctx.Done():
+		}
+	})
 	defer func() {
+		cancel(nil)
 		// The toolstacks first, so that nothing new is asked for; then guests; then the rest.
 		b.closeTenants()
 		b.endGuests()
@@ -127,13 +153,21 @@ func Run(ctx context.Context, cfg Config) error {
 			b.store.Close(stopGrace)
 		}
 		b.wg.Wait()
+		if b.pcibacks != nil {
+			b.pcibacks.Wait()
+		}
 		b.procs.Wait()
 	}()
+	b.pcibacks = &asked.Asker{Log: b.log, Journal: b.journal, Limit: pcibackLimit, Start: func(guest string) (*process.Process, error) {
+		return b.procs.Start(services.PCIBack, launch.Order{Whose: guest})
+	}}
+	b.resume(ctx)
 	if err := b.boot(ctx, map[string]func(context.Context) error{
 		services.StoreState: func(ctx context.Context) (err error) {
 			if b.store, err = b.openStore(ctx, cancel); err != nil {
 				return err
 			}
+			b.holdInherited()
 			return b.store.Layout(ctx)
 		},
 		services.VTPM:      func(ctx context.Context) error { return b.startVTPM(ctx, cancel) },
@@ -147,6 +181,9 @@ func Run(ctx context.Context, cfg Config) error {
 	if err := b.serveAdmin(ctx); err != nil {
 		return err
 	}
+	b.followInherited()
+	b.kept.Discard(b.left)
+	b.resets(ctx)
 	close(b.ready)
 	cfg.Ready()
 	<-ctx.Done()
@@ -159,7 +196,7 @@ func Run(ctx context.Context, cfg Config) error {
 // openStore starts the store. What it cannot be saved from ends the Builder by fatal.
 func (b *Builder) openStore(ctx context.Context, fatal func(error)) (*kept.Store, error) {
 	return kept.Open(ctx, kept.Options{
-		RunDir: b.cfg.RunDir, Seen: services.StateDir, Reset: b.cfg.StoreReset, Log: b.log, Journal: b.journal,
+		RunDir: b.cfg.RunDir, Seen: services.StateDir, Reset: b.cfg.StoreReset, Log: b.log, Journal: b.journal, Kept: b.kept, Left: b.left,
 		Start: func(dir string) (keeper.Process, error) {
 			return b.procs.Start(services.StoreState, launch.Order{StateDir: dir})
 		},
@@ -167,23 +204,4 @@ func (b *Builder) openStore(ctx context.Context, fatal func(error)) (*kept.Store
 		Guests: func() []string { return b.names(func(*guest) bool { return true }) },
 		Lost:   fatal,
 	})
-}
-
-// lock makes this the only Builder of a run directory. The lock goes with the process.
-func lock(path string) (func(), error) {
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o644)
-	if err != nil {
-		return nil, err
-	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("%s: Redoubt runs already on this run directory", path)
-	}
-	if err := f.Truncate(0); err != nil {
-		return nil, err
-	}
-	if _, err := fmt.Fprintf(f, "%d\n", os.Getpid()); err != nil {
-		return nil, err
-	}
-	return func() { _ = f.Truncate(0); f.Close() }, nil
 }

@@ -10,9 +10,12 @@ import (
 	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/memfd"
+	"redoubt.dev/redoubt/pci/topology"
 	"redoubt.dev/redoubt/qemu"
 	"redoubt.dev/redoubt/services"
+	"redoubt.dev/redoubt/services/emulator/kept"
 	"redoubt.dev/redoubt/services/foreign"
+	"redoubt.dev/redoubt/services/pciback/asked"
 	"redoubt.dev/redoubt/services/protocol"
 	"redoubt.dev/redoubt/spec"
 )
@@ -98,7 +101,7 @@ func (b *Builder) quote(ctx context.Context, in protocol.Quote) (any, error) {
 	if err := b.vtpm.Call(ctx, protocol.MethodQuote, in, &out); err != nil {
 		return nil, err
 	}
-	if g.build.Spec.Boot.Firmware != "" {
+	if g.Build.Spec.Boot.Firmware != "" {
 		g.mu.Lock()
 		run := g.run
 		g.mu.Unlock()
@@ -168,7 +171,7 @@ func (b *Builder) fromEmulator(g *guest, r *run) rpc.Handler {
 	return func(ctx context.Context, req *rpc.Request) (any, error) {
 		switch req.Method {
 		case foreign.Method:
-			if g.emulator != spec.QEMU {
+			if g.Emulator != spec.QEMU {
 				break
 			}
 			return r.startQEMU(b, g, req)
@@ -179,14 +182,15 @@ func (b *Builder) fromEmulator(g *guest, r *run) rpc.Handler {
 				b.event(g, protocol.Event{Kind: clip(e.Kind, 64), Text: clip(e.Text, 512), Time: e.Time})
 				return nil, nil
 			})
-		case protocol.NoticeOutcome:
+		case protocol.MethodOutcome:
 			return rpc.Answer(req, func(e protocol.Exit) (any, error) {
 				r.mu.Lock()
-				defer r.mu.Unlock()
 				if r.exit == nil {
 					r.exit = &protocol.Exit{Outcome: e.Outcome, Reason: clip(e.Reason, 1024)}
 				}
-				return nil, nil
+				r.mu.Unlock()
+				r.changed()
+				return struct{}{}, nil
 			})
 		}
 		return nil, rpc.Errorf(rpc.Refused, "builder: no call %q from an emulator", req.Method)
@@ -206,16 +210,17 @@ const maxTimeline = 256
 
 // event tells the toolstack; the time is now where the event has none.
 func (b *Builder) event(g *guest, e protocol.Event) {
-	e.UUID = g.build.UUID
+	e.UUID = g.Build.UUID
 	if e.Time.IsZero() {
 		e.Time = time.Now()
 	}
 	g.mu.Lock()
-	if len(g.timeline) < maxTimeline {
+	if n := len(g.timeline); n < maxTimeline {
 		g.timeline = append(g.timeline, e)
+		kept.KeepMoment(b.kept, n, e)
 	}
 	g.mu.Unlock()
-	if t := b.tenancy(g.tenant); t != nil {
+	if t := b.tenancy(g.Tenant); t != nil {
 		t.notify(protocol.NoticeEvent, e)
 	}
 }
@@ -226,25 +231,27 @@ func (b *Builder) build(ctx context.Context, t *tenancy, in protocol.Build, r *r
 	if err != nil {
 		return nil, err
 	}
-	g := &guest{build: in, tenant: t.name, down: make(chan struct{})}
+	g := &guest{Guest: kept.Guest{Build: in, Tenant: t.name}, down: make(chan struct{})}
 	claimed := false
 	defer func() {
 		for _, all := range files {
 			ipc.CloseAll(all)
 		}
 		if !claimed {
-			g.bus.end()
-			g.close()
+			if g.bus != nil {
+				g.bus.End()
+			}
+			g.Close()
 		}
 	}()
 	if err := in.Spec.Complete(); err != nil {
 		return nil, rpc.Errorf(rpc.Invalid, "%v", err)
 	}
 	in.Spec.Name = qualified(t.name, in.Spec.Name)
-	if g.emulator, err = choose(&in.Spec); err != nil {
+	if g.Emulator, err = choose(&in.Spec); err != nil {
 		return nil, err
 	}
-	g.build = in
+	g.Build = in
 	if len(files[protocol.FileDisk]) != len(in.Spec.Disks) || len(files[protocol.FileBase]) != overlays(in.Spec.Disks) ||
 		len(files[protocol.FileKernel]) > 1 || len(files[protocol.FileInitrd]) > 1 ||
 		(len(files[protocol.FileKernel]) == 1) != (in.Spec.Boot.Kernel != "") ||
@@ -257,13 +264,13 @@ func (b *Builder) build(ctx context.Context, t *tenancy, in protocol.Build, r *r
 	if err := b.claim(g); err != nil {
 		return nil, err
 	}
-	g.bus = b.assign(g, b.pcibacks())
+	g.bus = b.assign(g)
 	console, ends, err := b.console(in.Spec.Name)
 	if err != nil {
 		b.unclaim(g)
 		return nil, err
 	}
-	g.console, g.channel, g.ends = console[0], console[1], ends
+	g.Console, g.Channel, g.Ends = console[0], console[1], ends
 	answer, err := ipc.Duplicate(ends...)
 	if err != nil {
 		b.unclaim(g)
@@ -279,24 +286,45 @@ func (b *Builder) build(ctx context.Context, t *tenancy, in protocol.Build, r *r
 		return nil, err
 	}
 	var run *run
-	if g.storage, err = b.newStorage(ctx, g); err == nil {
+	if g.storage, err = b.newStorage(ctx, g, nil); err == nil {
 		g.nics, err = t.network.add(g)
+	}
+	b.starts.RLock()
+	defer b.starts.RUnlock()
+	if err == nil {
+		err = g.Keep(b.kept)
 	}
 	if err == nil {
 		run, err = b.start(ctx, g)
 	}
+	if err == nil {
+		if err = b.setRun(g, run); err != nil {
+			run.proc.Kill()
+			<-run.proc.Done()
+		}
+	}
 	if err != nil {
+		b.unkeep(g)
 		g.nics.close()
 		g.storage.close()
 		b.release(g, false)
-		b.journal.Note(b.journal.Entry(audit.ActGuestEnd, g.name(), audit.Done, "uuid", g.build.UUID, "reason", err.Error()))
+		b.journal.Note(b.journal.Entry(audit.ActGuestEnd, g.name(), audit.Done, "uuid", g.Build.UUID, "reason", err.Error()))
 		b.unclaim(g)
 		return nil, err
 	}
 	claimed = true
-	g.setRun(run)
 	b.wg.Go(func() { b.supervise(g) })
-	return rpc.WithFiles{Value: protocol.Built{UUID: in.UUID, Domain: run.domain, Emulator: g.emulator}, Files: answer}, nil
+	return rpc.WithFiles{Value: protocol.Built{UUID: in.UUID, Domain: run.domain, Emulator: g.Emulator}, Files: answer}, nil
+}
+
+// assign begins to have a guest's bus assigned.
+func (b *Builder) assign(g *guest) *asked.Assignment {
+	machine, msix := topology.Native, true
+	if g.Emulator == spec.QEMU {
+		machine, msix = topology.QEMU, haveKVM()
+	}
+	s := &g.Build.Spec
+	return b.pcibacks.Assign(g.name(), topology.Guest(machine, len(s.Disks), len(s.NICs), msix))
 }
 
 func (b *Builder) claim(g *guest) error {
@@ -305,47 +333,47 @@ func (b *Builder) claim(g *guest) error {
 	if b.closing {
 		return rpc.Errorf(rpc.Unavailable, "Redoubt is going down")
 	}
-	if b.guests[g.build.UUID] != nil {
+	if b.guests[g.Build.UUID] != nil {
 		return rpc.Errorf(rpc.Exists, "the guest runs already")
 	}
-	b.guests[g.build.UUID] = g
+	b.guests[g.Build.UUID] = g
 	return nil
 }
 
 func (b *Builder) unclaim(g *guest) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	delete(b.guests, g.build.UUID)
+	delete(b.guests, g.Build.UUID)
 }
 
 // take keeps what the guest is made of: sealed copies of what is measured, the rest as it is.
 func (g *guest) take(files map[string][]*os.File) error {
 	var err error
 	if k := files[protocol.FileKernel]; len(k) == 1 {
-		if g.kernel, err = memfd.Sealed("boot.kernel", k[0]); err != nil {
+		if g.Kernel, err = memfd.Sealed("boot.kernel", k[0]); err != nil {
 			return err
 		}
 	}
 	if i := files[protocol.FileInitrd]; len(i) == 1 {
-		if g.initrd, err = memfd.Sealed("boot.initrd", i[0]); err != nil {
+		if g.Initrd, err = memfd.Sealed("boot.initrd", i[0]); err != nil {
 			return err
 		}
 	}
-	if fw := g.build.Spec.Boot.Firmware; fw != "" {
+	if fw := g.Build.Spec.Boot.Firmware; fw != "" {
 		image, err := os.Open(qemu.FirmwareImage(qemu.Firmware(fw)))
 		if err != nil {
 			return fmt.Errorf("boot.firmware: %w", err)
 		}
 		defer image.Close()
-		if g.firmware, err = memfd.Sealed("boot.firmware", image); err != nil {
+		if g.Firmware, err = memfd.Sealed("boot.firmware", image); err != nil {
 			return err
 		}
 	}
 	if v := files[protocol.FileVars]; len(v) == 1 {
-		g.vars = v[0]
+		g.Vars = v[0]
 		delete(files, protocol.FileVars)
 	}
-	g.disks = files[protocol.FileDisk]
+	g.Disks = files[protocol.FileDisk]
 	delete(files, protocol.FileDisk)
 	g.takeBases(files)
 	return nil

@@ -17,7 +17,9 @@ import (
 	"redoubt.dev/redoubt/process"
 	"redoubt.dev/redoubt/services"
 	"redoubt.dev/redoubt/services/calls"
+	"redoubt.dev/redoubt/services/emulator/kept"
 	"redoubt.dev/redoubt/services/launch"
+	"redoubt.dev/redoubt/services/pciback/asked"
 	"redoubt.dev/redoubt/services/protocol"
 	"redoubt.dev/redoubt/spec"
 	"redoubt.dev/redoubt/store/server"
@@ -28,22 +30,12 @@ import (
 // A guest is one that was built and is not down. Its fields are fixed when it is made, save
 // those beneath mu.
 type guest struct {
-	build    protocol.Build
-	tenant   string
-	emulator spec.Emulator
-	kernel   *os.File // sealed copies of what the toolstack gave
-	initrd   *os.File
-	firmware *os.File // sealed copy of the firmware image, for a guest that boots through it
-	vars     *os.File // OVMF's variable store of this guest
-	disks    []*os.File
-	bases    []*os.File // of those that are overlays, nil for others
-	storage  *storage   // nil without disks
-	nics     *nics      // nil without any
-	bus      *assignment
-	console  *os.File
-	channel  *os.File
-	ends     []*os.File // the toolstack's ends of both, and the console's log, for the next toolstack
-	log      []byte     // event log of the measurements, once made; they are the same at each reboot
+	kept.Guest
+	storage *storage // nil without disks
+	nics    *nics    // nil without any
+	bus     *asked.Assignment
+	log     []byte     // event log of the measurements, once made; they are the same at each reboot
+	keeping sync.Mutex // over keeping it as it is
 
 	mu       sync.Mutex
 	timeline []protocol.Event
@@ -54,22 +46,26 @@ type guest struct {
 }
 
 // name is what it is called on this host.
-func (g *guest) name() string { return g.build.Spec.Name }
+func (g *guest) name() string { return g.Build.Spec.Name }
 
 // memory is how much it has, in bytes.
-func (g *guest) memory() uint64 { return uint64(g.build.Spec.Memory) }
+func (g *guest) memory() uint64 { return uint64(g.Build.Spec.Memory) }
 
 // A run is one emulator process of a guest; a reboot makes a new one.
 type run struct {
-	domain tree.Domain
-	proc   *process.Process
-	peer   *rpc.Peer
-	heard  chan struct{}  // closed when all the emulator said was taken in
-	qemu   bool           // its QEMU was asked for; beneath mu
-	asked  int            // it asked for so many back ends; beneath mu
-	is     audit.Instance // in the audit log
+	domain  tree.Domain
+	memory  *os.File         // the guest's
+	proc    *process.Process // nil of one that ended with the last Builder
+	peer    *rpc.Peer
+	heard   chan struct{}  // closed when all the emulator said was taken in
+	is      audit.Instance // in the audit log
+	changed func()         // has the guest kept as it is now
 
 	mu     sync.Mutex
+	qemu   bool           // its QEMU was asked for
+	pid    int            // QEMU's; 0: none
+	asked  int            // it asked for so many back ends
+	over   bool           // it has ended, and the guest is being started again
 	exit   *protocol.Exit // the emulator's own word
 	failed string         // why the Builder ended it, if it did
 }
@@ -78,26 +74,18 @@ type run struct {
 // stopped: guests' watchdogs fire at about 20 s.
 const pauseAfter = 10 * time.Second
 
-func (g *guest) close() {
-	for _, f := range slices.Concat([]*os.File{g.kernel, g.initrd, g.firmware, g.vars, g.console, g.channel}, g.disks, g.bases, g.ends) {
-		if f != nil {
-			f.Close()
-		}
-	}
-}
-
 // start runs one emulator process and everything that belongs to it. It returns when the
 // guest's kernel is about to run; the vTPM's side goes on in a goroutine of its own.
 func (b *Builder) start(ctx context.Context, g *guest) (_ *run, err error) {
-	b.mu.Lock()
-	d := b.next
-	b.next++
-	b.mu.Unlock()
-	r := &run{domain: d, heard: make(chan struct{})}
+	d, err := b.domain()
+	if err != nil {
+		return nil, err
+	}
+	r := &run{domain: d, heard: make(chan struct{}), changed: func() { b.keepChange(g) }}
 	msg := protocol.Start{
-		Name: g.name(), Emulator: g.emulator, Domain: d, CPUs: g.build.Spec.CPUs,
-		Memory: uint64(g.build.Spec.Memory), Cmdline: g.build.Spec.Boot.Cmdline,
-		Firmware: g.build.Spec.Boot.Firmware, PauseAfter: pauseAfter, KVM: haveKVM(),
+		Name: g.name(), Emulator: g.Emulator, Domain: d, CPUs: g.Build.Spec.CPUs,
+		Memory: uint64(g.Build.Spec.Memory), Cmdline: g.Build.Spec.Boot.Cmdline,
+		Firmware: g.Build.Spec.Boot.Firmware, PauseAfter: pauseAfter, KVM: haveKVM(),
 	}
 	var give, own []*os.File
 	defer func() { ipc.CloseAll(own) }()
@@ -111,15 +99,20 @@ func (b *Builder) start(ctx context.Context, g *guest) (_ *run, err error) {
 	if err != nil {
 		return nil, err
 	}
-	own = append(own, mem)
+	r.memory = mem
+	defer func() {
+		if err != nil {
+			mem.Close()
+		}
+	}()
 	add(protocol.FileMemory, mem)
-	add(protocol.FileKernel, g.kernel)
-	add(protocol.FileInitrd, g.initrd)
-	add(protocol.FileConsole, g.console)
-	add(protocol.FileChannel, g.channel)
-	if g.build.Spec.Boot.Firmware == spec.OVMF {
-		add(protocol.FileCode, g.firmware)
-		add(protocol.FileVars, g.vars)
+	add(protocol.FileKernel, g.Kernel)
+	add(protocol.FileInitrd, g.Initrd)
+	add(protocol.FileConsole, g.Console)
+	add(protocol.FileChannel, g.Channel)
+	if g.Build.Spec.Boot.Firmware == spec.OVMF {
+		add(protocol.FileCode, g.Firmware)
+		add(protocol.FileVars, g.Vars)
 	}
 	fronts, err := g.storage.attach(ctx, r, mem)
 	if err != nil {
@@ -136,7 +129,7 @@ func (b *Builder) start(ctx context.Context, g *guest) (_ *run, err error) {
 		own = append(own, f)
 		add(protocol.FileNetwork, f)
 	}
-	if g.emulator == spec.QEMU {
+	if g.Emulator == spec.QEMU {
 		for range fronts {
 			door, entrance, err := b.door()
 			if err != nil {
@@ -147,7 +140,7 @@ func (b *Builder) start(ctx context.Context, g *guest) (_ *run, err error) {
 			add(protocol.FileEntrance, entrance)
 		}
 	}
-	if g.emulator == spec.Native {
+	if g.Emulator == spec.Native {
 		kvm, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
 		if err != nil {
 			return nil, err
@@ -157,7 +150,7 @@ func (b *Builder) start(ctx context.Context, g *guest) (_ *run, err error) {
 	}
 	defer func() {
 		if err != nil {
-			b.store.Forget(d)
+			b.forget(d)
 		}
 	}()
 	if err := b.depends(ctx, g, d); err != nil {
@@ -172,7 +165,7 @@ func (b *Builder) start(ctx context.Context, g *guest) (_ *run, err error) {
 	}
 	own = append(own, st)
 	add(protocol.FileStore, st)
-	tpm := !g.build.Spec.TPM.Disabled
+	tpm := !g.Build.Spec.TPM.Disabled
 	if tpm {
 		front, back, err := ipc.Files()
 		if err != nil {
@@ -182,14 +175,14 @@ func (b *Builder) start(ctx context.Context, g *guest) (_ *run, err error) {
 		add(protocol.FileTPM, front)
 		// The engine's work can begin before the emulator's: it does not wait for it.
 		err = b.vtpm.Attach(ctx, protocol.Attach{
-			UUID: g.build.UUID, Domain: d, Deadline: time.Duration(g.build.Spec.TPM.Timeout),
-			NoGate: g.build.Options.NoGate, Poll: g.build.Options.Poll,
+			UUID: g.Build.UUID, Domain: d, Deadline: time.Duration(g.Build.Spec.TPM.Timeout),
+			NoGate: g.Build.Options.NoGate, Poll: g.Build.Options.Poll,
 		}, back)
 		if err != nil {
 			return nil, err
 		}
 	}
-	if tpm && g.build.Options.VTPMFirst {
+	if tpm && g.Build.Options.VTPMFirst {
 		if err := b.provision(ctx, g, d); err != nil {
 			return nil, err
 		}
@@ -204,7 +197,7 @@ func (b *Builder) start(ctx context.Context, g *guest) (_ *run, err error) {
 		defer close(r.heard)
 		_ = r.peer.Run(context.Background())
 	})
-	if tpm && !g.build.Options.VTPMFirst {
+	if tpm && !g.Build.Options.VTPMFirst {
 		b.wg.Go(func() {
 			if err := b.provision(context.Background(), g, d); err != nil {
 				r.fail(fmt.Sprintf("vTPM: %v", err))
@@ -213,7 +206,7 @@ func (b *Builder) start(ctx context.Context, g *guest) (_ *run, err error) {
 	}
 	err = b.handOver(g, r, slices.Contains(msg.Files, protocol.FileKVM))
 	if err == nil {
-		msg.PCI, err = g.bus.wait(ctx)
+		msg.PCI, err = g.bus.Wait(ctx)
 	}
 	if err == nil {
 		if _, err = r.peer.Call(ctx, protocol.MethodStart, msg, nil, give...); err != nil {
@@ -242,7 +235,7 @@ func (r *run) startQEMU(b *Builder, g *guest, req *rpc.Request) (any, error) {
 		ipc.CloseAll(req.Files)
 		return nil, rpc.Errorf(rpc.Refused, "builder: an emulator has one QEMU")
 	}
-	i := services.Instance{Label: services.QEMU + "-" + g.name(), Memory: uint64(g.build.Spec.Memory), KVM: haveKVM(), NICs: len(g.build.Spec.NICs) > 0}
+	i := services.Instance{Label: services.QEMU + "-" + g.name(), Memory: uint64(g.Build.Spec.Memory), KVM: haveKVM(), NICs: len(g.Build.Spec.NICs) > 0}
 	if i.KVM {
 		st, err := os.Stat("/dev/kvm")
 		if err != nil {
@@ -258,7 +251,11 @@ func (r *run) startQEMU(b *Builder, g *guest, req *rpc.Request) (any, error) {
 		ipc.CloseAll(req.Files)
 		return nil, err
 	}
-	return b.procs.Program(req, services.QEMU, i)
+	started, err := b.procs.Program(req, services.QEMU, i)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.pid = started.PID
+	return started, err
 }
 
 // startError prefers the emulator's own last words to the broken connection they caused.
@@ -280,10 +277,10 @@ func (b *Builder) provision(ctx context.Context, g *guest, d tree.Domain) error 
 	measured := make(chan error, 1)
 	go func() { measured <- g.measure() }()
 	known := sync.OnceValue(func() error { return <-measured })
-	return b.vtpm.Provision(ctx, g.build.UUID, func(manager *rpc.Peer) error {
+	return b.vtpm.Provision(ctx, g.Build.UUID, func(manager *rpc.Peer) error {
 		var created protocol.Created
 		_, err := manager.Call(ctx, protocol.MethodCreate, protocol.Create{
-			UUID: g.build.UUID, Name: g.name(), Delay: g.build.Options.VTPMDelay,
+			UUID: g.Build.UUID, Name: g.name(), Delay: g.Build.Options.VTPMDelay,
 		}, &created)
 		if err == nil {
 			err = b.store.Set(ctx, []state.Node{{Path: server.BackPath(d) + "/instance", Value: strconv.Itoa(created.Instance)}})
@@ -295,22 +292,31 @@ func (b *Builder) provision(ctx context.Context, g *guest, d tree.Domain) error 
 			return err
 		}
 		_, err = manager.Call(ctx, protocol.MethodMeasure, protocol.Measure{
-			UUID: g.build.UUID, Log: g.log, GuestLog: g.build.Spec.Boot.Firmware == "",
+			UUID: g.Build.UUID, Log: g.log, GuestLog: g.Build.Spec.Boot.Firmware == "",
 		}, nil)
 		return err
 	})
 }
 
-// setRun makes r the guest's running emulator, which ends at once if the vTPM failed before.
-func (g *guest) setRun(r *run) {
+// setRun makes r the guest's running emulator, which ends at once if the vTPM failed before. From here on
+// the guest outlives the Builder.
+func (b *Builder) setRun(g *guest, r *run) error {
 	g.mu.Lock()
+	last := g.run
 	g.run = r
 	lost := g.lost
 	g.lost = ""
 	g.mu.Unlock()
+	if err := b.keepRun(g); err != nil {
+		g.mu.Lock()
+		g.run = last
+		g.mu.Unlock()
+		return err
+	}
 	if lost != "" {
 		r.fail("vTPM: " + lost)
 	}
+	return nil
 }
 
 // vtpmFailed ends the guest: without its vTPM it must not go on.
@@ -330,6 +336,9 @@ func (g *guest) vtpmFailed(reason string) {
 // ended reports whether the emulator process is gone: then a failure is that of the next one,
 // which is being started.
 func (r *run) ended() bool {
+	if r.proc == nil {
+		return true
+	}
 	select {
 	case <-r.proc.Done():
 		return true
@@ -345,12 +354,21 @@ func (r *run) fail(reason string) {
 		r.failed = reason
 	}
 	r.mu.Unlock()
+	r.changed()
+	r.end()
+}
+
+// end tells the emulator to end, and makes sure that it does.
+func (r *run) end() {
 	_ = r.peer.Notify(protocol.MethodEnd, struct{}{})
 	r.killLater()
 }
 
 // killLater makes sure that an emulator that was told to end does.
 func (r *run) killLater() {
+	if r.proc == nil {
+		return
+	}
 	t := time.AfterFunc(stopGrace/2, r.proc.Kill)
 	go func() {
 		<-r.proc.Done()
@@ -362,7 +380,11 @@ func (r *run) killLater() {
 func (r *run) outcome(g *guest) protocol.Exit {
 	<-r.proc.Done()
 	<-r.heard
-	asked := g.isAsked()
+	return r.lastWord(g.isAsked(), r.proc.Err())
+}
+
+// lastWord is how a run ended of which all that was said was heard; err is its process's end.
+func (r *run) lastWord(asked bool, err error) protocol.Exit {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	switch {
@@ -376,7 +398,7 @@ func (r *run) outcome(g *guest) protocol.Exit {
 		return protocol.Exit{Outcome: protocol.Stopped, Reason: "ended by the operator"}
 	}
 	reason := "the emulator ended without a word"
-	if err := r.proc.Err(); err != nil {
+	if err != nil {
 		reason = err.Error()
 	}
 	return protocol.Exit{Outcome: protocol.Crashed, Reason: reason}

@@ -19,41 +19,51 @@ func (b *Builder) supervise(g *guest) {
 		g.mu.Unlock()
 		exit := run.outcome(g)
 		b.journal.Note(b.journal.Ended(run.is, run.proc.Err(), []string{g.name()}))
-		run.peer.Close()
-		g.storage.detach()
-		g.nics.detach()
-		again := exit.Outcome == protocol.Reboot
-		b.release(g, again)
-		b.store.Forget(run.domain)
-		if again {
-			b.event(g, protocol.Event{Kind: protocol.EventReboot, Text: exit.Reason})
-			err := b.restart(g)
-			if err == nil {
-				continue
-			}
-			b.release(g, false) // it was kept for a start that did not come
-			exit = protocol.Exit{Outcome: protocol.Crashed, Reason: fmt.Sprintf("reboot: %v", err)}
-			if g.isAsked() {
-				exit = protocol.Exit{Outcome: protocol.Stopped, Reason: "stopped while it rebooted"}
-			}
+		if !b.follow(g, run, exit) {
+			return
 		}
-		g.nics.close()
-		g.storage.close()
-		b.journal.Note(b.journal.Entry(audit.ActGuestEnd, g.name(), audit.Done,
-			"uuid", g.build.UUID, "outcome", string(exit.Outcome), "reason", exit.Reason))
-		g.close()
-		b.unclaim(g)
-		close(g.down)
-		if t := b.tenancy(g.tenant); t != nil {
-			t.notify(protocol.NoticeEnded, protocol.Ended{UUID: g.build.UUID, Outcome: exit.Outcome, Reason: exit.Reason})
-		}
-		return
 	}
+}
+
+// follow follows the end of a guest's emulator, and reports whether there is another one.
+func (b *Builder) follow(g *guest, run *run, exit protocol.Exit) bool {
+	run.peer.Close()
+	run.memory.Close()
+	g.storage.detach()
+	g.nics.detach()
+	again := exit.Outcome == protocol.Reboot
+	run.setOver(again)
+	b.release(g, again)
+	b.forget(run.domain)
+	if again {
+		b.event(g, protocol.Event{Kind: protocol.EventReboot, Text: exit.Reason})
+		err := b.restart(g)
+		if err == nil {
+			return true
+		}
+		b.release(g, false) // it was kept for a start that did not come
+		exit = protocol.Exit{Outcome: protocol.Crashed, Reason: fmt.Sprintf("reboot: %v", err)}
+		if g.isAsked() {
+			exit = protocol.Exit{Outcome: protocol.Stopped, Reason: "stopped while it rebooted"}
+		}
+	}
+	g.nics.close()
+	g.storage.close()
+	b.journal.Note(b.journal.Entry(audit.ActGuestEnd, g.name(), audit.Done,
+		"uuid", g.Build.UUID, "outcome", string(exit.Outcome), "reason", exit.Reason))
+	g.Close()
+	b.unclaim(g)
+	close(g.down)
+	if t := b.tenancy(g.Tenant); t != nil {
+		t.notify(protocol.NoticeEnded, protocol.Ended{UUID: g.Build.UUID, Outcome: exit.Outcome, Reason: exit.Reason})
+	}
+	b.unkeep(g) // now that its end is told
+	return false
 }
 
 // release tells the vTPM service that a guest's emulator is gone.
 func (b *Builder) release(g *guest, keep bool) {
-	err := b.vtpm.Release(context.Background(), g.build.UUID, keep)
+	err := b.vtpm.Release(context.Background(), g.Build.UUID, keep)
 	if err != nil {
 		b.log.Warn("vTPM release", "guest", g.name(), "err", err)
 	}
@@ -64,14 +74,19 @@ func (b *Builder) restart(g *guest) error {
 	if g.isAsked() {
 		return errors.New("the operator asked for the end")
 	}
+	b.starts.RLock()
+	defer b.starts.RUnlock()
 	next, err := b.start(context.Background(), g)
 	if err != nil {
 		return err
 	}
-	g.setRun(next)
+	if err := b.setRun(g, next); err != nil {
+		next.proc.Kill()
+		<-next.proc.Done()
+		return err
+	}
 	if g.isAsked() { // asked while the new process was being made
-		_ = next.peer.Notify(protocol.MethodEnd, struct{}{})
-		next.killLater()
+		next.end()
 	}
 	return nil
 }
@@ -97,6 +112,7 @@ func (b *Builder) stop(ctx context.Context, in protocol.Stop) error {
 	if run == nil {
 		return rpc.Errorf(rpc.Unavailable, "the guest is being started: try again")
 	}
+	run.changed()
 	if in.Grace > 0 {
 		if _, err := run.peer.Call(ctx, protocol.MethodPowerButton, struct{}{}, nil); err != nil && !errors.Is(err, rpc.ErrGone) {
 			b.log.Warn("power button", "guest", g.name(), "err", err)
@@ -114,8 +130,7 @@ func (b *Builder) stop(ctx context.Context, in protocol.Stop) error {
 	g.mu.Lock()
 	run = g.run // a reboot may have made a new one
 	g.mu.Unlock()
-	_ = run.peer.Notify(protocol.MethodEnd, struct{}{})
-	run.killLater()
+	run.end()
 	select {
 	case <-g.down:
 		return nil
@@ -134,7 +149,7 @@ func (b *Builder) endGuests() {
 	}
 	b.mu.Unlock()
 	for _, g := range all {
-		b.wg.Go(func() { _ = b.stop(context.Background(), protocol.Stop{UUID: g.build.UUID}) })
+		b.wg.Go(func() { _ = b.stop(context.Background(), protocol.Stop{UUID: g.Build.UUID}) })
 	}
 	for _, g := range all {
 		<-g.down

@@ -26,15 +26,15 @@ func (g *guest) measure() error {
 	if g.log != nil {
 		return nil
 	}
-	m := machine{Emulator: g.emulator, CPUs: g.build.Spec.CPUs, Memory: g.build.Spec.Memory, Firmware: g.build.Spec.Boot.Firmware}
-	for _, d := range g.build.Spec.Disks {
+	m := machine{Emulator: g.Emulator, CPUs: g.Build.Spec.CPUs, Memory: g.Build.Spec.Memory, Firmware: g.Build.Spec.Boot.Firmware}
+	for _, d := range g.Build.Spec.Disks {
 		m.Disks = append(m.Disks, d.ReadOnly)
 	}
 	config, err := json.Marshal(m)
 	if err != nil {
 		return err
 	}
-	version := version.Monitor(string(g.emulator))
+	version := version.Monitor(string(g.Emulator))
 	events, err := g.events(version, config)
 	if err != nil {
 		return err
@@ -44,24 +44,24 @@ func (g *guest) measure() error {
 }
 
 func (g *guest) events(version string, config []byte) ([]eventlog.Event, error) {
-	if g.firmware != nil {
-		image, err := content(g.firmware)
+	if g.Firmware != nil {
+		image, err := content(g.Firmware)
 		if err != nil {
 			return nil, err
 		}
 		return eventlog.BootFirmware(eventlog.FirmwareConfig{MonitorVersion: version, MachineConfig: config, Firmware: image})
 	}
-	kernel, err := content(g.kernel)
+	kernel, err := content(g.Kernel)
 	if err != nil {
 		return nil, err
 	}
-	initrd, err := content(g.initrd)
+	initrd, err := content(g.Initrd)
 	if err != nil {
 		return nil, err
 	}
 	return eventlog.Boot(eventlog.BootConfig{
 		MonitorVersion: version, MachineConfig: config,
-		Kernel: kernel, Initrd: initrd, Cmdline: g.build.Spec.Boot.Cmdline,
+		Kernel: kernel, Initrd: initrd, Cmdline: g.Build.Spec.Boot.Cmdline,
 	})
 }
 

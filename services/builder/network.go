@@ -35,6 +35,7 @@ import (
 type networking struct {
 	*keeper.Keeper // its lock is over one attachment, too, and over what follows
 	b              *Builder
+	tenant         string
 	uplinks        []network.HostLink // the tenant's
 
 	ns      *network.Namespace // nil before it is needed
@@ -57,8 +58,8 @@ const (
 )
 
 // newNetworking takes over the tenant's uplinks, if any.
-func (b *Builder) newNetworking(tenant string) (*networking, error) {
-	n := &networking{b: b}
+func (b *Builder) newNetworking(ctx context.Context, tenant string) (*networking, error) {
+	n := &networking{b: b, tenant: tenant}
 	for _, u := range b.cfg.Uplinks {
 		if cmp.Or(u.Tenant, services.DefaultTenant) == tenant {
 			n.uplinks = append(n.uplinks, u)
@@ -94,11 +95,16 @@ func (b *Builder) newNetworking(tenant string) (*networking, error) {
 		// with its process.
 		Overlap: true, Drain: drainLimit, Settle: n.settle, Every: b.cfg.Resets[services.NetBack],
 	})
-	if len(n.uplinks) == 0 {
-		return n, nil
-	}
 	n.Lock()
-	err := n.open()
+	err := n.inherit()
+	if err == nil && (len(n.uplinks) > 0 || n.ns != nil) {
+		err = n.open()
+	}
+	if err == nil && len(n.guests) > 0 {
+		if err := n.Begin(ctx); err != nil { // the guests are failed by Lost
+			b.log.Error("network", "tenant", tenant, "err", err)
+		}
+	}
 	n.Unlock()
 	if err != nil {
 		n.close()
@@ -109,13 +115,16 @@ func (b *Builder) newNetworking(tenant string) (*networking, error) {
 
 // open makes the namespace and plugs the uplinks in. The lock is held.
 func (n *networking) open() (err error) {
-	if n.ns != nil {
-		return nil
+	if n.ns == nil {
+		if n.ns, err = network.NewNamespace(); err != nil {
+			return err
+		}
+		if err := n.b.kept.Put(networkEntry(n.tenant), "", n.ns.File()); err != nil {
+			return err
+		}
 	}
-	if n.ns, err = network.NewNamespace(); err != nil {
-		return err
-	}
-	for _, u := range n.uplinks {
+	for n.plugged < len(n.uplinks) {
+		u := n.uplinks[n.plugged]
 		if err := network.Plug(n.ns, u.Name, u.Uplink()); err != nil {
 			return err
 		}
@@ -144,6 +153,7 @@ func (n *networking) close() {
 			n.b.log.Error("network", "err", err)
 		}
 	}
+	n.b.kept.Drop(networkEntry(n.tenant))
 	if n.ns != nil {
 		_ = n.ns.Close()
 	}

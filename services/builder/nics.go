@@ -15,6 +15,7 @@ import (
 	"redoubt.dev/redoubt/network"
 	"redoubt.dev/redoubt/process"
 	"redoubt.dev/redoubt/services"
+	"redoubt.dev/redoubt/services/emulator/kept"
 	"redoubt.dev/redoubt/services/keeper"
 	"redoubt.dev/redoubt/services/protocol"
 	"redoubt.dev/redoubt/spec"
@@ -40,7 +41,7 @@ type nics struct {
 
 // add makes the network devices of a guest that is being built; nil for one that has none.
 func (n *networking) add(g *guest) (_ *nics, err error) {
-	if len(g.build.Spec.NICs) == 0 {
+	if len(g.Build.Spec.NICs) == 0 {
 		return nil, nil
 	}
 	n.Lock()
@@ -71,6 +72,9 @@ func (n *networking) add(g *guest) (_ *nics, err error) {
 		return nil
 	})
 	if err != nil {
+		return nil, err
+	}
+	if err := kept.KeepNICs(n.b.kept, g.Build.UUID, s.config, s.tuns); err != nil {
 		return nil, err
 	}
 	n.guests = append(n.guests, s)
@@ -119,12 +123,12 @@ func (n *networking) choose(g *guest) ([]network.NIC, error) {
 	for _, c := range n.config(nil).NICs {
 		ids[c.ID], stations[station{c.MAC, c.VLAN}] = true, true
 	}
-	if len(ids)+len(g.build.Spec.NICs) > maxNICs {
+	if len(ids)+len(g.Build.Spec.NICs) > maxNICs {
 		return nil, rpc.Errorf(rpc.Unavailable, "nics: the tenant's guests together have %d already: the most is %d", len(ids), maxNICs)
 	}
 	var all []network.NIC
-	for i, want := range g.build.Spec.NICs {
-		c, err := configure(want, g.build.UUID, i)
+	for i, want := range g.Build.Spec.NICs {
+		c, err := configure(want, g.Build.UUID, i)
 		if err != nil {
 			return nil, rpc.Errorf(rpc.Invalid, "nics[%d]: %v", i, err)
 		}

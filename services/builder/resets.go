@@ -1,13 +1,43 @@
 package builder
 
 import (
+	"context"
 	"slices"
 	"strings"
+	"time"
 
+	"redoubt.dev/redoubt/audit"
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/services"
 	"redoubt.dev/redoubt/services/protocol"
 )
+
+// resets replaces this Builder on its timer.
+func (b *Builder) resets(ctx context.Context) {
+	every := b.cfg.Resets[services.Builder]
+	if every == 0 {
+		return
+	}
+	b.wg.Go(func() {
+		t := time.NewTimer(every)
+		defer t.Stop()
+		select {
+		case <-t.C:
+			b.replace()
+		case <-ctx.Done():
+		}
+	})
+}
+
+// replace has another Builder follow this one, between two starts of guests. It does not return.
+func (b *Builder) replace() {
+	b.starts.Lock()
+	b.journal.Note(b.journal.Entry(ActReplace, services.Builder, audit.Done))
+	b.cfg.Reset()
+}
+
+// ActReplace ends a Builder that runs well, to be followed by another one.
+const ActReplace = "replace"
 
 // reset replaces a service's processes now: all, or those that one guest depends on.
 func (b *Builder) reset(in protocol.Reset) (done protocol.ResetDone, err error) {
@@ -16,7 +46,7 @@ func (b *Builder) reset(in protocol.Reset) (done protocol.ResetDone, err error) 
 	wanted := map[*tenancy]bool{}
 	for _, g := range b.guests {
 		if in.Guest == "" || g.name() == in.Guest {
-			wanted[b.tenancies[g.tenant]] = true
+			wanted[b.tenancies[g.Tenant]] = true
 			if in.Service == services.BlkBack && g.storage != nil {
 				all = append(all, g.storage)
 			}
@@ -34,6 +64,12 @@ func (b *Builder) reset(in protocol.Reset) (done protocol.ResetDone, err error) 
 	b.mu.Unlock()
 	if !slices.Contains(services.Resettable, in.Service) {
 		return done, rpc.Errorf(rpc.Invalid, "%q is not replaced under its guests; services: %s", in.Service, strings.Join(services.Resettable, ", "))
+	}
+	if in.Service == services.Builder {
+		if in.Guest != "" {
+			return done, rpc.Errorf(rpc.Invalid, "there is one Builder for all guests: leave the guest out")
+		}
+		b.replace()
 	}
 	if in.Service == services.VTPM {
 		if in.Guest != "" {

@@ -52,21 +52,29 @@ func overlays(disks []spec.Disk) (n int) {
 func (g *guest) takeBases(files map[string][]*os.File) {
 	all := files[protocol.FileBase]
 	delete(files, protocol.FileBase)
-	for _, d := range g.build.Spec.Disks {
+	for _, d := range g.Build.Spec.Disks {
 		var base *os.File
 		if d.Base != "" {
 			base, all = all[0], all[1:]
 		}
-		g.bases = append(g.bases, base)
+		g.Bases = append(g.Bases, base)
 	}
 }
 
-// newStorage starts BlkBack for a guest that has disks; nil for one that has none.
-func (b *Builder) newStorage(ctx context.Context, g *guest) (*storage, error) {
-	if len(g.disks) == 0 {
+// newStorage starts BlkBack for a guest that has disks; nil for one that has none. Where the guest has a run
+// already, that is given them.
+func (b *Builder) newStorage(ctx context.Context, g *guest, r *run) (*storage, error) {
+	if len(g.Disks) == 0 {
 		return nil, nil
 	}
 	s := &storage{b: b, g: g}
+	if r != nil {
+		own, err := ipc.Duplicate(r.memory)
+		if err != nil {
+			return nil, fmt.Errorf("disks: %w", err)
+		}
+		s.run, s.memory, s.domain = r, own[0], r.domain
+	}
 	s.Keeper = keeper.New(keeper.Options{
 		Service: services.BlkBack, About: g.name(), Log: b.log, Journal: b.journal,
 		Start: func() (keeper.Process, error) {
@@ -120,7 +128,7 @@ func (s *storage) attach(ctx context.Context, r *run, memory *os.File) (fronts [
 		s.memory, s.stale = nil, false
 		ipc.CloseAll(fronts)
 		fronts = nil
-		for d := range s.g.disks {
+		for d := range s.g.Disks {
 			f, err := s.connect(ctx, i, d, r, own[0])
 			if err != nil {
 				return fmt.Errorf("disks[%d]: %w", d, err)
@@ -145,12 +153,12 @@ func (s *storage) connect(ctx context.Context, i *keeper.Instance, d int, r *run
 	}
 	defer back.Close()
 	names := protocol.Files{protocol.FileDisk, protocol.FileMemory, protocol.FileBlock}
-	files := []*os.File{s.g.disks[d], memory, back}
-	if base := s.g.bases[d]; base != nil {
+	files := []*os.File{s.g.Disks[d], memory, back}
+	if base := s.g.Bases[d]; base != nil {
 		names, files = append(names, protocol.FileBase), append(files, base)
 	}
 	_, err = i.Peer.Call(ctx, protocol.MethodAttachDisk, protocol.AttachDisk{
-		Index: d, ReadOnly: s.g.build.Spec.Disks[d].ReadOnly, Domain: r.domain, Files: names,
+		Index: d, ReadOnly: s.g.Build.Spec.Disks[d].ReadOnly, Domain: r.domain, Files: names,
 	}, nil, files...)
 	if err != nil {
 		front.Close()
@@ -200,7 +208,7 @@ func (s *storage) ready(ctx context.Context, i *keeper.Instance) error {
 		return nil
 	}
 	start := time.Now()
-	for d := range s.g.disks {
+	for d := range s.g.Disks {
 		front, err := s.connect(ctx, i, d, s.run, s.memory)
 		if err == nil {
 			_, err = s.run.peer.Call(ctx, protocol.MethodDisk,

@@ -42,6 +42,9 @@ func qualified(tenant, guest string) string {
 	return tenant + "." + guest // no name has a dot
 }
 
+// listenEntry is what the socket of a tenant's API is kept as.
+func listenEntry(tenant string) string { return "listen/tenant/" + tenant }
+
 // openTenant starts a tenant's toolstack, and takes over what its network has of the host's.
 func (b *Builder) openTenant(ctx context.Context, name string) error {
 	path := services.APIPath(b.cfg.RunDir, name)
@@ -49,7 +52,7 @@ func (b *Builder) openTenant(ctx context.Context, name string) error {
 		return err
 	}
 	// Whoever comes is judged by the toolstack, by who they are.
-	l, err := ipc.Listen(path, 0o666)
+	l, err := b.kept.Listen(b.left, listenEntry(name), func() (*os.File, error) { return ipc.Listen(path, 0o666) })
 	if err != nil {
 		return err
 	}
@@ -61,7 +64,7 @@ func (b *Builder) openTenant(ctx context.Context, name string) error {
 		l.Close()
 		return err
 	}
-	network, err := b.newNetworking(name)
+	network, err := b.newNetworking(ctx, name)
 	if err != nil {
 		l.Close()
 		return fmt.Errorf("network of %s: %w", name, err)
@@ -130,7 +133,7 @@ func (b *Builder) guestsOf(tenant string) []*guest {
 	defer b.mu.Unlock()
 	var out []*guest
 	for _, g := range b.guests {
-		if g.tenant == tenant {
+		if g.Tenant == tenant {
 			out = append(out, g)
 		}
 	}
@@ -141,14 +144,14 @@ func (b *Builder) guestsOf(tenant string) []*guest {
 // when it is.
 func (t *tenancy) adopt(ctx context.Context, i *keeper.Instance, g *guest) error {
 	g.mu.Lock()
-	in := protocol.Adopt{UUID: g.build.UUID, Emulator: g.emulator, Stopping: g.asked, Events: append([]protocol.Event(nil), g.timeline...)}
+	in := protocol.Adopt{UUID: g.Build.UUID, Emulator: g.Emulator, Stopping: g.asked, Events: append([]protocol.Event(nil), g.timeline...)}
 	run := g.run
 	g.mu.Unlock()
 	if run == nil {
 		return nil
 	}
 	in.Domain = run.domain
-	_, err := i.Peer.Call(ctx, protocol.MethodAdopt, in, nil, g.ends...)
+	_, err := i.Peer.Call(ctx, protocol.MethodAdopt, in, nil, g.Ends...)
 	return err
 }
 
@@ -249,6 +252,7 @@ func (b *Builder) removeTenant(name string) error {
 		t.close()
 		t.network.close()
 	}
+	b.kept.Drop(listenEntry(name))
 	err := os.Remove(services.APIPath(b.cfg.RunDir, name))
 	return errors.Join(err, os.RemoveAll(filepath.Join(b.cfg.StateDir, services.TenantsDir, name)))
 }

@@ -36,8 +36,8 @@ func (b *Builder) startVTPM(ctx context.Context, fatal context.CancelCauseFunc) 
 			}
 			return err
 		},
-		Handler: b.fromVTPM,
-		Guests:  func() []string { return b.names(func(g *guest) bool { return !g.build.Spec.TPM.Disabled }) },
+		Handler: b.fromVTPM, Kept: b.kept, Left: b.devices,
+		Guests: func() []string { return b.names(func(g *guest) bool { return !g.Build.Spec.TPM.Disabled }) },
 		Leftovers: func(ctx context.Context, kept []int) error {
 			return b.procs.AwaitOthers(ctx, services.SWTPM, kept)
 		},

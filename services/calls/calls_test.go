@@ -26,7 +26,7 @@ func must(t *testing.T, err error) {
 
 func open(t *testing.T, dir string) *audit.Journal {
 	t.Helper()
-	j, err := audit.OpenJournal(dir, audit.Actor{Service: services.Builder}, slog.New(slog.DiscardHandler))
+	j, err := audit.OpenJournal(dir, audit.Actor{Service: services.Builder}, slog.New(slog.DiscardHandler), audit.Alive{})
 	must(t, err)
 	t.Cleanup(j.Close)
 	return j

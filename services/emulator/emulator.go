@@ -52,12 +52,15 @@ type service struct {
 	nics    []*vhostuser.Frontend
 	ended   chan struct{} // closed when the guest has ended and that was told
 	exit    protocol.Exit // set before ended is closed
+
+	builders sync.Mutex    // taken for moments only
+	resumed  chan struct{} // closed when another Builder has come, then made anew
 }
 
 // Serve runs one guest: it waits for the Builder's start call, and returns when the guest has
 // ended. A control connection that ends, ends the guest.
 func Serve(ctx context.Context, log *slog.Logger, control *ipc.Conn) error {
-	s := &service{log: log, ended: make(chan struct{})}
+	s := &service{log: log, resumed: make(chan struct{}), ended: make(chan struct{})}
 	s.ctx, s.cancel = context.WithCancel(ctx)
 	defer s.cancel()
 	s.peer = rpc.New(control, s.handle)
@@ -160,6 +163,12 @@ func (s *service) handle(_ context.Context, r *rpc.Request) (any, error) {
 		if tpm != nil {
 			tpm.Lost()
 		}
+		return nil, nil
+	case protocol.NoticeResumed:
+		s.builders.Lock()
+		close(s.resumed)
+		s.resumed = make(chan struct{})
+		s.builders.Unlock()
 		return nil, nil
 	case protocol.MethodEnd:
 		s.cancel()
@@ -264,11 +273,33 @@ func (s *service) launch(in protocol.Start, files map[string][]*os.File, running
 		}
 		g.closeDevices()
 		s.exit = exit
-		if err := s.peer.Notify(protocol.NoticeOutcome, exit); err != nil {
+		if err := s.tell(exit); err != nil {
 			s.log.Warn("outcome not told", "outcome", exit.Outcome, "reason", exit.Reason, "err", err)
 		}
 	}()
 	return nil
+}
+
+// tell tells the Builder the outcome, and the next one if it dies before it knows.
+func (s *service) tell(exit protocol.Exit) error {
+	for {
+		s.builders.Lock()
+		resumed := s.resumed
+		s.builders.Unlock()
+		ctx, cancel := context.WithCancel(context.Background())
+		go func() { // ends with ctx
+			select {
+			case <-resumed:
+				cancel()
+			case <-ctx.Done():
+			}
+		}()
+		_, err := s.peer.Call(ctx, protocol.MethodOutcome, exit, nil)
+		cancel()
+		if !errors.Is(err, context.Canceled) {
+			return err
+		}
+	}
 }
 
 // A guest is what its machine is made of.

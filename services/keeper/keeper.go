@@ -7,7 +7,7 @@
 // [Keeper.Serve]: where the process is lost over the call, the call is made again to the next one, so
 // it may be carried out twice.
 //
-// A service that dies more than [MaxDeaths] times within [DeathWindow] is given up: it is not the
+// A service that dies more than [storm.MaxDeaths] times within [storm.DeathWindow] is given up: it is not the
 // accident that replacing is for. So is one that cannot be started, or says itself that it cannot
 // serve.
 //
@@ -28,6 +28,7 @@ import (
 	"redoubt.dev/redoubt/audit"
 	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/ipc/rpc"
+	"redoubt.dev/redoubt/services/storm"
 )
 
 // ErrSick says of a call to a process that this one is of no more use, though it lives: it is replaced.
@@ -74,7 +75,7 @@ type Options struct {
 	Drain   time.Duration // how long the last one may then take to end; required
 	Every   time.Duration // how often it is reset; 0: never by itself
 	Final   bool          // given up, it stays so; else the next use starts it again
-	Deaths  int           // in place of MaxDeaths
+	Deaths  int           // in place of storm.MaxDeaths
 }
 
 // A Keeper keeps one process. The end is Close's.
@@ -87,7 +88,7 @@ type Keeper struct {
 	lock   chan struct{} // full while it is held; it is over what follows
 	now    *Instance     // in force; nil while there is none
 	number uint64        // of the last
-	deaths deaths
+	deaths storm.Deaths
 	failed error // why there will be no other
 	ending bool
 }
@@ -111,7 +112,7 @@ func New(o Options) *Keeper {
 	k := &Keeper{o: o, lock: make(chan struct{}, 1)}
 	k.ctx, k.cancel = context.WithCancel(context.Background())
 	if o.Deaths == 0 {
-		k.o.Deaths = MaxDeaths
+		k.o.Deaths = storm.MaxDeaths
 	}
 	if o.Every > 0 {
 		k.wg.Go(k.resets)
@@ -335,7 +336,7 @@ func (k *Keeper) begin(ctx context.Context, next *Instance) (err error) {
 		if !lost(err) || ctx.Err() != nil {
 			return k.giveUp(err)
 		}
-		if k.deaths.add(time.Now(), k.o.Deaths) {
+		if k.deaths.Add(time.Now(), k.o.Deaths) {
 			return k.storm(err)
 		}
 		k.o.Log.Warn("service is started again", k.about(err)...)
@@ -356,7 +357,7 @@ func (k *Keeper) replace(dead *Instance, err error) error {
 	if k.ending || k.o.Wanted != nil && !k.o.Wanted() {
 		return err
 	}
-	if k.deaths.add(time.Now(), k.o.Deaths) {
+	if k.deaths.Add(time.Now(), k.o.Deaths) {
 		return k.storm(err)
 	}
 	k.o.Log.Warn("service is replaced", k.about(err)...)

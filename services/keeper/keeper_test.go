@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -17,6 +16,8 @@ import (
 	"redoubt.dev/redoubt/audit"
 	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/ipc/rpc"
+
+	"redoubt.dev/redoubt/services/storm"
 )
 
 // fake is a process that is none: a peer in this one, which ends at any moment.
@@ -71,7 +72,7 @@ type shop struct {
 func open(t *testing.T, change func(*Options)) *shop {
 	t.Helper()
 	s := &shop{t: t, dir: t.TempDir(), lost: make(chan error, 8)}
-	j, err := audit.OpenJournal(s.dir, audit.Actor{Service: "test"}, slog.New(slog.DiscardHandler))
+	j, err := audit.OpenJournal(s.dir, audit.Actor{Service: "test"}, slog.New(slog.DiscardHandler), audit.Alive{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -252,7 +253,7 @@ func TestStorm(t *testing.T) {
 			if !strings.Contains(err.Error(), "again and again") || !strings.Contains(err.Error(), errKilled.Error()) {
 				t.Errorf("lost: %v", err)
 			}
-			if n := s.started.Load(); n < MaxDeaths || n > MaxDeaths+2 {
+			if n := s.started.Load(); n < storm.MaxDeaths || n > storm.MaxDeaths+2 {
 				t.Errorf("%d starts", n)
 			}
 			s.answer.Store(nil)
@@ -430,25 +431,4 @@ func TestUnrecorded(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 	<-s.last.Load().Done()
-}
-
-func TestDeaths(t *testing.T) {
-	begun := time.Unix(1000, 0)
-	for name, c := range map[string]struct {
-		at   []time.Duration
-		want []bool
-	}{
-		"few":  {[]time.Duration{0, 1, 2}, []bool{false, false, false}},
-		"many": {[]time.Duration{0, 1, 2, 3}, []bool{false, false, false, true}},
-		"slow": {[]time.Duration{0, 4, 8, 12, 16, 17}, []bool{false, false, false, false, false, true}},
-	} {
-		var d deaths
-		var got []bool
-		for _, at := range c.at {
-			got = append(got, d.add(begun.Add(at*time.Second), 3))
-		}
-		if !slices.Equal(got, c.want) {
-			t.Errorf("%s: %v, want %v", name, got, c.want)
-		}
-	}
 }

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"redoubt.dev/redoubt/ipc"
+	"redoubt.dev/redoubt/ipc/fdstore"
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/network"
 	"redoubt.dev/redoubt/process"
@@ -32,8 +33,9 @@ import (
 // A Launcher starts processes. Its methods may be called concurrently.
 type Launcher struct {
 	logs string
+	kept *fdstore.Store
 	host sandbox.Host
-	wg   sync.WaitGroup // foreign programs
+	wg   sync.WaitGroup // all that was started
 
 	mu      sync.Mutex
 	base    uint32 // first of the users that are Redoubt's
@@ -43,12 +45,13 @@ type Launcher struct {
 
 // An instance is a process that runs.
 type instance struct {
-	service *services.Service
-	user    uint32
-	spec    *sandbox.Spec
-	pid     int
-	done    <-chan struct{} // closed when it has ended; nil while it is being started
-	gone    chan struct{}   // closed when its user is free again
+	service  *services.Service
+	user     uint32
+	label    string // "" while it is being started
+	declared sandbox.State
+	pid      int
+	done     <-chan struct{} // closed when it has ended; nil while it is being started, and of a foreign one
+	gone     chan struct{}   // closed when its user is free again
 }
 
 // ended says that its user is free again, though release may not have come yet.
@@ -69,12 +72,12 @@ const (
 )
 
 // New makes a Launcher whose processes log into a directory; base is the first of 65536 user ids that
-// are theirs, 0 for [services.DefaultUsers].
-func New(logs string, base uint32) *Launcher {
+// are theirs, 0 for [services.DefaultUsers]. What the next Builder must know of each process is kept.
+func New(logs string, base uint32, kept *fdstore.Store) *Launcher {
 	if base == 0 {
 		base = services.DefaultUsers
 	}
-	return &Launcher{logs: logs, base: base, next: firstFree, running: map[uint32]*instance{}}
+	return &Launcher{logs: logs, kept: kept, base: base, next: firstFree, running: map[uint32]*instance{}}
 }
 
 // User is the user of a service of which there is one.
@@ -125,13 +128,16 @@ func (p *Launcher) release(i *instance) {
 	if p.running[i.user] == i {
 		delete(p.running, i.user)
 	}
+	if i.pid != 0 {
+		p.kept.Drop(entry(i.pid))
+	}
 }
 
 // note keeps what runs.
-func (p *Launcher) note(i *instance, spec *sandbox.Spec, pid int, done <-chan struct{}) {
+func (p *Launcher) note(i *instance, spec *sandbox.Spec, done <-chan struct{}) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	i.spec, i.pid, i.done = spec, pid, done
+	i.label, i.declared, i.done = spec.Name, spec.Declared(), done
 }
 
 // An Order says what is to be started of a service.
@@ -177,10 +183,8 @@ func (p *Launcher) GrowMemory(proc *process.Process, limit uint64) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, i := range p.running {
-		if i.spec != nil && i.pid == proc.PID() && i.spec.Memory < limit {
-			grown := *i.spec // the sandbox has the other one
-			grown.Memory = limit
-			i.spec = &grown
+		if i.label != "" && i.pid == proc.PID() {
+			i.declared.Memory = max(i.declared.Memory, sandbox.WholePages(limit))
 		}
 	}
 	return nil
@@ -192,8 +196,8 @@ func (p *Launcher) List() []protocol.RunningService {
 	defer p.mu.Unlock()
 	out := []protocol.RunningService{}
 	for _, i := range p.running {
-		if i.spec != nil { // else it is being started
-			out = append(out, protocol.RunningService{Service: i.service.Name, Label: i.spec.Name, PID: i.pid, Declared: i.spec.Declared()})
+		if i.label != "" { // else it is being started
+			out = append(out, protocol.RunningService{Service: i.service.Name, Label: i.label, PID: i.pid, Declared: i.declared})
 		}
 	}
 	slices.SortFunc(out, func(a, b protocol.RunningService) int { return strings.Compare(a.Label, b.Label) })
@@ -233,16 +237,24 @@ func (p *Launcher) startInstance(of *instance, i services.Instance) (*process.Pr
 	if err != nil {
 		return nil, err
 	}
-	proc, err := process.Start(process.Options{Program: of.service.Program, Label: i.Label, LogDir: p.logs, Sandbox: spec, Host: p.host})
+	proc, err := process.Start(process.Options{
+		Program: of.service.Program, Label: i.Label, LogDir: p.logs, Sandbox: spec, Host: p.host,
+		Hold: func(h process.Held) error { return p.hold(of, spec, h.Guard, h.Control, h.Output) },
+	})
 	if err != nil {
 		return nil, err
 	}
-	p.note(of, spec, proc.PID(), proc.Done())
+	p.note(of, spec, proc.Done())
+	p.follow(of, proc)
+	return proc, nil
+}
+
+// follow frees a process's user when it has ended.
+func (p *Launcher) follow(of *instance, proc *process.Process) {
 	p.wg.Go(func() {
 		<-proc.Done()
 		p.release(of)
 	})
-	return proc, nil
 }
 
 // Program starts another's program for the service that asked for it by [foreign.Method]; i.StateDir
@@ -311,17 +323,22 @@ func (p *Launcher) startProgram(of *instance, i services.Instance, q foreign.Req
 		g.Discard()
 		return 0, err
 	}
+	g.Hold = func(h sandbox.Held) error { return p.hold(of, spec, h, line[0]) }
 	if err := g.Start(); err != nil {
 		line[0].Close()
 		return 0, err
 	}
-	p.note(of, spec, g.PID(), nil)
-	pid := g.PID()
+	p.note(of, spec, nil)
+	p.see(of, g, func() *os.ProcessState { return cmd.ProcessState }, line[0])
+	return g.PID(), nil
+}
+
+// see sees a foreign program through.
+func (p *Launcher) see(of *instance, g *sandbox.Guard, state func() *os.ProcessState, line *os.File) {
 	p.wg.Go(func() {
-		foreign.Keep(g, func() *os.ProcessState { return cmd.ProcessState }, line[0])
+		foreign.Keep(g, state, line)
 		p.release(of)
 	})
-	return pid, nil
 }
 
 // give makes a directory and all in it a user's. Its group has the directory's rights too: that of

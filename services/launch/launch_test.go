@@ -7,6 +7,7 @@ import (
 	"sync"
 	"testing"
 
+	"redoubt.dev/redoubt/sandbox"
 	"redoubt.dev/redoubt/services"
 )
 
@@ -20,7 +21,7 @@ func must(t *testing.T, err error) {
 // TestUsers: no two processes that run have one user; a service with a directory, of which there is
 // one, has the same for ever, and is not started twice.
 func TestUsers(t *testing.T) {
-	l := New(t.TempDir(), 0)
+	l := New(t.TempDir(), 0, nil)
 	store, err := services.Find(services.StoreState)
 	must(t, err)
 	back, err := services.Find(services.BlkBack)
@@ -35,7 +36,7 @@ func TestUsers(t *testing.T) {
 	}
 	// Its end is known by Done before release comes.
 	done := make(chan struct{})
-	l.note(first, nil, 1, done)
+	l.note(first, &sandbox.Spec{Name: "store-state"}, done)
 	close(done)
 	second, err := l.take(store)
 	must(t, err)
@@ -67,7 +68,7 @@ func TestUsers(t *testing.T) {
 }
 
 func TestUsersRunOut(t *testing.T) {
-	l := New(t.TempDir(), 1000)
+	l := New(t.TempDir(), 1000, nil)
 	back, err := services.Find(services.BlkBack)
 	must(t, err)
 	var last *instance

@@ -313,9 +313,14 @@ const (
 // started.
 const NoticeVTPMLost = "vtpm-lost" // nothing
 
+// NoticeResumed tells an emulator that another Builder has taken the last one's place: what was asked and
+// not answered is to be asked again.
+const NoticeResumed = "resumed" // nothing
+
 // Emulator → Builder.
 const (
-	NoticeOutcome = "outcome" // Exit, the emulator's last word
+	// MethodOutcome is the emulator's last word, which it repeats to a Builder that follows one that died.
+	MethodOutcome = "outcome" // Exit → nothing: it is known for good
 	// MethodBackEnd asks, before the guest runs, for another connection of a device, in place of one whose
 	// back end ended before it could be used. Descriptor of the answer: the front end's.
 	MethodBackEnd = "back-end" // BackEnd → nothing

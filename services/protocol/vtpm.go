@@ -13,6 +13,9 @@ const (
 	MethodMeasure = "measure" // Measure → nothing, when the vTPM is ready
 	MethodRelease = "release" // Release → nothing: the guest is gone
 	MethodInherit = "inherit" // Inherit → Inherited, by a manager that follows one that died
+	// NoticeShutdown has the manager shut all engines down in order once its connection ends. Without it
+	// the connection's end is the Builder's death, and the manager leaves the engines to the next one.
+	NoticeShutdown = "shutdown" // nothing
 )
 
 // vTPM service → Builder: EventX notices, and

@@ -30,6 +30,8 @@ func status(err error) error {
 	switch {
 	case errors.As(err, &se):
 		code = connect.CodeInvalidArgument
+	case errors.Is(err, rpc.ErrGone): // the next Builder's toolstack knows what became of it
+		return connect.NewError(connect.CodeAborted, errors.New("the Builder was replaced over this: ask again"))
 	case errors.Is(err, context.Canceled):
 		code = connect.CodeCanceled
 	case errors.Is(err, context.DeadlineExceeded):

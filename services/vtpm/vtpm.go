@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"os"
 	"path/filepath"
 	"sync"
 	"time"
@@ -41,6 +42,7 @@ type service struct {
 	ctx  context.Context
 
 	mu      sync.Mutex
+	ending  bool // the Builder has said that all is to end
 	manager *manager.Manager
 	store   *client.Lasting
 	hub     *backend.Hub
@@ -52,15 +54,27 @@ type service struct {
 const shutdownTime = 8 * time.Second
 
 // Serve runs the service until its control connection or ctx ends, then shuts every engine
-// down in an orderly way.
+// down in an orderly way. It leaves the engines as they are where the Builder died: they are the next
+// manager's.
 func Serve(ctx context.Context, log *slog.Logger, control *ipc.Conn) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	s := &service{log: log, ctx: ctx, guests: map[string]*guest{}}
 	s.peer = rpc.New(control, s.handle)
+	s.peer.OnGone(s.leave)
 	err := s.peer.Run(ctx)
 	cancel()
 	return errors.Join(err, s.close())
+}
+
+// leave ends the process at once if the Builder died: nothing of what is under way may take that for its
+// guest's end.
+func (s *service) leave() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.ending {
+		os.Exit(0)
+	}
 }
 
 func (s *service) close() error {
@@ -90,10 +104,15 @@ func (s *service) close() error {
 }
 
 func (s *service) handle(ctx context.Context, r *rpc.Request) (any, error) {
-	if r.Method != protocol.MethodConfigure && s.configured() == nil {
+	if r.Method != protocol.MethodConfigure && r.Method != protocol.NoticeShutdown && s.configured() == nil {
 		return nil, rpc.Errorf(rpc.Unavailable, "vTPM: not configured")
 	}
 	switch r.Method {
+	case protocol.NoticeShutdown:
+		s.mu.Lock()
+		s.ending = true
+		s.mu.Unlock()
+		return nil, nil
 	case protocol.MethodConfigure:
 		return struct{}{}, s.configure(r)
 	case protocol.MethodStore:

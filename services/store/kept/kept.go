@@ -1,5 +1,5 @@
 // Package kept is the Builder's side of the store: it keeps the service running, and knows who has a
-// connection to it.
+// connection to it. Contents and socket outlive the Builder, too.
 //
 // The service may die at any moment: it is started again over the same contents and the same listening
 // socket, calls that were under way are made again (each may be carried out twice), and who had a
@@ -19,6 +19,7 @@ import (
 
 	"redoubt.dev/redoubt/audit"
 	"redoubt.dev/redoubt/ipc"
+	"redoubt.dev/redoubt/ipc/fdstore"
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/process"
 	"redoubt.dev/redoubt/services"
@@ -40,12 +41,14 @@ type Options struct {
 	Reset   int    // after how many responses the worker is replaced; see services.ParseStoreReset
 	Log     *slog.Logger
 	Journal *audit.Journal // nil: nothing is recorded
+	Kept    *fdstore.Store // keeps the socket
+	Left    *fdstore.Left  // what a Builder that died has left
 
 	Start  func(dir string) (keeper.Process, error) // starts the service
 	Worker func() (*process.Process, error)         // starts a worker
 	Guests func() []string                          // those that depend on it: all
 	Lost   func(error)                              // is told once that the store cannot be kept running
-	Deaths int                                      // in place of keeper.MaxDeaths
+	Deaths int                                      // in place of storm.MaxDeaths
 }
 
 // A Store keeps the service running, from Open to Close.
@@ -76,8 +79,11 @@ type holder struct {
 	gone   bool
 }
 
-// Open starts the store, which finds its directory empty: what another Builder left there is of
-// guests that ended with it.
+// socketEntry is what the socket is kept as.
+const socketEntry = "listen/store"
+
+// Open starts the store, which finds its directory empty unless it follows a Builder that died: what is
+// there otherwise is of guests that are no more.
 func Open(ctx context.Context, o Options) (_ *Store, err error) {
 	s := &Store{o: o, workers: store.NewSpawner(o.Worker), holders: map[tree.Domain]*holder{}}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
@@ -108,13 +114,18 @@ func Open(ctx context.Context, o Options) (_ *Store, err error) {
 			s.Close(0)
 		}
 	}()
-	if err := os.RemoveAll(dir); err != nil {
+	if len(o.Left.Names(socketEntry)) == 0 {
+		if err := os.RemoveAll(dir); err != nil {
+			return nil, err
+		}
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
-	if err := os.Mkdir(dir, 0o700); err != nil {
-		return nil, err
-	}
-	if s.listener, err = ipc.Listen(filepath.Join(o.RunDir, services.StoreSocket), 0o600); err != nil {
+	s.listener, err = o.Kept.Listen(o.Left, socketEntry, func() (*os.File, error) {
+		return ipc.Listen(filepath.Join(o.RunDir, services.StoreSocket), 0o600)
+	})
+	if err != nil {
 		return nil, err
 	}
 	s.keeper.Lock()

@@ -22,6 +22,7 @@ import (
 	"redoubt.dev/redoubt/services/keeper"
 	"redoubt.dev/redoubt/services/protocol"
 	"redoubt.dev/redoubt/services/store"
+	"redoubt.dev/redoubt/services/storm"
 	"redoubt.dev/redoubt/store/client"
 	"redoubt.dev/redoubt/store/disk"
 	"redoubt.dev/redoubt/store/logic"
@@ -324,7 +325,7 @@ func TestStoreLost(t *testing.T) {
 	t.Run("storm", func(t *testing.T) {
 		s := openShop(t)
 		vtpm := s.user(server.VTPM, func(error) {})
-		for range keeper.MaxDeaths + 1 {
+		for range storm.MaxDeaths + 1 {
 			number := s.at()
 			s.killed()
 			if err := s.next(t.Context(), number); err != nil {

@@ -5,7 +5,8 @@
 // each guest a journal (package journal), the manager's end of the emulator's TPM channel, and its
 // ends of the engine's channels and lifeline. The next manager inherits them and goes on where the
 // last one was; the guest's command waits meanwhile. A guest whose vTPM was not ready has it
-// created and measured anew, for it was not let in; one whose vTPM is lost is failed closed.
+// created and measured anew, for it was not let in; one whose vTPM is lost is failed closed. All of it
+// outlives the Builder, too ([Left]).
 package kept
 
 import (
@@ -13,12 +14,14 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"sync"
 	"time"
 
 	"redoubt.dev/redoubt/audit"
 	"redoubt.dev/redoubt/ipc"
+	"redoubt.dev/redoubt/ipc/fdstore"
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/services"
 	"redoubt.dev/redoubt/services/calls"
@@ -28,11 +31,13 @@ import (
 	"redoubt.dev/redoubt/vtpm/journal"
 )
 
-// Options of a Manager. All are required.
+// Options of a Manager. Those without a remark are required.
 type Options struct {
 	Log     *slog.Logger
 	Journal *audit.Journal
-	Every   time.Duration // how often it is replaced; 0: never by itself
+	Every   time.Duration  // how often it is replaced; 0: never by itself
+	Kept    *fdstore.Store // outlives the Builder; may be nil
+	Left    Devices        // of a Builder that died
 
 	Start     func() (keeper.Process, error)                // starts the service
 	Configure func(context.Context, *keeper.Instance) error // tells it what it must know
@@ -81,12 +86,20 @@ type device struct {
 	settled chan struct{} // closed when the last manager has inherited it, or not; nil before the second
 }
 
-func (d *device) dropEngine() {
+// dropEngine gives the engine up, which ends with it.
+func (m *Manager) dropEngine(uuid string, d *device) {
 	ipc.CloseAll(d.engine)
 	d.engine, d.pid = nil, 0
+	_ = m.save(uuid, d) // kept by nobody, it ends all the same
 }
 
-func (d *device) dropChannel() {
+// dropChannel follows the end of the emulator.
+func (m *Manager) dropChannel(uuid string, d *device) {
+	d.closeChannel()
+	_ = m.save(uuid, d)
+}
+
+func (d *device) closeChannel() {
 	if d.channel != nil {
 		d.channel.Close()
 		d.channel = nil
@@ -105,6 +118,7 @@ const (
 // Open starts the manager.
 func Open(ctx context.Context, o Options) (*Manager, error) {
 	m := &Manager{o: o, devices: map[string]*device{}}
+	maps.Copy(m.devices, o.Left)
 	m.keeper = keeper.New(keeper.Options{
 		Service: services.VTPM, Log: o.Log, Journal: o.Journal, Final: true,
 		Start: func() (keeper.Process, error) {
@@ -146,8 +160,8 @@ func (m *Manager) ended(i *keeper.Instance) {
 	<-i.Heard()
 }
 
-// process is the manager's. To ask it to end is to have it shut all engines down, so one that is
-// replaced is killed, which it is made for.
+// process is the manager's. To ask it to end is to have it shut all engines down, which it is told before
+// its connection ends; one that is replaced is killed, which it is made for.
 type process struct {
 	keeper.Process
 	m *Manager
@@ -158,6 +172,7 @@ func (p process) Stop(ctx context.Context) error {
 	closing := p.m.closing
 	p.m.mu.Unlock()
 	if closing {
+		_ = rpc.New(p.Conn(), nil).Notify(protocol.NoticeShutdown, struct{}{}) // or it is gone
 		return p.Process.Stop(ctx)
 	}
 	p.Kill()
@@ -175,10 +190,7 @@ func (m *Manager) Close(grace time.Duration) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for uuid, d := range m.devices {
-		d.dropChannel()
-		d.dropEngine()
-		d.journal.Close()
-		delete(m.devices, uuid)
+		m.forget(uuid, d)
 	}
 }
 
@@ -232,8 +244,12 @@ func (m *Manager) attached(in protocol.Attach, channel *os.File) (memory *os.Fil
 		}
 		m.devices[in.UUID] = d
 	}
-	d.dropChannel()
+	d.closeChannel()
 	d.attach, d.channel, d.stage, d.ready = in, channel, attached, 0
+	if err := m.save(in.UUID, d); err != nil {
+		d.channel = nil // the caller's
+		return nil, err
+	}
 	return d.journal, nil
 }
 
@@ -261,7 +277,7 @@ func (m *Manager) Provision(ctx context.Context, uuid string, f func(*rpc.Peer) 
 	if d := m.devices[uuid]; d != nil && d.stage == attached {
 		d.stage = provisioned
 	}
-	return nil
+	return nil // what is kept says attached: who follows provisions it where that was not done
 }
 
 // inherited waits until it is known whether a manager has inherited a device ready.
@@ -288,7 +304,7 @@ func (m *Manager) Release(ctx context.Context, uuid string, keep bool) error {
 	m.mu.Lock()
 	d := m.devices[uuid]
 	if d != nil {
-		d.dropChannel()
+		m.dropChannel(uuid, d)
 	}
 	m.mu.Unlock()
 	err := m.Call(ctx, protocol.MethodRelease, protocol.Release{UUID: uuid, Keep: keep}, nil)
@@ -297,9 +313,7 @@ func (m *Manager) Release(ctx context.Context, uuid string, keep bool) error {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	d.dropEngine()
-	d.journal.Close()
-	delete(m.devices, uuid)
+	m.forget(uuid, d)
 	return err
 }
 
@@ -338,9 +352,9 @@ func (m *Manager) keep(i *keeper.Instance, r *rpc.Request) error {
 		ipc.CloseAll(r.Files)
 		return rpc.Errorf(rpc.Refused, "keep: no such guest, or the manager was replaced")
 	}
-	d.dropEngine()
+	ipc.CloseAll(d.engine)
 	d.engine, d.pid = files, in.PID
-	return nil
+	return m.save(in.UUID, d)
 }
 
 var engineFiles = protocol.Files{protocol.FileControl, protocol.FileData, protocol.FileLifeline, protocol.FileOutput}
@@ -420,13 +434,13 @@ func (m *Manager) inherit(i *keeper.Instance, uuid string, d *device) error {
 	}
 	switch {
 	case err != nil:
-		d.dropEngine()
+		m.dropEngine(uuid, d)
 		m.o.Fail(uuid, fmt.Sprintf("lost with its manager: %v", err))
 	case out.Ready:
 		d.ready = i.Number
 	default:
 		if in.PID == d.pid {
-			d.dropEngine()
+			m.dropEngine(uuid, d)
 		}
 		if d.stage == provisioned {
 			d.stage = attached

@@ -1,4 +1,4 @@
-package builder
+package asked
 
 import (
 	"context"
@@ -22,7 +22,6 @@ import (
 	"redoubt.dev/redoubt/services/calls"
 	"redoubt.dev/redoubt/services/pciback"
 	"redoubt.dev/redoubt/services/protocol"
-	"redoubt.dev/redoubt/spec"
 )
 
 const (
@@ -61,23 +60,30 @@ func badPCIBack(ctx context.Context, _ *slog.Logger, control *ipc.Conn) error {
 	return peer.Run(ctx)
 }
 
-// bus is a Builder with nothing but a log, and what it needs to have a bus assigned.
+// bus is an Asker with a log.
 type bus struct {
-	*Builder
+	Asker
 	t   *testing.T
 	dir string
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
 }
 
 func newBus(t *testing.T) *bus {
 	t.Helper()
 	quiet := slog.New(slog.DiscardHandler)
-	b := &bus{&Builder{log: quiet}, t, t.TempDir()}
+	b := &bus{Asker: Asker{Log: quiet}, t: t, dir: t.TempDir()}
 	var err error
-	b.journal, err = audit.OpenJournal(b.dir, audit.Actor{Service: services.Builder}, quiet)
+	b.Journal, err = audit.OpenJournal(b.dir, audit.Actor{Service: services.Builder}, quiet, audit.Alive{})
 	must(t, err)
 	t.Cleanup(func() {
-		b.wg.Wait()
-		b.journal.Close()
+		b.Wait()
+		b.Journal.Close()
 	})
 	return b
 }
@@ -110,8 +116,12 @@ func (b *bus) bare(program string) func(string) (*process.Process, error) {
 	}
 }
 
-func guestWith(disks int) *guest {
-	return &guest{emulator: spec.Native, build: protocol.Build{Spec: spec.Guest{Name: "g", Disks: make([]spec.Disk, disks)}}}
+func disks(n int) topology.Request { return topology.Guest(topology.Native, n, 0, true) }
+
+// with has a bus assigned by PCIBacks of the test.
+func (b *bus) with(start func(string) (*process.Process, error), limit time.Duration, n int) *Assignment {
+	b.Start, b.Limit = start, limit
+	return b.Assign("g", disks(n))
 }
 
 // instances are the records of PCIBacks' starts and ends.
@@ -133,7 +143,7 @@ func (b *bus) instances() (starts, ends int) {
 // assigns; another one is asked and the bus is the same. Each one's start and end is on the record.
 func TestPCIBackDiesAtAnyMoment(t *testing.T) {
 	b := newBus(t)
-	want, err := topology.Assign(topology.Guest(topology.Native, 1, 0, true))
+	want, err := topology.Assign(disks(1))
 	must(t, err)
 	started, left := 0, 0
 	for range 20 {
@@ -154,15 +164,15 @@ func TestPCIBackDiesAtAnyMoment(t *testing.T) {
 			}
 			return p, err
 		}
-		a := b.assign(guestWith(1), pcibacks{start, 10 * time.Second})
-		got, err := a.wait(t.Context())
+		a := b.with(start, 10*time.Second, 1)
+		got, err := a.Wait(t.Context())
 		if err != nil || !reflect.DeepEqual(got, want) {
 			t.Fatalf("%+v, %v", got, err)
 		}
 		if deaths == 1 {
 			left++ // the first one was faster than its death
 		}
-		b.wg.Wait()
+		b.Wait()
 	}
 	t.Logf("%d PCIBacks for 20 guests, %d of which answered before they were killed", started, left)
 	if starts, ends := b.instances(); starts != started || ends != started {
@@ -174,7 +184,7 @@ func TestPCIBackDiesAtAnyMoment(t *testing.T) {
 // time, and is gone afterwards.
 func TestBadPCIBack(t *testing.T) {
 	b := newBus(t)
-	for disks, c := range map[int]struct {
+	for n, c := range map[int]struct {
 		asked        int
 		failed, died bool
 	}{
@@ -185,28 +195,28 @@ func TestBadPCIBack(t *testing.T) {
 		5: {1, true, false},
 	} {
 		limit := time.Minute
-		switch disks { // where it is waited for that long
+		switch n { // where it is waited for that long
 		case 2:
 			limit = 300 * time.Millisecond
 		case 4:
 			limit = 3 * time.Second
 		}
 		var all []*process.Process
-		a := b.assign(guestWith(disks), pcibacks{limit: limit, start: func(guest string) (*process.Process, error) {
+		a := b.with(func(guest string) (*process.Process, error) {
 			p, err := b.bare(badPCIBackProgram)(guest)
 			all = append(all, p)
 			return p, err
-		}})
-		_, err := a.wait(t.Context())
-		b.wg.Wait()
-		if (err != nil) != c.failed || errors.Is(err, errPCIBackDied) != c.died || len(all) != c.asked {
-			t.Errorf("%d disks: %v after %d", disks, err, len(all))
+		}, limit, n)
+		_, err := a.Wait(t.Context())
+		b.Wait()
+		if (err != nil) != c.failed || errors.Is(err, errDied) != c.died || len(all) != c.asked {
+			t.Errorf("%d disks: %v after %d", n, err, len(all))
 		}
 		for _, p := range all {
 			select {
 			case <-p.Done():
 			default:
-				t.Errorf("%d disks: it still runs", disks)
+				t.Errorf("%d disks: it still runs", n)
 			}
 		}
 	}
@@ -219,12 +229,12 @@ func TestBadPCIBack(t *testing.T) {
 		t.Error("a call that it may not make is not on the record")
 	}
 	// A guest that is given up while its bus is assigned leaves nothing.
-	a := b.assign(guestWith(2), pcibacks{b.bare(badPCIBackProgram), time.Hour})
-	a.end()
-	if _, err := a.wait(t.Context()); err == nil {
+	a := b.with(b.bare(badPCIBackProgram), time.Hour, 2)
+	a.End()
+	if _, err := a.Wait(t.Context()); err == nil {
 		t.Error("given up, and assigned")
 	}
-	b.wg.Wait()
+	b.Wait()
 	if starts, ends := b.instances(); starts != ends {
 		t.Errorf("%d starts, %d ends", starts, ends)
 	}

@@ -1,0 +1,153 @@
+// Package asked is the Builder's side of PCIBack: it has a guest's PCI bus assigned, by a PCIBack of its own
+// beside the rest of the guest's first start. The answer is the guest's for all its reboots.
+//
+// A PCIBack may die at any moment: another is asked, which answers the same. What a PCIBack says
+// goes on to its own guest's emulator only, which builds it or refuses it; here it was parsed (package
+// topology), no more.
+package asked
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"redoubt.dev/redoubt/audit"
+	"redoubt.dev/redoubt/ipc"
+	"redoubt.dev/redoubt/ipc/rpc"
+	"redoubt.dev/redoubt/pci/topology"
+	"redoubt.dev/redoubt/process"
+	"redoubt.dev/redoubt/services"
+	"redoubt.dev/redoubt/services/calls"
+	"redoubt.dev/redoubt/services/protocol"
+)
+
+// An Asker asks PCIBacks, from New to Wait.
+type Asker struct {
+	Log     *slog.Logger
+	Journal *audit.Journal
+	Start   func(guest string) (*process.Process, error)
+	Limit   time.Duration // how long one may take to answer, then to leave
+
+	wg sync.WaitGroup
+}
+
+// Wait waits until all PCIBacks are gone.
+func (a *Asker) Wait() { a.wg.Wait() }
+
+// An Assignment is the making of a guest's PCI bus.
+type Assignment struct {
+	cancel   context.CancelFunc
+	done     chan struct{} // closed when the topology or err is there
+	topology topology.Topology
+	err      error
+}
+
+// maxPCIBacks are asked for one guest: then it is no accident that they die.
+const maxPCIBacks = 5
+
+// Assign begins to have a guest's bus assigned.
+func (a *Asker) Assign(guest string, ask topology.Request) *Assignment {
+	ctx, cancel := context.WithCancel(context.Background())
+	out := &Assignment{cancel: cancel, done: make(chan struct{})}
+	a.wg.Go(func() {
+		defer cancel()
+		var err error
+		for range maxPCIBacks {
+			err = a.ask(ctx, guest, ask, func(t topology.Topology) {
+				out.topology = t
+				close(out.done)
+			})
+			if err == nil {
+				return
+			}
+			if !errors.Is(err, errDied) || ctx.Err() != nil {
+				break
+			}
+			a.Log.Warn("PCIBack is replaced", "guest", guest, "err", err)
+		}
+		out.err = err
+		close(out.done)
+	})
+	return out
+}
+
+// Assigned is one that was made before.
+func Assigned(t topology.Topology) *Assignment {
+	a := &Assignment{cancel: func() {}, done: make(chan struct{}), topology: t}
+	close(a.done)
+	return a
+}
+
+// errDied says that a PCIBack ended before it answered.
+var errDied = errors.New("PCIBack ended before it answered")
+
+// ask asks a PCIBack of its own and gives its answer on at once; when it returns, the process is
+// gone.
+func (a *Asker) ask(ctx context.Context, guest string, ask topology.Request, answered func(topology.Topology)) (err error) {
+	p, err := a.Start(guest)
+	if err != nil {
+		return fmt.Errorf("PCIBack: %w", err)
+	}
+	is := audit.NewInstance(services.PCIBack, p.PID())
+	peer := rpc.New(p.Control, calls.Watched(a.Journal, services.PCIBack, guest, func(_ context.Context, r *rpc.Request) (any, error) {
+		ipc.CloseAll(r.Files)
+		return nil, rpc.Errorf(rpc.Refused, "builder: no call %q from PCIBack", r.Method)
+	}))
+	heard := make(chan struct{})
+	go func() { // ends with the process
+		defer close(heard)
+		_ = peer.Run(context.Background())
+	}()
+	defer func() {
+		// Once it has answered it leaves; it may not stay, either.
+		stop, cancel := context.WithTimeout(context.Background(), a.Limit)
+		defer cancel()
+		if err != nil {
+			p.Kill()
+		}
+		select {
+		case <-p.Done():
+		case <-stop.Done():
+			p.Kill()
+			<-p.Done()
+		}
+		<-heard
+		a.Journal.Note(a.Journal.Ended(is, p.Err(), []string{guest}))
+	}()
+	if err := a.Journal.Record(a.Journal.Started(is, "guest", guest), a.Journal.Linked(guest, is)); err != nil {
+		return err
+	}
+	limited, cancel := context.WithTimeout(ctx, a.Limit)
+	defer cancel()
+	var t topology.Topology
+	_, err = peer.Call(limited, protocol.MethodAssign, ask, &t)
+	if err == nil {
+		answered(t)
+		return nil
+	}
+	if errors.Is(err, rpc.ErrGone) || limited.Err() != nil && ctx.Err() == nil {
+		err = fmt.Errorf("%w: %w", errDied, err)
+	}
+	return err
+}
+
+// Wait is the guest's bus, once it is assigned.
+func (a *Assignment) Wait(ctx context.Context) (topology.Topology, error) {
+	select {
+	case <-a.done:
+		return a.topology, a.err
+	case <-ctx.Done():
+		return topology.Topology{}, ctx.Err()
+	}
+}
+
+// End gives up what is not assigned yet, with its guest.
+func (a *Assignment) End() {
+	if a != nil {
+		a.cancel()
+		<-a.done
+	}
+}
