@@ -90,7 +90,7 @@ func start(o Options) (*Process, error) {
 		ctl.Close()
 		return nil, err
 	}
-	output, theirs, err := os.Pipe()
+	output, theirs, err := pipe()
 	if err != nil {
 		ctl.Close()
 		log.Close()
@@ -121,6 +121,18 @@ func start(o Options) (*Process, error) {
 	}
 	go p.follow(wait, output, log)
 	return p, nil
+}
+
+// pipe makes a pipe whose reading end never blocks, whoever is given it: reads have deadlines.
+func pipe() (r, w *os.File, err error) {
+	var fds [2]int
+	if err := unix.Pipe2(fds[:], unix.O_CLOEXEC); err != nil {
+		return nil, nil, fmt.Errorf("pipe: %w", err)
+	}
+	if err := unix.SetNonblock(fds[0], true); err != nil {
+		return nil, nil, errors.Join(err, unix.Close(fds[0]), unix.Close(fds[1]))
+	}
+	return os.NewFile(uintptr(fds[0]), "output"), os.NewFile(uintptr(fds[1]), "output"), nil
 }
 
 func openLog(dir, label string) (*os.File, error) {

@@ -86,6 +86,7 @@ func (p *Launcher) inherit(left *fdstore.Left, pid, files int) (of *instance, r 
 		err = fmt.Errorf("process %d is a %s", pid, s.Name)
 	}
 	if err != nil {
+		defer p.kept.Drop(e.Name)
 		return nil, r, nil, errors.Join(err, end(e))
 	}
 	r.Guard.PIDFD, r.Guard.Notes = e.Files[0], e.Files[1]

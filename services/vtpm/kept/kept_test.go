@@ -11,6 +11,8 @@ import (
 	"testing"
 
 	"redoubt.dev/redoubt/ipc"
+	"redoubt.dev/redoubt/ipc/fdstore"
+	"redoubt.dev/redoubt/ipc/fdstore/fdstoretest"
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/services/keeper"
 	"redoubt.dev/redoubt/services/protocol"
@@ -61,10 +63,14 @@ type host struct {
 	failed   chan string
 }
 
-func newHost(t *testing.T) *host {
-	h := &host{t: t, again: make(chan string, 4), failed: make(chan string, 4)}
+func newHost(t *testing.T) *host { return newHostOf(t, nil, nil, ready) }
+
+// newHostOf is one that keeps, and follows one that kept.
+func newHostOf(t *testing.T, kept *fdstore.Store, left Devices, answer func(protocol.Inherit) (protocol.Inherited, error)) *host {
+	h := &host{t: t, again: make(chan string, 4), failed: make(chan string, 4), answer: answer}
 	var err error
 	h.mgr, err = Open(t.Context(), Options{
+		Kept: kept, Left: left,
 		Log: slog.New(slog.NewTextHandler(io.Discard, nil)),
 		Start: func() (keeper.Process, error) {
 			return h.start()
@@ -235,6 +241,58 @@ func TestInherits(t *testing.T) {
 	}
 	if s := h.next(ready); len(s.inherited) != 0 {
 		t.Errorf("inherited %+v", s.inherited)
+	}
+}
+
+// TestBuilderDied: a manager of the next Builder inherits what those of the last one had, but no channel of an
+// emulator that is not the guest's, and nothing of guests that are no more.
+func TestBuilderDied(t *testing.T) {
+	const gone = "0b5ff3a6-0d8e-4a1c-9c41-0d7b4c2f6a03"
+	for name, answer := range map[string]func(protocol.Inherit) (protocol.Inherited, error){"ready": ready, "not ready": notReady} {
+		t.Run(name, func(t *testing.T) {
+			keeper := fdstoretest.New(t)
+			store, _ := keeper.Next()
+			h := newHostOf(t, store, nil, ready)
+			for i, uuid := range []string{web, mail, gone} {
+				h.attach(uuid, tree.Domain(3+i))
+				if err := h.keep(h.now(), uuid, 77+i); err != nil {
+					t.Fatal(err)
+				}
+			}
+			h.provision(web)
+
+			store, left := keeper.Next()
+			var engines []int
+			devices, err := Left(left,
+				func(uuid string) bool { return uuid != gone },
+				func(a protocol.Attach) bool { return a.UUID == web && a.Domain == 3 }, // the other one is rebooting
+				func(pid int) error { engines = append(engines, pid); return nil })
+			if err != nil || len(devices) != 2 || len(engines) != 2 {
+				t.Fatalf("%v, %v, %v", devices, engines, err)
+			}
+			store.Discard(left)
+			next := newHostOf(t, store, devices, answer)
+			s := next.now()
+			if in := s.inherited[web]; in.PID != 77 || in.Domain != 3 || len(in.Files) != 6 {
+				t.Errorf("inherited %+v", in)
+			}
+			if in := s.inherited[mail]; in.PID != 78 || len(in.Files) != 5 {
+				t.Errorf("inherited %+v", in)
+			}
+			if name == "not ready" {
+				if got := <-next.again; got != web+" 3" || len(next.again) != 0 {
+					t.Errorf("again: %s", got)
+				}
+			}
+			for _, uuid := range []string{web, mail} {
+				if err := next.mgr.Release(t.Context(), uuid, false); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if n := keeper.Len(); n != 0 {
+				t.Errorf("%d entries are left", n)
+			}
+		})
 	}
 }
 
