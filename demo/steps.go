@@ -54,6 +54,10 @@ func steps() []step {
 			name: "load", needs: []string{"attacks"}, do: (*demo).load,
 			title: "BlkBack is killed and replaced while its guest writes and verifies its disk",
 		},
+		{
+			name: "builder", needs: []string{"load"}, do: (*demo).builder,
+			title: "The Builder, which has all privileges, is killed under the same guest: the next one goes on",
+		},
 		{name: "down", needs: []string{"up"}, title: "All goes down, nothing is left behind", do: (*demo).down},
 	}
 }

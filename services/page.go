@@ -13,7 +13,7 @@ func Page() string {
 
 Made from services/table.go by ` + "`go test ./services -rewrite`" + `; do not edit. The Builder makes every
 sandbox from the same table, and ` + "`redoubt services`" + ` holds it against what is in force. The Builder itself is
-not in it: it makes the others and nothing confines it.
+not in it: it makes the others and nothing confines it; nor is the Supervisor, which keeps the Builder running.
 
 All of them: a user of their own, no_new_privs, a list of system calls, Landlock, limits, an empty read-only root but
 for what is named here, and namespaces of their own but for those named here. None opens a network but ` + "`netback`" + `, its
@@ -43,6 +43,9 @@ tenant's.
 		row("needs", strings.Join(s.DependsOn, ", "))
 		row("lives", s.Lifetime)
 		row("replaced", string(s.Reset))
+		if s.Outlives() {
+			row("when the Builder dies", "goes on")
+		}
 		row("holds", strings.Join(s.Holds, "; "))
 		row("root", strings.Join(s.files(), ", "))
 		if s.Network {

@@ -1,5 +1,5 @@
-// Package tcb counts the code that runs with all of Redoubt's privileges: the Builder and what it is
-// built of.
+// Package tcb counts the code that runs with all of Redoubt's privileges: the Builder, the Supervisor that
+// starts it, and what they are built of.
 package tcb
 
 import (
@@ -17,8 +17,11 @@ import (
 	"strings"
 )
 
-// Program is the one that has the privileges.
-const Program = "redoubt.dev/redoubt/cmd/redoubt-builder"
+// Program is the one that uses the privileges, Supervisor the one that hands them on.
+const (
+	Program    = "redoubt.dev/redoubt/cmd/redoubt-builder"
+	Supervisor = "redoubt.dev/redoubt/cmd/redoubt-supervisor"
+)
 
 // own are the Builder itself: what knows of guests, tenants and services at once. The mechanisms that it
 // uses stand by themselves, each with its own contract; those that no other program has are marked.
@@ -35,14 +38,14 @@ type Package struct {
 	Alone        bool // no other of Redoubt's programs has it
 }
 
-// Count counts the program's packages, the standard library's left out, as they are built for this
+// Count counts both programs' packages, the standard library's left out, as they are built for this
 // machine; dir is somewhere in Redoubt's module. What the linker leaves out of a package is counted.
 func Count(ctx context.Context, dir string) ([]Package, error) {
 	others, err := elsewhere(ctx, dir)
 	if err != nil {
 		return nil, err
 	}
-	out, err := list(ctx, dir, "-deps", "-json=ImportPath,Dir,Standard,Module,GoFiles,SFiles", Program)
+	out, err := list(ctx, dir, "-deps", "-json=ImportPath,Dir,Standard,Module,GoFiles,SFiles", Program, Supervisor)
 	if err != nil {
 		return nil, err
 	}
@@ -79,7 +82,7 @@ func elsewhere(ctx context.Context, dir string) (map[string]bool, error) {
 	if err != nil {
 		return nil, err
 	}
-	programs := slices.DeleteFunc(strings.Fields(string(out)), func(p string) bool { return p == Program })
+	programs := slices.DeleteFunc(strings.Fields(string(out)), func(p string) bool { return p == Program || p == Supervisor })
 	if out, err = list(ctx, dir, append([]string{"-deps"}, programs...)...); err != nil {
 		return nil, err
 	}
@@ -168,7 +171,7 @@ func Print(w io.Writer, all []Package) {
 			name := strings.TrimPrefix(strings.TrimPrefix(p.Path, module+"/"), p.Module+"/")
 			mark := ""
 			if p.Alone && p.Module == module {
-				mark = "  (only the Builder has it)"
+				mark = "  (only the Builder or Supervisor has it)"
 			}
 			fmt.Fprintf(w, "         %7d  %s%s\n", p.Lines, name, mark)
 		}
