@@ -131,6 +131,11 @@ func TestNoBuilder(t *testing.T) {
 			t.Errorf("QEMU %d is left (%v)", qemus[i], err)
 		}
 	}
+	// It is known for good.
+	h.kill("Builder", "redoubt-builder")
+	if g := h.show("dying"); g.State != "failed" || !strings.Contains(g.Reason, "nobody was told how") {
+		t.Errorf("a Builder later dying is %s: %s", g.State, g.Reason)
+	}
 	h.must("run", "napping")
 	h.await("napping", "READY\n", bootTime)
 	h.must("stop", "napping", "--grace", "0s")

@@ -27,7 +27,7 @@ func waitingCostsNothing(t *testing.T, emulator string) {
 	h.start(start{emulator: emulator, what: "off", args: []string{"--unsafe-vtpm-delay", "100s"}})
 	starter{host: h}.follow("guest", "paused") // QEMU: at once; native: after 10 s at the gate
 	var pids []int
-	for _, p := range []string{"redoubt-builder", "redoubt-store-state", "redoubt-vtpm", "redoubt-toolstack", "redoubt-emulator", "qemu-system-x86_64", "swtpm"} {
+	for _, p := range []string{"redoubt-supervisor", "redoubt-builder", "redoubt-store-state", "redoubt-vtpm", "redoubt-toolstack", "redoubt-emulator", "qemu-system-x86_64", "swtpm"} {
 		pids = append(pids, h.processes(p)...)
 	}
 	const window = 8 * time.Second

@@ -74,10 +74,10 @@ func End(h Held) error {
 	if err := awaitPIDFD(h.PIDFD); err != nil {
 		return err
 	}
-	if h.Group == "" {
-		return nil
+	if h.Group != "" {
+		_ = (&group{h.Group, h.Cgroup == 2}).remove() // an empty one harms nobody
 	}
-	return (&group{h.Group, h.Cgroup == 2}).remove()
+	return nil
 }
 
 // awaitEnd waits until the process is gone.

@@ -103,7 +103,7 @@ type Instance struct {
 	GID      uint32
 	StateDir string   // on the host, for a service with State
 	Memory   uint64   // of its guest or guests, in bytes
-	Network  *os.File // the network namespace, for a service with Network
+	Network  *os.File `json:"-"` // the network namespace, for a service with Network
 	KVM      bool     // QEMU only: the guest runs on /dev/kvm, which it opens by name
 	KVMGroup uint32   // the group of /dev/kvm
 	NICs     bool     // QEMU only: it comes to its NICs' back ends by doors, see vhostuser.Door

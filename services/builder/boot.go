@@ -1,6 +1,7 @@
 package builder
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"slices"
@@ -72,6 +73,11 @@ func (b *Builder) boot(ctx context.Context, start map[string]func(context.Contex
 
 // openTenants starts every tenant's toolstack.
 func (b *Builder) openTenants(ctx context.Context) error {
+	for _, u := range b.cfg.Uplinks {
+		if _, err := b.ledger.Tenant(cmp.Or(u.Tenant, services.DefaultTenant)); err != nil {
+			b.log.Warn("an uplink waits for its tenant: make it with `redoubt tenant set`", "uplink", u.Name, "tenant", u.Tenant)
+		}
+	}
 	for _, t := range b.ledger.All() {
 		if err := b.openTenant(ctx, t.Name); err != nil {
 			return err

@@ -286,7 +286,8 @@ func (b *Builder) build(ctx context.Context, t *tenancy, in protocol.Build, r *r
 		return nil, err
 	}
 	var run *run
-	if g.storage, err = b.newStorage(ctx, g, nil); err == nil {
+	g.storage = b.newStorage(g)
+	if err = g.storage.open(ctx, nil); err == nil {
 		g.nics, err = t.network.add(g)
 	}
 	b.starts.RLock()
@@ -298,10 +299,7 @@ func (b *Builder) build(ctx context.Context, t *tenancy, in protocol.Build, r *r
 		run, err = b.start(ctx, g)
 	}
 	if err == nil {
-		if err = b.setRun(g, run); err != nil {
-			run.proc.Kill()
-			<-run.proc.Done()
-		}
+		err = b.setRun(g, run)
 	}
 	if err != nil {
 		b.unkeep(g)

@@ -54,7 +54,8 @@ func (g *guest) memory() uint64 { return uint64(g.Build.Spec.Memory) }
 // A run is one emulator process of a guest; a reboot makes a new one.
 type run struct {
 	domain  tree.Domain
-	memory  *os.File         // the guest's
+	memory  *os.File         // the guest's; nil once it has ended. The guest's keeping is over it
+	again   bool             // it has ended, and the guest is being started again; the same
 	proc    *process.Process // nil of one that ended with the last Builder
 	peer    *rpc.Peer
 	heard   chan struct{}  // closed when all the emulator said was taken in
@@ -65,7 +66,6 @@ type run struct {
 	qemu   bool           // its QEMU was asked for
 	pid    int            // QEMU's; 0: none
 	asked  int            // it asked for so many back ends
-	over   bool           // it has ended, and the guest is being started again
 	exit   *protocol.Exit // the emulator's own word
 	failed string         // why the Builder ended it, if it did
 }
@@ -299,7 +299,7 @@ func (b *Builder) provision(ctx context.Context, g *guest, d tree.Domain) error 
 }
 
 // setRun makes r the guest's running emulator, which ends at once if the vTPM failed before. From here on
-// the guest outlives the Builder.
+// the guest outlives the Builder. After an error r has ended.
 func (b *Builder) setRun(g *guest, r *run) error {
 	g.mu.Lock()
 	last := g.run
@@ -311,6 +311,9 @@ func (b *Builder) setRun(g *guest, r *run) error {
 		g.mu.Lock()
 		g.run = last
 		g.mu.Unlock()
+		r.proc.Kill()
+		<-r.proc.Done()
+		b.forget(r.domain)
 		return err
 	}
 	if lost != "" {

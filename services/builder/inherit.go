@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"sync"
 
 	"redoubt.dev/redoubt/audit"
 	"redoubt.dev/redoubt/ipc"
@@ -53,7 +52,7 @@ func (b *Builder) inherit() (alive audit.Alive, err error) {
 	}
 	b.devices, err = vtpm.Left(b.left,
 		func(uuid string) bool { return b.guests[uuid] != nil },
-		func(a protocol.Attach) bool { r := b.guests[a.UUID].run; return !r.over && r.domain == a.Domain },
+		func(a protocol.Attach) bool { r := b.guests[a.UUID].run; return !r.again && r.domain == a.Domain },
 		func(pid int) error { return b.procs.InheritProgram(b.left, pid) })
 	if err != nil {
 		return alive, err
@@ -68,11 +67,11 @@ func (b *Builder) inheritGuest(uuid string) (*guest, error) {
 		return nil, err
 	}
 	g := &guest{Guest: made, down: make(chan struct{}), asked: s.Asked, timeline: timeline, bus: asked.Assigned(s.PCI)}
-	r := &run{domain: s.Domain, memory: s.Memory, heard: make(chan struct{}), is: s.Instance, exit: s.Exit, failed: s.Failed, over: s.Over}
+	r := &run{domain: s.Domain, memory: s.Memory, heard: make(chan struct{}), is: s.Instance, exit: s.Exit, failed: s.Failed, again: s.Over}
 	r.changed = func() { b.keepChange(g) }
 	r.qemu, r.pid, r.asked = true, s.QEMU, maxBackEnds // what it may ask for before its guest runs it has had
 	g.run = r
-	if r.over {
+	if r.again {
 		return g, nil
 	}
 	proc, err := b.procs.Inherit(b.left, s.PID)
@@ -80,8 +79,9 @@ func (b *Builder) inheritGuest(uuid string) (*guest, error) {
 		return g, nil //nolint:nilerr // it ended with the last Builder, or after it
 	}
 	r.proc = proc
-	// At once: until the next manager is there a guest under QEMU is to be held still.
-	_ = rpc.New(proc.Control, nil).Notify(protocol.NoticeVTPMLost, struct{}{})
+	// At once: until the next manager is there a guest under QEMU is to be held still. One that takes nothing
+	// holds up nobody.
+	b.wg.Go(func() { _ = rpc.New(proc.Control, nil).Notify(protocol.NoticeVTPMLost, struct{}{}) })
 	if s.QEMU != 0 {
 		if err := b.procs.InheritProgram(b.left, s.QEMU); err != nil {
 			b.log.Warn("QEMU", "guest", g.name(), "err", err)
@@ -95,12 +95,11 @@ var errUnseen = errors.New("the emulator ended while there was no Builder")
 
 // resume hears inherited emulators again, and gives guests their disks.
 func (b *Builder) resume(ctx context.Context) {
-	var wg sync.WaitGroup
-	defer wg.Wait()
 	for _, g := range b.guests {
 		r := g.run
+		with := r
 		if r.proc == nil {
-			r.peer = rpc.Gone()
+			r.peer, with = rpc.Gone(), nil
 			close(r.heard)
 		} else {
 			r.peer = rpc.New(r.proc.Control, calls.Watched(b.journal, services.Emulator, g.name(), b.fromEmulator(g, r)))
@@ -109,18 +108,17 @@ func (b *Builder) resume(ctx context.Context) {
 				defer close(r.heard)
 				_ = r.peer.Run(context.Background())
 			})
-			_ = r.peer.Notify(protocol.NoticeResumed, struct{}{}) // or it is gone
-			if r.failed != "" {
-				r.end()
-			}
+			failed := r.failed != ""
+			b.wg.Go(func() {
+				_ = r.peer.Notify(protocol.NoticeResumed, struct{}{}) // or it is gone
+				if failed {
+					r.end()
+				}
+			})
 		}
-		wg.Go(func() {
-			with := r
-			if r.proc == nil {
-				with = nil
-			}
-			var err error
-			if g.storage, err = b.newStorage(ctx, g, with); err != nil {
+		g.storage = b.newStorage(g)
+		b.wg.Go(func() {
+			if err := g.storage.open(ctx, with); err != nil {
 				r.fail(fmt.Sprintf("storage: %v", err))
 			}
 		})

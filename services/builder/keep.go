@@ -28,8 +28,11 @@ func (b *Builder) keepRun(g *guest) error {
 	if err != nil {
 		return err
 	}
+	if r.memory == nil && !r.again { // it is down, and about to be forgotten
+		return nil
+	}
 	r.mu.Lock()
-	s := kept.Run{Domain: r.domain, QEMU: r.pid, Instance: r.is, PCI: bus, Asked: asked, Failed: r.failed, Exit: r.exit, Over: r.over, Memory: r.memory}
+	s := kept.Run{Domain: r.domain, QEMU: r.pid, Instance: r.is, PCI: bus, Asked: asked, Failed: r.failed, Exit: r.exit, Over: r.again, Memory: r.memory}
 	r.mu.Unlock()
 	if r.proc != nil {
 		s.PID = r.proc.PID()
@@ -44,11 +47,15 @@ func (b *Builder) keepChange(g *guest) {
 	}
 }
 
-// setOver notes that the emulator has ended, and whether the guest is to have another one.
-func (r *run) setOver(again bool) {
-	r.mu.Lock()
-	r.over = again
-	r.mu.Unlock()
+// over notes that the emulator has ended, and whether the guest is to have another one.
+func (r *run) over(g *guest, again bool) {
+	g.keeping.Lock()
+	r.again = again
+	if r.memory != nil {
+		r.memory.Close()
+		r.memory = nil
+	}
+	g.keeping.Unlock()
 	if again {
 		r.changed()
 	}

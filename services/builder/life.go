@@ -8,6 +8,7 @@ import (
 
 	"redoubt.dev/redoubt/audit"
 	"redoubt.dev/redoubt/ipc/rpc"
+	"redoubt.dev/redoubt/services/emulator/kept"
 	"redoubt.dev/redoubt/services/protocol"
 )
 
@@ -28,11 +29,10 @@ func (b *Builder) supervise(g *guest) {
 // follow follows the end of a guest's emulator, and reports whether there is another one.
 func (b *Builder) follow(g *guest, run *run, exit protocol.Exit) bool {
 	run.peer.Close()
-	run.memory.Close()
 	g.storage.detach()
 	g.nics.detach()
 	again := exit.Outcome == protocol.Reboot
-	run.setOver(again)
+	run.over(g, again)
 	b.release(g, again)
 	b.forget(run.domain)
 	if again {
@@ -52,12 +52,14 @@ func (b *Builder) follow(g *guest, run *run, exit protocol.Exit) bool {
 	b.journal.Note(b.journal.Entry(audit.ActGuestEnd, g.name(), audit.Done,
 		"uuid", g.Build.UUID, "outcome", string(exit.Outcome), "reason", exit.Reason))
 	g.Close()
+	ended := protocol.Ended{UUID: g.Build.UUID, Outcome: exit.Outcome, Reason: exit.Reason}
+	kept.KeepEnd(b.kept, g.Tenant, ended)
+	b.unkeep(g) // before it can be started again
 	b.unclaim(g)
 	close(g.down)
 	if t := b.tenancy(g.Tenant); t != nil {
-		t.notify(protocol.NoticeEnded, protocol.Ended{UUID: g.Build.UUID, Outcome: exit.Outcome, Reason: exit.Reason})
+		t.notify(protocol.NoticeEnded, ended)
 	}
-	b.unkeep(g) // now that its end is told
 	return false
 }
 
@@ -81,8 +83,6 @@ func (b *Builder) restart(g *guest) error {
 		return err
 	}
 	if err := b.setRun(g, next); err != nil {
-		next.proc.Kill()
-		<-next.proc.Done()
 		return err
 	}
 	if g.isAsked() { // asked while the new process was being made

@@ -61,20 +61,12 @@ func (g *guest) takeBases(files map[string][]*os.File) {
 	}
 }
 
-// newStorage starts BlkBack for a guest that has disks; nil for one that has none. Where the guest has a run
-// already, that is given them.
-func (b *Builder) newStorage(ctx context.Context, g *guest, r *run) (*storage, error) {
+// newStorage is for a guest that has disks; nil for one that has none. BlkBack is not started yet.
+func (b *Builder) newStorage(g *guest) *storage {
 	if len(g.Disks) == 0 {
-		return nil, nil
+		return nil
 	}
 	s := &storage{b: b, g: g}
-	if r != nil {
-		own, err := ipc.Duplicate(r.memory)
-		if err != nil {
-			return nil, fmt.Errorf("disks: %w", err)
-		}
-		s.run, s.memory, s.domain = r, own[0], r.domain
-	}
 	s.Keeper = keeper.New(keeper.Options{
 		Service: services.BlkBack, About: g.name(), Log: b.log, Journal: b.journal,
 		Start: func() (keeper.Process, error) {
@@ -96,14 +88,24 @@ func (b *Builder) newStorage(ctx context.Context, g *guest, r *run) (*storage, e
 		Overlap: true, Drain: drainLimit,
 		Every: b.cfg.Resets[services.BlkBack], // what took it over has it for that long at most
 	})
-	s.Lock()
-	err := s.Begin(ctx)
-	s.Unlock()
-	if err != nil {
-		s.Close(0)
-		return nil, err
+	return s
+}
+
+// open starts BlkBack. Where the guest has a run already, that is given its disks.
+func (s *storage) open(ctx context.Context, r *run) error {
+	if s == nil {
+		return nil
 	}
-	return s, nil
+	s.Lock()
+	defer s.Unlock()
+	if r != nil {
+		own, err := ipc.Duplicate(r.memory)
+		if err != nil {
+			return fmt.Errorf("disks: %w", err)
+		}
+		s.run, s.memory, s.domain = r, own[0], r.domain
+	}
+	return s.Begin(ctx)
 }
 
 // gives are the records of a guest's dependence on a back end, which may touch its memory.

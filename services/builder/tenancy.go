@@ -14,6 +14,7 @@ import (
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/services"
 	"redoubt.dev/redoubt/services/calls"
+	"redoubt.dev/redoubt/services/emulator/kept"
 	"redoubt.dev/redoubt/services/keeper"
 	"redoubt.dev/redoubt/services/launch"
 	"redoubt.dev/redoubt/services/protocol"
@@ -69,7 +70,7 @@ func (b *Builder) openTenant(ctx context.Context, name string) error {
 		l.Close()
 		return fmt.Errorf("network of %s: %w", name, err)
 	}
-	t := &tenancy{b: b, name: name, listener: l, network: network, ends: map[string]protocol.Ended{}}
+	t := &tenancy{b: b, name: name, listener: l, network: network, ends: kept.TakeEnds(b.left, name)}
 	t.Keeper = keeper.New(keeper.Options{
 		Service: services.Toolstack, About: name, Log: b.log, Journal: b.journal, Detail: []string{"tenant", name},
 		Start: func() (keeper.Process, error) {
@@ -178,6 +179,7 @@ func (t *tenancy) forget(uuid string) {
 	t.Lock()
 	defer t.Unlock()
 	delete(t.ends, uuid)
+	kept.DropEnd(t.b.kept, t.name, uuid)
 }
 
 // handler serves a toolstack.

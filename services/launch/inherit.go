@@ -27,14 +27,13 @@ func entry(pid int) string { return processes + strconv.Itoa(pid) }
 // Builder where the kernel tells of calls outside their list, and then our end of the control
 // connection and of its output, or of a foreign one the lifeline.
 type record struct {
-	Service  string        `json:"service"`
-	User     uint32        `json:"user"`
-	Declared sandbox.State `json:"declared"`
-	Guard    sandbox.Held  `json:"guard"`
+	Service  string            `json:"service"`
+	Instance services.Instance `json:"instance"`
+	Guard    sandbox.Held      `json:"guard"`
 }
 
 // hold keeps a process whose program does not run yet, at first only to be ended.
-func (p *Launcher) hold(of *instance, spec *sandbox.Spec, h sandbox.Held, more ...*os.File) error {
+func (p *Launcher) hold(of *instance, i services.Instance, h sandbox.Held, more ...*os.File) error {
 	p.mu.Lock()
 	of.pid = h.PID
 	p.mu.Unlock()
@@ -42,7 +41,7 @@ func (p *Launcher) hold(of *instance, spec *sandbox.Spec, h sandbox.Held, more .
 	if of.service.Outlives() && h.Notes != nil {
 		files = append(append(files, h.Notes), more...)
 	}
-	return p.kept.Put(entry(h.PID), record{of.service.Name, of.user, spec.Declared(), h}, files...)
+	return p.kept.Put(entry(h.PID), record{of.service.Name, i, h}, files...)
 }
 
 // Inherit goes on with a process of ours that a Builder which died has left.
@@ -56,7 +55,9 @@ func (p *Launcher) Inherit(left *fdstore.Left, pid int) (*process.Process, error
 		p.release(of)
 		return nil, err
 	}
-	p.inherited(of, r, proc.Done())
+	p.mu.Lock()
+	of.done = proc.Done()
+	p.mu.Unlock()
 	p.follow(of, proc)
 	return proc, nil
 }
@@ -67,7 +68,6 @@ func (p *Launcher) InheritProgram(left *fdstore.Left, pid int) error {
 	if err != nil {
 		return err
 	}
-	p.inherited(of, r, nil)
 	p.see(of, sandbox.Adopt(r.Guard), func() *os.ProcessState { return nil }, files[2])
 	return nil
 }
@@ -82,8 +82,12 @@ func (p *Launcher) inherit(left *fdstore.Left, pid, files int) (of *instance, r 
 	if err == nil {
 		s, err = services.Find(r.Service)
 	}
+	var spec *sandbox.Spec
 	if err == nil && !s.Outlives() {
 		err = fmt.Errorf("process %d is a %s", pid, s.Name)
+	}
+	if err == nil {
+		spec, err = s.Sandbox(r.Instance)
 	}
 	if err != nil {
 		defer p.kept.Drop(e.Name)
@@ -92,15 +96,9 @@ func (p *Launcher) inherit(left *fdstore.Left, pid, files int) (of *instance, r 
 	r.Guard.PIDFD, r.Guard.Notes = e.Files[0], e.Files[1]
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	of = p.takes(r.User, s)
-	of.pid = pid
+	of = p.takes(r.Instance.UID, s)
+	of.pid, of.label, of.declared = pid, spec.Name, spec.Declared()
 	return of, r, e.Files, nil
-}
-
-func (p *Launcher) inherited(of *instance, r record, done <-chan struct{}) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	of.label, of.declared, of.done = r.Guard.Name, r.Declared, done
 }
 
 // EndLeft ends all processes that a Builder which died has left and that nobody inherited, and returns when

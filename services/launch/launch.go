@@ -239,7 +239,7 @@ func (p *Launcher) startInstance(of *instance, i services.Instance) (*process.Pr
 	}
 	proc, err := process.Start(process.Options{
 		Program: of.service.Program, Label: i.Label, LogDir: p.logs, Sandbox: spec, Host: p.host,
-		Hold: func(h process.Held) error { return p.hold(of, spec, h.Guard, h.Control, h.Output) },
+		Hold: func(h process.Held) error { return p.hold(of, i, h.Guard, h.Control, h.Output) },
 	})
 	if err != nil {
 		return nil, err
@@ -323,7 +323,7 @@ func (p *Launcher) startProgram(of *instance, i services.Instance, q foreign.Req
 		g.Discard()
 		return 0, err
 	}
-	g.Hold = func(h sandbox.Held) error { return p.hold(of, spec, h, line[0]) }
+	g.Hold = func(h sandbox.Held) error { return p.hold(of, i, h, line[0]) }
 	if err := g.Start(); err != nil {
 		line[0].Close()
 		return 0, err

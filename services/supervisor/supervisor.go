@@ -113,7 +113,11 @@ func once(ctx context.Context, cfg Config, held *fdstore.Held, generation uint64
 		ours.Close()
 		return end, err
 	}
-	stop := context.AfterFunc(ctx, func() { _ = unix.PidfdSendSignal(pidfd, unix.SIGTERM, nil, 0) })
+	told := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(told)
+		_ = unix.PidfdSendSignal(pidfd, unix.SIGTERM, nil, 0)
+	})
 	served := make(chan error, 1)
 	go func() { // ends with the connection, which ends with the Builder
 		err := held.Serve(ours, generation)
@@ -124,7 +128,7 @@ func once(ctx context.Context, cfg Config, held *fdstore.Held, generation uint64
 	}()
 	end, err = reap(c.Process.Pid)
 	if !stop() {
-		<-ctx.Done()
+		<-told
 	}
 	if serr := <-served; serr != nil {
 		cfg.Log.Error("what the Builder wanted held", "err", serr)

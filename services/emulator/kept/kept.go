@@ -6,6 +6,8 @@
 //	nics/UUID           its network devices
 //	run/UUID            its emulator, from when the guest runs on
 //	timeline/UUID/N     its events
+//
+// and then, until it is destroyed, end/TENANT/UUID: how it ended last.
 package kept
 
 import (
@@ -30,6 +32,7 @@ func guestEntry(uuid string) string         { return guests + uuid }
 func nicsEntry(uuid string) string          { return "nics/" + uuid }
 func runEntry(uuid string) string           { return "run/" + uuid }
 func timelineEntry(uuid string) string      { return "timeline/" + uuid + "/" }
+func endEntry(tenant, uuid string) string   { return "end/" + tenant + "/" + uuid }
 func momentEntry(uuid string, n int) string { return fmt.Sprintf("%s%03d", timelineEntry(uuid), n) }
 
 // A Guest is what a guest is made of.
@@ -152,6 +155,27 @@ func KeepNICs(to *fdstore.Store, uuid string, config []network.NIC, tuns []*os.F
 
 // KeepMoment keeps event n of a guest. A timeline may have gaps.
 func KeepMoment(to *fdstore.Store, n int, e protocol.Event) { _ = to.Put(momentEntry(e.UUID, n), e) }
+
+// KeepEnd keeps how a tenant's guest ended last.
+func KeepEnd(to *fdstore.Store, tenant string, e protocol.Ended) {
+	_ = to.Put(endEntry(tenant, e.UUID), e) // else its state is told less well
+}
+
+// DropEnd forgets it.
+func DropEnd(from *fdstore.Store, tenant, uuid string) { from.Drop(endEntry(tenant, uuid)) }
+
+// TakeEnds takes over how a tenant's guests ended last, by UUID.
+func TakeEnds(left *fdstore.Left, tenant string) map[string]protocol.Ended {
+	all := map[string]protocol.Ended{}
+	for _, name := range left.Names(endEntry(tenant, "")) {
+		var ended protocol.Ended
+		e, _ := left.Take(name)
+		if err := e.Decode(&ended, 0); err == nil {
+			all[ended.UUID] = ended
+		}
+	}
+	return all
+}
 
 // Drop forgets a guest that is down for good, and its first n events.
 func Drop(from *fdstore.Store, uuid string, n int) {
