@@ -1,0 +1,92 @@
+// Package types reads how a Linux kernel lays out its structures, from the BTF that its image carries.
+package types
+
+import (
+	"bytes"
+	"debug/elf"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/cilium/ebpf/btf"
+)
+
+// Types are a kernel's.
+type Types struct{ spec *btf.Spec }
+
+// Find reads the types of an unpacked kernel image, an ELF file with BTF.
+func Find(image []byte) (*Types, error) {
+	f, err := elf.NewFile(bytes.NewReader(image))
+	if err != nil {
+		return nil, fmt.Errorf("the kernel's image: %w", err)
+	}
+	section := f.Section(".BTF")
+	if section == nil || section.Size > uint64(len(image)) {
+		return nil, errors.New("the kernel's image has no types (CONFIG_DEBUG_INFO_BTF)")
+	}
+	blob, err := section.Data()
+	if err != nil {
+		return nil, fmt.Errorf("the kernel's types: %w", err)
+	}
+	// Not from the file itself: without symbols the library does not take it.
+	spec, err := btf.LoadSpecFromReader(bytes.NewReader(blob))
+	if err != nil {
+		return nil, fmt.Errorf("the kernel's types: %w", err)
+	}
+	return &Types{spec}, nil
+}
+
+// A Field is where a member of a structure lies, in bytes from the structure's start, and how long it is.
+type Field struct{ Offset, Size uint64 }
+
+// ErrNoField says that a structure has no such member.
+var ErrNoField = errors.New("no such member")
+
+// Field finds a member of a structure, such as "list.next": of members, too, and through those that have no name.
+func (t *Types) Field(structure, path string) (Field, error) {
+	var s *btf.Struct
+	if err := t.spec.TypeByName(structure, &s); err != nil {
+		return Field{}, fmt.Errorf("struct %s: %w", structure, err)
+	}
+	var at uint64
+	var now btf.Type = s
+	for name := range strings.SplitSeq(path, ".") {
+		m, offset, ok := member(now, name, 0)
+		if !ok {
+			return Field{}, fmt.Errorf("struct %s: %s: %w", structure, path, ErrNoField)
+		}
+		at += uint64(offset)
+		now = btf.UnderlyingType(m.Type)
+	}
+	size, err := btf.Sizeof(now)
+	if err != nil || size < 0 {
+		return Field{}, fmt.Errorf("struct %s: %s: no size: %w", structure, path, err)
+	}
+	return Field{at, uint64(size)}, nil
+}
+
+// maxDepth bounds how deep members without a name may lie in one another.
+const maxDepth = 16
+
+// member finds one by name, also in members without one.
+func member(t btf.Type, name string, depth int) (m btf.Member, offset uint32, ok bool) {
+	var all []btf.Member
+	switch t := t.(type) {
+	case *btf.Struct:
+		all = t.Members
+	case *btf.Union:
+		all = t.Members
+	}
+	for _, m := range all {
+		if m.Name == name && m.BitfieldSize == 0 {
+			return m, m.Offset.Bytes(), true
+		}
+		if m.Name != "" || depth == maxDepth {
+			continue
+		}
+		if inner, offset, ok := member(btf.UnderlyingType(m.Type), name, depth+1); ok {
+			return inner, m.Offset.Bytes() + offset, true
+		}
+	}
+	return btf.Member{}, 0, false
+}
