@@ -50,6 +50,8 @@ const (
 	drop  operation = "drop"  // name
 	entry operation = "entry" // name, body, files: to who follows
 	whole operation = "whole" // generation: that were all
+	ask   operation = "ask"   // say done when all that was sent before is
+	done  operation = "done"
 )
 
 type message struct {
@@ -64,6 +66,9 @@ type message struct {
 type Store struct {
 	c    *ipc.Conn
 	gone chan struct{}
+
+	asking sync.Mutex
+	done   chan struct{} // one for each ask
 }
 
 // Open takes back what was kept. generation counts who has had the store, from 1 on.
@@ -76,12 +81,8 @@ func Open(c *ipc.Conn) (s *Store, left *Left, generation uint64, err error) {
 			left.Close()
 			return nil, nil, 0, err
 		case m.Op == whole && len(files) == 0:
-			s = &Store{c: c, gone: make(chan struct{})}
-			go func() { // ends with the connection
-				defer close(s.gone)
-				_, files, _ := c.Receive() // nothing comes but the end
-				ipc.CloseAll(files)
-			}()
+			s = &Store{c: c, gone: make(chan struct{}), done: make(chan struct{}, 1)}
+			go s.hear() // ends with the connection
 			return s, left, m.Generation, nil
 		case m.Op != entry:
 			ipc.CloseAll(files)
@@ -89,6 +90,38 @@ func Open(c *ipc.Conn) (s *Store, left *Left, generation uint64, err error) {
 			return nil, nil, 0, fmt.Errorf("fdstore: unexpected %q", m.Op)
 		}
 		left.entries[m.Name] = Entry{m.Name, m.Body, files}
+	}
+}
+
+// hear takes what the keeper says: done, as often as it is asked.
+func (s *Store) hear() {
+	defer close(s.gone)
+	for {
+		m, files, err := receive(s.c)
+		ipc.CloseAll(files)
+		if err != nil || m.Op != done {
+			return
+		}
+		select {
+		case s.done <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// Sync returns when all that was sent before is done: the keeper's copies of what was dropped are closed.
+func (s *Store) Sync() {
+	if s == nil {
+		return
+	}
+	s.asking.Lock()
+	defer s.asking.Unlock()
+	if s.send(ask, "", nil, nil) != nil {
+		return // without a keeper there are no copies
+	}
+	select {
+	case <-s.done:
+	case <-s.gone:
 	}
 }
 
@@ -172,12 +205,13 @@ func (l *Left) Close() {
 	}
 }
 
-// Discard has forgotten what nobody took.
+// Discard has forgotten what nobody took, and returns when that is done.
 func (s *Store) Discard(l *Left) {
 	for _, n := range l.Names("") {
 		s.Drop(n)
 	}
 	l.Close()
+	s.Sync()
 }
 
 // receive takes a message. Its files are the caller's.

@@ -96,12 +96,16 @@ func TestStore(t *testing.T) {
 		t.Error(err)
 	}
 	a.Close()
-	next.Discard(next.left) // b and the process
 	next.Drop("guest/a")
-	next.die(t)
+	next.Discard(next.left)                                                // b and the process
 	if got, err := io.ReadAll(r); err != nil || string(got) != "through" { // nobody has the other end any more
 		t.Errorf("%q, %v", got, err)
 	}
+	for range 100 {
+		next.Sync()
+	}
+	next.die(t)
+	next.Sync() // with nobody
 	if h.Len() != 0 {
 		t.Errorf("%d entries are left", h.Len())
 	}

@@ -77,6 +77,12 @@ func (h *Held) Serve(c *ipc.Conn, generation uint64) error {
 		if err != nil {
 			return err
 		}
+		if m.Op == ask && len(fds) == 0 {
+			if err := send(message{Op: done}, nil); err != nil {
+				return nil //nolint:nilerr // it is gone
+			}
+			continue
+		}
 		if err := h.apply(m, fds); err != nil {
 			held{fds: fds}.close()
 			return err

@@ -61,8 +61,10 @@ func (r *run) over(g *guest, again bool) {
 	}
 }
 
-// unkeep forgets a guest that is down for good.
+// unkeep forgets a guest that is down for good. When it returns nobody has its disks any more: a lock on
+// an image is let go with the last copy of its descriptor.
 func (b *Builder) unkeep(g *guest) {
+	defer b.kept.Sync()
 	g.keeping.Lock()
 	defer g.keeping.Unlock()
 	g.mu.Lock()
