@@ -64,6 +64,7 @@ func (b *Builder) inherit() (alive audit.Alive, err error) {
 func (b *Builder) inheritGuest(uuid string) (*guest, error) {
 	made, s, timeline, err := kept.Take(b.left, uuid)
 	if s == nil || err != nil {
+		kept.Drop(b.kept, uuid, 0) // its disks, and the locks on them, are not to be the Supervisor's for ever
 		return nil, err
 	}
 	g := &guest{Guest: made, down: make(chan struct{}), asked: s.Asked, timeline: timeline, bus: asked.Assigned(s.PCI)}

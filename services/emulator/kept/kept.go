@@ -195,7 +195,7 @@ func Left(left *fdstore.Left) (all []string) {
 	return all
 }
 
-// Take takes one over; all is nil for one that never ran on.
+// Take takes one over; all is nil for one that never ran on. That, and one after an error, is still to be dropped.
 func Take(left *fdstore.Left, uuid string) (g Guest, r *Run, timeline []protocol.Event, err error) {
 	made, _ := left.Take(guestEntry(uuid))
 	running, ok := left.Take(runEntry(uuid))
