@@ -192,7 +192,11 @@ func fire(ctx context.Context, h *host, random *rand.Rand) (netbacks []death) {
 		if !builder() {
 			return 0
 		}
-		time.Sleep(time.Duration(random.Int64N(int64(150 * time.Millisecond)))) // while the next one takes over
+		select {
+		case <-ctx.Done():
+			return 1
+		case <-time.After(time.Duration(random.Int64N(int64(150 * time.Millisecond)))): // a moment nobody chose, while the next one takes over
+		}
 		if !builder() {
 			return 1
 		}

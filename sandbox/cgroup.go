@@ -221,3 +221,56 @@ func (g *group) remove() error {
 	}
 	return nil
 }
+
+// limitMemory makes a cgroup, or where the Spec allows that, a limit of data instead.
+func (g *Guard) limitMemory(h *Host, s *launchSpec) error {
+	parent, err := h.Cgroup, error(nil)
+	if parent == nil {
+		parent, err = FindCgroup()
+	}
+	if err == nil {
+		g.group, err = parent.child(g.spec.Name, g.spec.Memory)
+	}
+	if err != nil {
+		if !g.spec.optional(MemoryCgroup) {
+			return err
+		}
+		s.DataLimit = g.spec.Memory + goReserve
+	}
+	return nil
+}
+
+// goReserve is what a Go program maps before it uses any of it: RLIMIT_DATA counts private
+// writable mappings as soon as they are made (getrlimit(2)), and the runtime maps its heap by
+// 64 MiB.
+const goReserve = 128 << 20
+
+func (g *Guard) dropGroup() error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.group == nil {
+		return nil
+	}
+	err := g.group.remove()
+	g.group = nil
+	return err
+}
+
+// GrowMemory raises the limit of a running process to that many bytes, for one that is given memory
+// of others to share: a page counts as that process's which touches it first. The Spec's own
+// limit stays what [Spec.Declared] says.
+func (g *Guard) GrowMemory(limit uint64) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.group == nil || limit <= g.limit {
+		return nil // shared memory counts for a limit of data not at all
+	}
+	if err := g.group.grow(limit); err != nil {
+		return fmt.Errorf("sandbox of %s: %w", g.spec.Name, err)
+	}
+	g.limit = limit
+	return nil
+}
+
+// ErrMemory is the end of a process by its memory limit.
+var ErrMemory = errors.New("was killed by its memory limit")
