@@ -1,9 +1,7 @@
 package main
 
 import (
-	"bufio"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -70,18 +68,11 @@ func (d *demo) goesOn(ctx context.Context, s *ioSeconds) error {
 	if err != nil {
 		return err
 	}
-	following, cancel := context.WithCancel(ctx)
-	defer cancel()
-	c := d.command(following, "logs", stored, "--follow")
-	out, err := c.StdoutPipe()
+	console, end, err := d.lines(ctx, stored)
 	if err != nil {
 		return err
 	}
-	if err := c.Start(); err != nil {
-		return err
-	}
-	defer func() { cancel(); _ = c.Wait() }()
-	console := bufio.NewScanner(out)
+	defer end()
 	if err := new(ioSeconds).read(console, strings.Count(past, "\nIO ")); err != nil {
 		return err
 	}
@@ -90,16 +81,8 @@ func (d *demo) goesOn(ctx context.Context, s *ioSeconds) error {
 
 // made are the processes that the guest is made of.
 func (d *demo) made(ctx context.Context) (string, error) {
-	out, err := d.redoubt(ctx, "services", "--json")
+	all, err := d.listed(ctx)
 	if err != nil {
-		return "", err
-	}
-	var all []struct {
-		Service string `json:"service"`
-		Label   string `json:"label"`
-		PID     int    `json:"pid"`
-	}
-	if err := json.Unmarshal([]byte(out), &all); err != nil {
 		return "", err
 	}
 	var made []string

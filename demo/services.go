@@ -145,18 +145,11 @@ const (
 
 // load kills the guest's BlkBack, and has it replaced in good order, in turns.
 func (d *demo) load(ctx context.Context) error {
-	following, cancel := context.WithCancel(ctx)
-	defer cancel()
-	c := d.command(following, "logs", stored, "--follow")
-	out, err := c.StdoutPipe()
+	console, end, err := d.lines(ctx, stored)
 	if err != nil {
 		return err
 	}
-	if err := c.Start(); err != nil {
-		return err
-	}
-	defer func() { cancel(); _ = c.Wait() }()
-	console := bufio.NewScanner(out)
+	defer end()
 	var unharmed, harmed ioSeconds
 	if err := new(ioSeconds).read(console, 1); err != nil { // the first is not a whole one
 		return err
@@ -204,18 +197,41 @@ func (d *demo) load(ctx context.Context) error {
 	return nil
 }
 
+// lines are a guest's console from its start on, as they come; end ends that.
+func (d *demo) lines(ctx context.Context, guest string) (all *bufio.Scanner, end func(), err error) {
+	following, cancel := context.WithCancel(ctx)
+	c := d.command(following, "logs", guest, "--follow")
+	out, err := c.StdoutPipe()
+	if err == nil {
+		err = c.Start()
+	}
+	if err != nil {
+		cancel()
+		return nil, nil, err
+	}
+	return bufio.NewScanner(out), func() { cancel(); _ = c.Wait() }, nil
+}
+
+// A listed process is one that `redoubt services` lists.
+type listed struct {
+	Service string `json:"service"`
+	Label   string `json:"label"`
+	PID     int    `json:"pid"`
+}
+
+// listed are all of them.
+func (d *demo) listed(ctx context.Context) (all []listed, err error) {
+	out, err := d.redoubt(ctx, "services", "--json")
+	if err == nil {
+		err = json.Unmarshal([]byte(out), &all)
+	}
+	return all, err
+}
+
 // killBlkBack ends the guest's BlkBack as an accident would.
 func (d *demo) killBlkBack(ctx context.Context) error {
-	out, err := d.redoubt(ctx, "services", "--json")
+	all, err := d.listed(ctx)
 	if err != nil {
-		return err
-	}
-	var all []struct {
-		Service string `json:"service"`
-		Label   string `json:"label"`
-		PID     int    `json:"pid"`
-	}
-	if err := json.Unmarshal([]byte(out), &all); err != nil {
 		return err
 	}
 	for _, p := range all {
