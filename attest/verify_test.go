@@ -225,7 +225,7 @@ func TestTextIsNotTrusted(t *testing.T) {
 // An extension hidden behind a good one is found, whatever the log calls it.
 func TestSecondMeasurement(t *testing.T) {
 	l := newLab(t)
-	more, err := eventlog.Measure(eventlog.PCRKernel, eventlog.TypeSeparator, []byte("more"), nil)
+	more, err := eventlog.Measure(nil, eventlog.PCRKernel, eventlog.TypeSeparator, []byte("more"), nil)
 	if err != nil {
 		t.Fatal(err)
 	}

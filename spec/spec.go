@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -64,6 +65,32 @@ type Disk struct {
 type TPM struct {
 	Disabled bool     `yaml:"disabled,omitempty" json:"disabled,omitempty" jsonschema:"description=start without a TPM; such a guest cannot be attested"`
 	Timeout  Duration `yaml:"timeout,omitempty" json:"timeout,omitempty" jsonschema:"default=2m,description=how long a guest may wait for its vTPM before it is failed"`
+	Banks    []Bank   `yaml:"banks,omitempty" json:"banks,omitempty" jsonschema:"enum=sha1,enum=sha256,enum=sha384,enum=sha512,uniqueItems=true,description=PCR banks in which the host measures the boot; default and always among them: sha256"`
+}
+
+// Bank names a PCR bank by its digest algorithm.
+type Bank string
+
+// SHA256 is the bank that quotes and policies are made of.
+const SHA256 Bank = "sha256"
+
+var banks = []Bank{"sha1", SHA256, "sha384", "sha512"}
+
+// complete adds the bank that is always there.
+func (t *TPM) complete() error {
+	for i, b := range t.Banks {
+		field := fmt.Sprintf("tpm.banks[%d]", i)
+		if !slices.Contains(banks, b) {
+			return &Error{Field: field, Text: fmt.Sprintf("%q: use sha1, sha256, sha384 or sha512", b)}
+		}
+		if slices.Contains(t.Banks[:i], b) {
+			return &Error{Field: field, Text: fmt.Sprintf("%s stands there twice", b)}
+		}
+	}
+	if !slices.Contains(t.Banks, SHA256) {
+		t.Banks = append(t.Banks, SHA256)
+	}
+	return nil
 }
 
 // Size in bytes.
@@ -217,6 +244,9 @@ func (g *Guest) Complete() error {
 		return bad("tpm.timeout", "%v: use up to 1h", time.Duration(g.TPM.Timeout))
 	case len(g.Disks) > MaxDisks:
 		return bad("disks", "%d: the most is %d", len(g.Disks), MaxDisks)
+	}
+	if err := g.TPM.complete(); err != nil {
+		return err
 	}
 	for i, d := range g.Disks {
 		if d.Path == "" {

@@ -29,6 +29,7 @@ nics:
     addresses: [192.0.2.1, '2001:DB8::1']
 tpm:
   timeout: 90s
+  banks: [sha384]
 `
 
 func TestParse(t *testing.T) {
@@ -37,7 +38,7 @@ func TestParse(t *testing.T) {
 		t.Fatal(err)
 	}
 	if g.Memory != 1<<30 || g.CPUs != 2 || len(g.Disks) != 2 || !g.Disks[1].ReadOnly ||
-		time.Duration(g.TPM.Timeout) != 90*time.Second || g.Boot.Cmdline != "console=ttyS0" {
+		time.Duration(g.TPM.Timeout) != 90*time.Second || len(g.TPM.Banks) != 2 || g.TPM.Banks[1] != SHA256 || g.Boot.Cmdline != "console=ttyS0" {
 		t.Fatalf("%+v", g)
 	}
 	if n := g.NICs; len(n) != 2 || n[0].VLAN != 1 || n[0].MAC != "" || n[1].VLAN != 7 || n[1].MAC != "02:00:00:00:00:0a" ||
@@ -75,6 +76,8 @@ func TestErrorsNameFieldAndLine(t *testing.T) {
 		{"name: a\nboot: {kernel: /k}\n---\nname: b\n", "more than one document"},
 		{"name: a\nboot: {kernel: /k, cmdline: \"a\\nb\"}\n", "control character"},
 		{"name: a\nboot: {kernel: /k}\ntpm: {timeout: 2 parsecs}\n", "no duration"},
+		{"name: a\nboot: {kernel: /k}\ntpm:\n  banks: [sha1, md5]\n", "line 4: tpm.banks[1]: \"md5\""},
+		{"name: a\nboot: {kernel: /k}\ntpm: {banks: [sha1, sha1]}\n", "sha1 stands there twice"},
 		{"name: a\nboot: [1]\n", "line 2"},
 		{"name: a\nboot: {kernel: /k}\nnics:\n- {}\n- vlan: 4095\n", "line 5: nics[1].vlan: 4095"},
 		{"name: a\nboot: {kernel: /k}\nnics:\n- vlan: -1\n", "line 4: nics[0].vlan: -1"},

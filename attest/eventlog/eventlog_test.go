@@ -64,7 +64,7 @@ func locality(l byte) Event {
 func TestMeasure(t *testing.T) {
 	for _, size := range []int{0, 1, block - 1, block, block + 1, 5*block + 7} {
 		content := bytes.Repeat([]byte("0123456789a"), size/11+1)[:size]
-		e, err := Measure(4, TypeIPL, []byte("x"), iotest.HalfReader(bytes.NewReader(content)))
+		e, err := Measure(nil, 4, TypeIPL, []byte("x"), iotest.HalfReader(bytes.NewReader(content)))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -78,8 +78,28 @@ func TestMeasure(t *testing.T) {
 	}
 	broken := errors.New("broken")
 	r := io.MultiReader(bytes.NewReader(make([]byte, 3*block)), iotest.ErrReader(broken))
-	if _, err := Measure(4, TypeIPL, nil, r); !errors.Is(err, broken) {
+	if _, err := Measure(nil, 4, TypeIPL, nil, r); !errors.Is(err, broken) {
 		t.Errorf("a read error became %v", err)
+	}
+}
+
+// A bank that nothing is measured in has a cap of its own, and no other bank can be asked for.
+func TestBanks(t *testing.T) {
+	if b, err := ParseBanks([]string(nil)); err != nil || !reflect.DeepEqual(b, []tpm2.TPMAlgID{tpm2.TPMAlgSHA256}) {
+		t.Errorf("no banks named: %v, %v", b, err)
+	}
+	if b, err := ParseBanks([]string{"sha384", "sha1"}); err != nil || !reflect.DeepEqual(b, []tpm2.TPMAlgID{tpm2.TPMAlgSHA384, tpm2.TPMAlgSHA1}) {
+		t.Errorf("two banks named: %v, %v", b, err)
+	}
+	if _, err := ParseBanks([]string{"sm3_256"}); err == nil {
+		t.Error("a bank that libtpms does not have was taken")
+	}
+	if _, err := Measure([]tpm2.TPMAlgID{algSM3}, 4, TypeIPL, nil, nil); err == nil {
+		t.Error("measured in a bank that cannot be computed")
+	}
+	separator := sha256.Sum256([]byte{1, 0, 0, 0})
+	if !bytes.Equal(Cap(tpm2.TPMAlgSHA256), separator[:]) || Cap(algSM3) != nil {
+		t.Error("wrong caps")
 	}
 }
 
@@ -92,7 +112,7 @@ func TestMeasureFileKeepsOffset(t *testing.T) {
 	if _, err := f.WriteString("content"); err != nil { // the offset is now at the end
 		t.Fatal(err)
 	}
-	e, err := Measure(4, TypeIPL, nil, f)
+	e, err := Measure(nil, 4, TypeIPL, nil, f)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -316,7 +336,7 @@ func BenchmarkMeasure(b *testing.B) {
 	content := make([]byte, 32<<20)
 	b.SetBytes(int64(len(content)))
 	for b.Loop() {
-		if _, err := Measure(4, TypeIPL, nil, bytes.NewReader(content)); err != nil {
+		if _, err := Measure(nil, 4, TypeIPL, nil, bytes.NewReader(content)); err != nil {
 			b.Fatal(err)
 		}
 	}

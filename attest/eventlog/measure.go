@@ -6,38 +6,75 @@ import (
 	"hash"
 	"io"
 	"os"
+	"slices"
 	"sync"
 	"unicode/utf16"
 
 	"github.com/google/go-tpm/tpm2"
 )
 
-// Banks are the algorithms Measure computes: the banks that libtpms allocates by default.
+// Banks are the algorithms Measure knows: the banks that libtpms allocates by default.
 var Banks = [...]tpm2.TPMAlgID{tpm2.TPMAlgSHA1, tpm2.TPMAlgSHA256, tpm2.TPMAlgSHA384, tpm2.TPMAlgSHA512}
+
+// ParseBanks gives the banks, of [Banks], that have the names; SHA-256 alone where there is no name.
+func ParseBanks[S ~string](names []S) ([]tpm2.TPMAlgID, error) {
+	if len(names) == 0 {
+		return []tpm2.TPMAlgID{tpm2.TPMAlgSHA256}, nil
+	}
+	var out []tpm2.TPMAlgID
+	for _, name := range names {
+		i := slices.IndexFunc(Banks[:], func(id tpm2.TPMAlgID) bool { return hashes[id].name == string(name) })
+		if i < 0 {
+			return nil, fmt.Errorf("%q is no PCR bank: use sha1, sha256, sha384 or sha512", name)
+		}
+		out = append(out, Banks[i])
+	}
+	return out, nil
+}
+
+// Cap is what an event puts into a bank it was not hashed for: the digest of the separator that
+// says that an error occurred (PFP 1.05 §10.4.1), nil for a bank that is not of [Banks].
+// A register that has it can no longer be given the value of any measured boot.
+func Cap(bank tpm2.TPMAlgID) []byte {
+	if !slices.Contains(Banks[:], bank) {
+		return nil
+	}
+	h := hashes[bank].new()
+	h.Write([]byte{1, 0, 0, 0})
+	return h.Sum(nil)
+}
 
 // block is what is read at once: large enough that handing it over costs nothing beside
 // hashing it, small enough to stay in a processor's cache.
 const block = 256 << 10
 
 // Measure makes the event whose digests are those of content, read once to its end and hashed
-// in all [Banks] at the same time. Where content is nil the digests are those of data.
+// for all the banks, of [Banks], at the same time; nil stands for all of them. Where content is
+// nil the digests are those of data.
 //
 // A content that is an *os.File is read from its start and its offset is left alone, so that
 // the descriptor can be shared.
-func Measure(pcr, typ uint32, data []byte, content io.Reader) (Event, error) {
+func Measure(banks []tpm2.TPMAlgID, pcr, typ uint32, data []byte, content io.Reader) (Event, error) {
 	e := Event{PCR: pcr, Type: typ, Data: data}
-	var sums [len(Banks)]hash.Hash
-	for i, id := range Banks {
-		sums[i] = hashes[id].new()
+	if banks == nil {
+		banks = Banks[:]
+	}
+	sums := make([]hash.Hash, len(banks))
+	for i, id := range banks {
+		h := hashes[id]
+		if h.new == nil {
+			return Event{}, fmt.Errorf("measure %q into PCR %d: no bank of %s: banks are sha1, sha256, sha384, sha512", data, pcr, AlgorithmName(id))
+		}
+		sums[i] = h.new()
 	}
 	if content == nil {
 		for _, s := range sums {
 			s.Write(data)
 		}
-	} else if err := hashAll(sums[:], content); err != nil {
+	} else if err := hashAll(sums, content); err != nil {
 		return Event{}, fmt.Errorf("measure %q into PCR %d: %w", data, pcr, err)
 	}
-	for i, id := range Banks {
+	for i, id := range banks {
 		e.Digests = append(e.Digests, Digest{id, sums[i].Sum(nil)})
 	}
 	return e, nil
@@ -121,10 +158,11 @@ const (
 // A BootConfig is what the host hands to a guest that it boots by kernel.
 type BootConfig struct {
 	MonitorVersion string
-	MachineConfig  []byte    // the machine as built, in one canonical form
-	Kernel         io.Reader // as [Measure] reads it; required
-	Initrd         io.Reader // nil: none
-	Cmdline        string    // exactly as the kernel gets it, without the NUL
+	MachineConfig  []byte          // the machine as built, in one canonical form
+	Kernel         io.Reader       // as [Measure] reads it; required
+	Initrd         io.Reader       // nil: none
+	Cmdline        string          // exactly as the kernel gets it, without the NUL
+	Banks          []tpm2.TPMAlgID // as in [Measure]
 }
 
 // Boot measures what a guest starts from. The events are always the same for the same guest:
@@ -135,29 +173,29 @@ func Boot(c BootConfig) ([]Event, error) {
 	if missing(c.Kernel) {
 		return nil, errors.New("measure the boot: there is no kernel: give one")
 	}
-	cmdline, err := Measure(PCRCmdline, TypeIPL, []byte(c.Cmdline), nil)
+	cmdline, err := Measure(c.Banks, PCRCmdline, TypeIPL, []byte(c.Cmdline), nil)
 	if err != nil {
 		return nil, err
 	}
 	cmdline.Data = []byte(CmdlinePrefix + c.Cmdline)
-	events, err := host(c.MonitorVersion, c.MachineConfig, PCRMonitor, PCRMachine)
+	events, err := host(c.Banks, c.MonitorVersion, c.MachineConfig, PCRMonitor, PCRMachine)
 	if err != nil {
 		return nil, err
 	}
-	kernel, err := Measure(PCRKernel, TypeIPL, []byte(KernelData), c.Kernel)
+	kernel, err := Measure(c.Banks, PCRKernel, TypeIPL, []byte(KernelData), c.Kernel)
 	if err != nil {
 		return nil, err
 	}
 	events = append(events, kernel, cmdline)
 	if !missing(c.Initrd) {
-		initrd, err := Measure(PCRInitrd, TypeIPL, []byte(InitrdData), c.Initrd)
+		initrd, err := Measure(c.Banks, PCRInitrd, TypeIPL, []byte(InitrdData), c.Initrd)
 		if err != nil {
 			return nil, err
 		}
 		events = append(events, initrd)
 	}
 	for pcr := range uint32(8) {
-		sep, err := Measure(pcr, TypeSeparator, make([]byte, 4), nil)
+		sep, err := Measure(c.Banks, pcr, TypeSeparator, make([]byte, 4), nil)
 		if err != nil {
 			return nil, err
 		}
@@ -171,6 +209,7 @@ type FirmwareConfig struct {
 	MonitorVersion string
 	MachineConfig  []byte
 	Firmware       io.Reader // the image, as [Measure] reads it; required
+	Banks          []tpm2.TPMAlgID
 }
 
 // BootFirmware measures what such a guest starts from: monitor version, machine configuration
@@ -181,11 +220,11 @@ func BootFirmware(c FirmwareConfig) ([]Event, error) {
 	if missing(c.Firmware) {
 		return nil, errors.New("measure the boot: there is no firmware: give one")
 	}
-	events, err := host(c.MonitorVersion, c.MachineConfig, PCRFirmware, PCRFirmware)
+	events, err := host(c.Banks, c.MonitorVersion, c.MachineConfig, PCRFirmware, PCRFirmware)
 	if err != nil {
 		return nil, err
 	}
-	firmware, err := Measure(PCRFirmware, TypeIPL, []byte(FirmwareData), c.Firmware)
+	firmware, err := Measure(c.Banks, PCRFirmware, TypeIPL, []byte(FirmwareData), c.Firmware)
 	if err != nil {
 		return nil, err
 	}
@@ -193,12 +232,12 @@ func BootFirmware(c FirmwareConfig) ([]Event, error) {
 }
 
 // host measures what every guest has.
-func host(version string, machine []byte, versionPCR, machinePCR uint32) ([]Event, error) {
-	v, err := Measure(versionPCR, TypeSCRTMVersion, VersionData(version), nil)
+func host(banks []tpm2.TPMAlgID, version string, machine []byte, versionPCR, machinePCR uint32) ([]Event, error) {
+	v, err := Measure(banks, versionPCR, TypeSCRTMVersion, VersionData(version), nil)
 	if err != nil {
 		return nil, err
 	}
-	m, err := Measure(machinePCR, TypePlatformFlags, machine, nil)
+	m, err := Measure(banks, machinePCR, TypePlatformFlags, machine, nil)
 	if err != nil {
 		return nil, err
 	}

@@ -44,12 +44,16 @@ func (g *guest) measure() error {
 }
 
 func (g *guest) events(version string, config []byte) ([]eventlog.Event, error) {
+	banks, err := eventlog.ParseBanks(g.Build.Spec.TPM.Banks)
+	if err != nil {
+		return nil, err
+	}
 	if g.Firmware != nil {
 		image, err := content(g.Firmware)
 		if err != nil {
 			return nil, err
 		}
-		return eventlog.BootFirmware(eventlog.FirmwareConfig{MonitorVersion: version, MachineConfig: config, Firmware: image})
+		return eventlog.BootFirmware(eventlog.FirmwareConfig{MonitorVersion: version, MachineConfig: config, Firmware: image, Banks: banks})
 	}
 	kernel, err := content(g.Kernel)
 	if err != nil {
@@ -61,7 +65,7 @@ func (g *guest) events(version string, config []byte) ([]eventlog.Event, error) 
 	}
 	return eventlog.Boot(eventlog.BootConfig{
 		MonitorVersion: version, MachineConfig: config,
-		Kernel: kernel, Initrd: initrd, Cmdline: g.Build.Spec.Boot.Cmdline,
+		Kernel: kernel, Initrd: initrd, Cmdline: g.Build.Spec.Boot.Cmdline, Banks: banks,
 	})
 }
 

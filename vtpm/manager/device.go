@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -224,14 +225,15 @@ func (d *Device) provision(ctx context.Context, events func() ([]eventlog.Event,
 	return nil
 }
 
-// logFor is what is extended and logged of a list in a TPM with the banks.
-func logFor(list []eventlog.Event, banks []tpm2.TPMAlgID) ([]eventlog.Event, []byte, error) {
-	list, err := forBanks(list, banks)
+// logFor is what is extended and what is logged of a list in a TPM with the banks. The log has the
+// digests there are: a bank without any is not in it.
+func logFor(list []eventlog.Event, banks []tpm2.TPMAlgID) (extended []eventlog.Event, log []byte, err error) {
+	extended, logged, err := forBanks(list, banks)
 	if err != nil {
 		return nil, nil, err
 	}
-	log, err := eventlog.Encode(list)
-	return list, log, err
+	log, err = eventlog.Encode(logged)
+	return extended, log, err
 }
 
 // allocatedBanks lists the banks in which the TPM has registers.
@@ -259,22 +261,24 @@ func allocatedBanks(tpm transport.TPM) ([]tpm2.TPMAlgID, error) {
 	return banks, nil
 }
 
-// forBanks keeps of each event's digests those of the banks; none may lack, because a bank that
-// is not extended would let the guest say in it what it likes.
-func forBanks(list []eventlog.Event, banks []tpm2.TPMAlgID) ([]eventlog.Event, error) {
-	out := make([]eventlog.Event, len(list))
+// forBanks keeps of each event's digests those of the banks. In a bank that the event was not hashed
+// for its place is taken by eventlog.Cap, which is extended and not logged: a bank that is not
+// extended would let the guest say in it what it likes. SHA-256 is what quotes are made of and may not lack.
+func forBanks(list []eventlog.Event, banks []tpm2.TPMAlgID) (extended, logged []eventlog.Event, err error) {
+	extended, logged = slices.Clone(list), slices.Clone(list)
 	for i, e := range list {
-		out[i] = e
-		out[i].Digests = nil
+		extended[i].Digests, logged[i].Digests = nil, nil
 		for _, b := range banks {
 			sum := e.Digest(b)
-			if sum == nil {
-				return nil, fmt.Errorf("event %d (PCR %d) has no %s digest, the TPM has such a bank", i+1, e.PCR, eventlog.AlgorithmName(b))
+			if sum != nil {
+				logged[i].Digests = append(logged[i].Digests, eventlog.Digest{Algorithm: b, Sum: sum})
+			} else if sum = eventlog.Cap(b); sum == nil || b == tpm2.TPMAlgSHA256 {
+				return nil, nil, fmt.Errorf("event %d (PCR %d) has no %s digest, the TPM has such a bank", i+1, e.PCR, eventlog.AlgorithmName(b))
 			}
-			out[i].Digests = append(out[i].Digests, eventlog.Digest{Algorithm: b, Sum: sum})
+			extended[i].Digests = append(extended[i].Digests, eventlog.Digest{Algorithm: b, Sum: sum})
 		}
 	}
-	return out, nil
+	return extended, logged, nil
 }
 
 // extend puts an event into its register, in all its banks at once.

@@ -263,7 +263,7 @@ func (m *Manager) CACertificate() []byte { return append([]byte(nil), m.ca.der..
 
 // Measurements yields the events of a guest's measured boot; it is called once per start, at once,
 // and may take its time: the engine starts meanwhile. It must return when its context ends. Its
-// events must have a digest for every bank of eventlog.Banks.
+// events must have SHA-256 digests; a bank of the TPM that they have none for is capped (eventlog.Cap).
 type Measurements func(context.Context) ([]eventlog.Event, error)
 
 // Fixed is Measurements that are known already.
