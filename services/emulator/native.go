@@ -74,12 +74,13 @@ func (n *nativeMachine) Run(ctx context.Context, tpm *frontend.Frontend, started
 		return crashed(err)
 	}
 	input := make(chan []byte)
+	output := newLineWriter(n.console)
 	cfg := monitor.Config{
 		KVM: one(n.g.files, protocol.FileKVM), Memory: one(n.g.files, protocol.FileMemory),
 		MemoryBytes: n.g.in.Memory, VCPUs: n.g.in.CPUs,
 		Kernel: one(n.g.files, protocol.FileKernel), Initrd: one(n.g.files, protocol.FileInitrd),
 		Cmdline: n.g.in.Cmdline, Devices: devices,
-		ConsoleOut: n.console, ConsoleIn: input,
+		ConsoleOut: output, ConsoleIn: input,
 		OnTPMAccess: func() {
 			n.g.xenbus.connect()
 			n.g.service.event(protocol.EventFirstAccess, "")
@@ -125,6 +126,7 @@ func (n *nativeMachine) Run(ctx context.Context, tpm *frontend.Frontend, started
 	}
 	out, err := m.Run(ctx)
 	cancel()
+	output.Flush()
 	n.console.Close()
 	<-reading
 	if err = errors.Join(err, m.Close()); err != nil {
