@@ -14,14 +14,12 @@ import (
 
 	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/network"
-	"redoubt.dev/redoubt/sandbox"
 	"redoubt.dev/redoubt/services"
 	"redoubt.dev/redoubt/services/builder"
 	"redoubt.dev/redoubt/services/supervisor"
 )
 
 func main() {
-	sandbox.LauncherMain() // a process on its way into its sandbox goes no further
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil)).With("service", "redoubt-builder")
 	cfg := builder.Config{Log: log}
 	flag.StringVar(&cfg.RunDir, "run-dir", "/run/redoubt", "sockets, logs, lock")

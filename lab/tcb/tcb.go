@@ -1,5 +1,5 @@
 // Package tcb counts the code that runs with all of Redoubt's privileges: the Builder, the Supervisor that
-// starts it, and what they are built of.
+// starts it, the launcher of sandboxes, and what they are built of.
 package tcb
 
 import (
@@ -17,10 +17,12 @@ import (
 	"strings"
 )
 
-// Program is the one that uses the privileges, Supervisor the one that hands them on.
+// Program is the one that uses the privileges, Supervisor the one that hands them on, Launcher the one
+// that gives them up.
 const (
 	Program    = "redoubt.dev/redoubt/cmd/redoubt-builder"
 	Supervisor = "redoubt.dev/redoubt/cmd/redoubt-supervisor"
+	Launcher   = "redoubt.dev/redoubt/cmd/redoubt-launcher"
 )
 
 // own are the Builder itself: what knows of guests, tenants and services at once. The mechanisms that it
@@ -45,7 +47,7 @@ func Count(ctx context.Context, dir string) ([]Package, error) {
 	if err != nil {
 		return nil, err
 	}
-	out, err := list(ctx, dir, "-deps", "-json=ImportPath,Dir,Standard,Module,GoFiles,SFiles", Program, Supervisor)
+	out, err := list(ctx, dir, "-deps", "-json=ImportPath,Dir,Standard,Module,GoFiles,SFiles", Program, Supervisor, Launcher)
 	if err != nil {
 		return nil, err
 	}
@@ -82,7 +84,7 @@ func elsewhere(ctx context.Context, dir string) (map[string]bool, error) {
 	if err != nil {
 		return nil, err
 	}
-	programs := slices.DeleteFunc(strings.Fields(string(out)), func(p string) bool { return p == Program || p == Supervisor })
+	programs := slices.DeleteFunc(strings.Fields(string(out)), func(p string) bool { return p == Program || p == Supervisor || p == Launcher })
 	if out, err = list(ctx, dir, append([]string{"-deps"}, programs...)...); err != nil {
 		return nil, err
 	}
@@ -171,7 +173,7 @@ func Print(w io.Writer, all []Package) {
 			name := strings.TrimPrefix(strings.TrimPrefix(p.Path, module+"/"), p.Module+"/")
 			mark := ""
 			if p.Alone && p.Module == module {
-				mark = "  (only the Builder or Supervisor has it)"
+				mark = "  (only these programs have it)"
 			}
 			fmt.Fprintf(w, "         %7d  %s%s\n", p.Lines, name, mark)
 		}

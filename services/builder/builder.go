@@ -112,7 +112,11 @@ func Run(ctx context.Context, cfg Config) error {
 		return fmt.Errorf("supervisor: %w", err)
 	}
 	defer b.kept.Close()
-	b.procs = launch.New(logs, cfg.Users, b.kept)
+	host, err := launch.Host()
+	if err != nil {
+		return err
+	}
+	b.procs = launch.New(logs, cfg.Users, b.kept, host)
 	alive, err := b.inherit()
 	if err != nil {
 		return err

@@ -32,7 +32,7 @@ func sleeper(t *testing.T) (*exec.Cmd, *os.File) {
 func TestInherit(t *testing.T) {
 	keeper := fdstoretest.New(t)
 	store, _ := keeper.Next()
-	last := New(t.TempDir(), 0, store)
+	last := New(t.TempDir(), 0, store, sandbox.Host{})
 	hold := func(name string, files ...*os.File) (*exec.Cmd, *instance) {
 		t.Helper()
 		s, err := services.Find(name)
@@ -68,7 +68,7 @@ func TestInherit(t *testing.T) {
 	back, _ := hold(services.BlkBack)
 
 	store, left := keeper.Next()
-	next := New(t.TempDir(), 0, store)
+	next := New(t.TempDir(), 0, store, sandbox.Host{})
 	if _, err := next.Inherit(left, back.Process.Pid); err == nil {
 		t.Error("a BlkBack is inherited")
 	}

@@ -71,13 +71,28 @@ const (
 	users     = 1 << 16
 )
 
+// LauncherProgram is what the Builder's processes pass through; it lies beside the Builder's program.
+const LauncherProgram = "redoubt-launcher"
+
+// Host is the launcher beside the running program, and this process's cgroup, looked for once. Where
+// there is none, each start that needs one says so.
+func Host() (sandbox.Host, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return sandbox.Host{}, err
+	}
+	h := sandbox.Host{Launcher: filepath.Join(filepath.Dir(self), LauncherProgram)}
+	h.Cgroup, _ = sandbox.FindCgroup()
+	return h, nil
+}
+
 // New makes a Launcher whose processes log into a directory; base is the first of 65536 user ids that
 // are theirs, 0 for [services.DefaultUsers]. What the next Builder must know of each process is kept.
-func New(logs string, base uint32, kept *fdstore.Store) *Launcher {
+func New(logs string, base uint32, kept *fdstore.Store, host sandbox.Host) *Launcher {
 	if base == 0 {
 		base = services.DefaultUsers
 	}
-	return &Launcher{logs: logs, kept: kept, base: base, next: firstFree, running: map[uint32]*instance{}}
+	return &Launcher{logs: logs, kept: kept, host: host, base: base, next: firstFree, running: map[uint32]*instance{}}
 }
 
 // User is the user of a service of which there is one.

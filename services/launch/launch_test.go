@@ -21,7 +21,7 @@ func must(t *testing.T, err error) {
 // TestUsers: no two processes that run have one user; a service with a directory, of which there is
 // one, has the same for ever, and is not started twice.
 func TestUsers(t *testing.T) {
-	l := New(t.TempDir(), 0, nil)
+	l := New(t.TempDir(), 0, nil, sandbox.Host{})
 	store, err := services.Find(services.StoreState)
 	must(t, err)
 	back, err := services.Find(services.BlkBack)
@@ -68,7 +68,7 @@ func TestUsers(t *testing.T) {
 }
 
 func TestUsersRunOut(t *testing.T) {
-	l := New(t.TempDir(), 1000, nil)
+	l := New(t.TempDir(), 1000, nil, sandbox.Host{})
 	back, err := services.Find(services.BlkBack)
 	must(t, err)
 	var last *instance
