@@ -18,3 +18,13 @@ type Image interface {
 	ReadOnly() bool
 	Close() error
 }
+
+// A Vectored image moves several buffers, that together are one range of the disk, in one call.
+type Vectored interface {
+	Image
+	ReadVector(p [][]byte, off int64) error
+	WriteVector(p [][]byte, off int64) error
+	// ReadCached is ReadVector where no device has to be waited for. If it returns false nothing is
+	// said about the range, and p holds anything.
+	ReadCached(p [][]byte, off int64) bool
+}

@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
@@ -41,6 +42,8 @@ type Raw struct {
 	f        *os.File
 	size     int64
 	readOnly bool
+
+	patient atomic.Bool // the file system cannot say whether a read would wait
 
 	mu    sync.Mutex
 	solid bool // the file system cannot punch holes

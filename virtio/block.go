@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 
 	"redoubt.dev/redoubt/block"
 )
@@ -56,12 +57,15 @@ const (
 // A Block is the back end of a virtio block device over an image.
 //
 // Requests are carried out by a fixed number of workers, in any order, as the specification
-// allows. A flush covers every request answered before it was made. A driver that does not take
+// allows. What needs no worker has none, because handing over costs more than the request: a read of
+// what is in memory, and a write where nothing else is under way. A flush covers every request answered before it was made. A driver that does not take
 // the flush feature gets write-through: each write is flushed before its answer (§5.2.6.2).
 type Block struct {
 	image  block.Image
+	vector block.Vectored // image, nil if it is not
 	serial string
 	jobs   chan *blkRequest
+	busy   atomic.Int32 // requests that the workers have
 	wg     sync.WaitGroup
 
 	mu      sync.Mutex
@@ -78,6 +82,7 @@ func NewBlock(image block.Image, serial string) (*Block, error) {
 		return nil, fmt.Errorf("virtio-blk: image of %d bytes: must be whole sectors of %d", image.Size(), sector)
 	}
 	b := &Block{image: image, serial: serial, jobs: make(chan *blkRequest)}
+	b.vector, _ = image.(block.Vectored)
 	for range blkWorkers {
 		b.wg.Add(1)
 		go b.work()
@@ -137,20 +142,47 @@ func (b *Block) Handle(_ int, c *Chain) error {
 	if err != nil {
 		return err
 	}
+	if b.cached(r) || r.kind == blkOut && b.busy.Load() == 0 {
+		b.finish(r)
+		return nil
+	}
+	b.busy.Add(1)
 	b.jobs <- r
 	return nil
+}
+
+// cached carries out a read that need not wait.
+func (b *Block) cached(r *blkRequest) bool {
+	if r.kind != blkIn || b.vector == nil {
+		return false
+	}
+	total := Length(r.in)
+	off, ok := b.inside(r.sector, total)
+	r.done = ok && total%sector == 0 && b.vector.ReadCached(r.in, off)
+	return r.done
 }
 
 func (b *Block) work() {
 	defer b.wg.Done()
 	for r := range b.jobs {
-		status, n := b.do(r)
-		r.status[0] = status
-		if status != blkOK {
-			n = 0
-		}
-		r.chain.Done(n + 1)
+		b.finish(r)
+		b.busy.Add(-1)
 	}
+}
+
+// finish carries a request out, if that was not done yet, and answers it.
+func (b *Block) finish(r *blkRequest) {
+	status, n := byte(blkOK), uint32(0)
+	if r.done {
+		n = uint32(Length(r.in))
+	} else {
+		status, n = b.do(r)
+	}
+	r.status[0] = status
+	if status != blkOK {
+		n = 0
+	}
+	r.chain.Done(n + 1)
 }
 
 // A blkRequest is a parsed request: its header is copied, its payload is not.
@@ -161,6 +193,7 @@ type blkRequest struct {
 	out    [][]byte // from the driver, after the header
 	in     [][]byte // to the driver, before the status
 	status []byte   // the last writable byte
+	done   bool     // a read whose data is there
 }
 
 // parseBlock takes a request apart. The borders of descriptors mean nothing: the header is the
@@ -186,12 +219,12 @@ func parseBlock(c *Chain) (*blkRequest, error) {
 func (b *Block) do(r *blkRequest) (status byte, written uint32) {
 	switch r.kind {
 	case blkIn:
-		return b.transfer(r.sector, r.in, b.image.ReadAt)
+		return b.transfer(r.sector, r.in, b.read)
 	case blkOut:
 		if b.image.ReadOnly() {
 			return blkIOError, 0
 		}
-		status, _ = b.transfer(r.sector, r.out, b.image.WriteAt)
+		status, _ = b.transfer(r.sector, r.out, b.write)
 		return b.settle(status), 0
 	case blkDoFlush:
 		if b.image.Flush() != nil {
@@ -228,19 +261,38 @@ func (b *Block) inside(at, n uint64) (off int64, ok bool) {
 	return int64(at * sector), true
 }
 
-func (b *Block) transfer(at uint64, segments [][]byte, move func([]byte, int64) (int, error)) (status byte, n uint32) {
+func (b *Block) transfer(at uint64, segments [][]byte, move func([][]byte, int64) error) (status byte, n uint32) {
 	total := Length(segments)
 	off, ok := b.inside(at, total)
-	if !ok || total%sector != 0 {
+	if !ok || total%sector != 0 || move(segments, off) != nil {
 		return blkIOError, 0
 	}
-	for _, s := range segments {
+	return blkOK, uint32(total)
+}
+
+func (b *Block) read(p [][]byte, off int64) error {
+	if b.vector != nil {
+		return b.vector.ReadVector(p, off)
+	}
+	return each(p, off, b.image.ReadAt)
+}
+
+func (b *Block) write(p [][]byte, off int64) error {
+	if b.vector != nil {
+		return b.vector.WriteVector(p, off)
+	}
+	return each(p, off, b.image.WriteAt)
+}
+
+// each moves one buffer after another.
+func each(p [][]byte, off int64, move func([]byte, int64) (int, error)) error {
+	for _, s := range p {
 		if _, err := move(s, off); err != nil {
-			return blkIOError, 0
+			return err
 		}
 		off += int64(len(s))
 	}
-	return blkOK, uint32(total)
+	return nil
 }
 
 // ranges carries out a discard or write-zeroes request (§5.2.6). All segments are checked
