@@ -40,7 +40,7 @@ type sink struct {
 // BenchmarkNetToDisk: the ratio of a guest's throughput from the network to its disk, flushed at the end,
 // through NetBack, the filter and BlkBack to that of the same guest under QEMU alone, with a tap
 // and an image of its own. Both guests run; rounds take turns. The peer is QEMU as it comes, whose guest takes
-// TCP segments of 64 KiB, and QEMU whose guest takes what ours does: frames of 1,500 bytes.
+// TCP segments of 64 KiB as ours does, and QEMU whose guest takes frames of 1,500 bytes.
 func BenchmarkNetToDisk(b *testing.B) {
 	if os.Getenv(lab.InLab) != "" {
 		b.Skip("QEMU's guests are for the host, where `make bench` runs this")

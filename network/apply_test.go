@@ -471,6 +471,7 @@ func TestFilteringBridge(t *testing.T) {
 		t.Fatal("no VLAN filtering")
 	}
 	t.Run("spoofing", func(t *testing.T) { spoofing(t, true) })
+	t.Run("segments", func(t *testing.T) { segments(t, true) })
 	t.Run("vlans", func(t *testing.T) { vlans(t, true) })
 	t.Run("uplink", func(t *testing.T) { uplink(t, true) })
 	t.Run("trunk", func(t *testing.T) { trunk(t, true) })

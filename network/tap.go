@@ -81,17 +81,14 @@ func bindTap(fd int, name string) error {
 	return unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr)
 }
 
-// Configure tells the kernel what the guest's driver takes: frames with partial checksums, or
-// only whole ones; and how long the header before each frame is.
+// Configure tells the kernel what the guest's driver takes: TCP segments that are not cut, frames with
+// partial checksums, or only whole ones; and how long the header before each frame is.
 func (t *Tap) Configure(features uint64, header int) error {
 	raw, err := t.File.SyscallConn()
 	if err != nil {
 		return err
 	}
-	flags := 0
-	if features&virtio.NetFeatureGuestCsum != 0 {
-		flags |= unix.TUN_F_CSUM
-	}
+	flags := offloads(features)
 	if cerr := raw.Control(func(fd uintptr) {
 		if err = unix.IoctlSetPointerInt(int(fd), unix.TUNSETVNETHDRSZ, header); err == nil {
 			err = unix.IoctlSetInt(int(fd), unix.TUNSETOFFLOAD, flags)
@@ -103,6 +100,24 @@ func (t *Tap) Configure(features uint64, header int) error {
 		return fmt.Errorf("tap %s: %w", t.Name, err)
 	}
 	return nil
+}
+
+// offloads are the features in the tap's terms. Of a driver that breaks their dependences (virtio 1.2
+// §5.1.3.1), which the kernel would refuse, what depends is left out.
+func offloads(features uint64) (flags int) {
+	if features&virtio.NetFeatureGuestCsum == 0 {
+		return 0
+	}
+	if features&virtio.NetFeatureGuestTSO4 != 0 {
+		flags |= unix.TUN_F_TSO4
+	}
+	if features&virtio.NetFeatureGuestTSO6 != 0 {
+		flags |= unix.TUN_F_TSO6
+	}
+	if flags != 0 && features&virtio.NetFeatureGuestECN != 0 {
+		flags |= unix.TUN_F_TSO_ECN
+	}
+	return flags | unix.TUN_F_CSUM
 }
 
 // Port is the tap as a network device's.

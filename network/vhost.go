@@ -136,8 +136,8 @@ func (k *KernelNet) setUp(fd int, memory []virtio.MappedMemory) error {
 		return fmt.Errorf("vhost-net: GET_FEATURES: %w", err)
 	}
 	// The rest is between the driver and the tap.
-	transport := virtio.FeatureIndirect | virtio.FeatureEventIdx | virtio.FeatureVersion1
-	take := k.features & transport
+	rings := virtio.FeatureIndirect | virtio.FeatureEventIdx | virtio.FeatureVersion1 | virtio.NetFeatureMergeable
+	take := k.features & rings
 	if miss := take &^ le.Uint64(own); miss != 0 {
 		return fmt.Errorf("%w: vhost-net features %#x", ErrUnsupported, miss)
 	}

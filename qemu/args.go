@@ -179,7 +179,9 @@ func Args(c Config, fd FDs, dataDirs ...string) ([]string, error) {
 		// passing").
 		add("-chardev", fmt.Sprintf("socket,id=nic%d,path=/proc/self/fd/%d", i, n.Door))
 		add("-netdev", fmt.Sprintf("vhost-user,id=nic%d,chardev=nic%d", i, i))
-		dev := fmt.Sprintf("virtio-net-pci,netdev=nic%d,mac=%s,rx_queue_size=256,tx_queue_size=256,disable-legacy=on,romfile=", i, net.HardwareAddr(n.MAC[:]))
+		// No ctrl_guest_offloads: QEMU 7.2 answers the guest that wants segments no more, but tells no
+		// vhost-user back end of it.
+		dev := fmt.Sprintf("virtio-net-pci,netdev=nic%d,mac=%s,rx_queue_size=256,tx_queue_size=256,ctrl_guest_offloads=off,disable-legacy=on,romfile=", i, net.HardwareAddr(n.MAC[:]))
 		if c.PCI != nil {
 			dev += c.place(topology.NIC, i)
 		} else if !c.nicMSIX() {

@@ -34,7 +34,7 @@ func TestArgs(t *testing.T) {
 		"-bios qboot.rom -kernel /proc/self/fd/6 -append console=ttyS0 a,b=c -initrd /proc/self/fd/7",
 		"socket,id=console,fd=8", "socket,id=channel,fd=9", "name=redoubt.0",
 		"fd=10,set=3", "node-name=disk0,read-only=off", "fd=11,set=4", "node-name=disk1,read-only=on",
-		"socket,id=nic0,path=/proc/self/fd/14", "vhost-user,id=nic0,chardev=nic0", "netdev=nic0,mac=02:00:00:00:00:0a", "romfile=,vectors=0",
+		"socket,id=nic0,path=/proc/self/fd/14", "vhost-user,id=nic0,chardev=nic0", "netdev=nic0,mac=02:00:00:00:00:0a", "ctrl_guest_offloads=off", "romfile=,vectors=0",
 	} {
 		if !strings.Contains(line, want) {
 			t.Errorf("no %q in\n%s", want, line)

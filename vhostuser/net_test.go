@@ -21,7 +21,7 @@ import (
 )
 
 // A netDriver is a guest's network driver over a Frontend: two rings of queueSize entries, each
-// entry with one buffer of its own. Its back ends are in this process; a pair of sockets that
+// entry with one buffer of its own. With NetFeatureMergeable those that receive are too short for most frames. Its back ends are in this process; a pair of sockets that
 // keep frames apart plays the tap.
 type netDriver struct {
 	*front
@@ -31,6 +31,7 @@ type netDriver struct {
 	wire  *os.File // the other end of the tap
 	head  int      // length of the header before each of its frames
 	make  func() (virtio.Backend, error)
+	room  int    // of each receive buffer
 	sent  uint16 // of the transmit ring
 	given uint16 // of the receive ring
 	heard uint16
@@ -44,11 +45,16 @@ const (
 	netBufs = 0x10000
 	netBuf  = 0x800
 	netHead = 12
+
+	netMergeable = virtio.NetFeatureMergeable | virtio.NetFeatureGuestCsum | virtio.NetFeatureGuestTSO4 | virtio.NetFeatureGuestTSO6 | virtio.NetFeatureGuestECN
 )
 
 func newNetDriver(t testing.TB, features uint64) *netDriver {
 	t.Helper()
-	d := &netDriver{front: newFront(t), e: NewFrontend(2, queueSize)}
+	d := &netDriver{front: newFront(t), e: NewFrontend(2, queueSize), room: netBuf}
+	if features&virtio.NetFeatureMergeable != 0 {
+		d.room = netBuf / 4
+	}
 	t.Cleanup(func() {
 		if err := d.e.Close(); err != nil {
 			t.Error(err)
@@ -227,20 +233,28 @@ func testFrame(i int) []byte {
 // TestNetReplaced: back ends that are replaced in good order lose nothing and repeat nothing, either
 // way, at whatever instant.
 func TestNetReplaced(t *testing.T) {
-	t.Run("pair", func(t *testing.T) { newNetDriver(t, 0).replaced() })
-	t.Run("tap", func(t *testing.T) {
-		d := newNetDriver(t, 0)
-		d.overTap(false)
-		d.replaced()
-	})
+	for name, features := range map[string]uint64{"pair": 0, "mergeable pair": netMergeable} {
+		t.Run(name, func(t *testing.T) { newNetDriver(t, features).replaced() })
+	}
+	for name, features := range map[string]uint64{"tap": 0, "mergeable tap": netMergeable} {
+		t.Run(name, func(t *testing.T) {
+			d := newNetDriver(t, features)
+			d.overTap(false)
+			d.replaced()
+		})
+	}
 }
 
 // TestVhostNetReplaced: as TestNetReplaced with the kernel between tap and guest. It takes the lab for a host with vhost-net.
 func TestVhostNetReplaced(t *testing.T) {
 	lab.NeedsKVM(t)
-	d := newNetDriver(t, 0)
-	d.overTap(true)
-	d.replaced()
+	for name, features := range map[string]uint64{"frames": 0, "mergeable": netMergeable} {
+		t.Run(name, func(t *testing.T) {
+			d := newNetDriver(t, features)
+			d.overTap(true)
+			d.replaced()
+		})
+	}
 }
 
 func (d *netDriver) replaced() {
@@ -258,7 +272,7 @@ func (d *netDriver) replaced() {
 	}
 	d.replace()
 	for round := range 40 {
-		k := 1 + random.IntN(queueSize/2)
+		k := 1 + random.IntN(queueSize/d.buffers(make([]byte, 1500))/2)
 		for i := range k {
 			d.transmit(nil, testFrame(round*100+i))
 			if random.IntN(8) == 0 {
@@ -273,7 +287,9 @@ func (d *netDriver) replaced() {
 		}
 		d.wait(1, d.sent)
 		for i := range k {
-			d.add(0, &d.given, netBuf, 2)
+			for range d.buffers(testFrame(round*100 + i)) {
+				d.add(0, &d.given, d.room, 2)
+			}
 			if _, err := d.wire.Write(append(make([]byte, d.head), testFrame(round*100+i)...)); err != nil {
 				t.Fatal(err)
 			}
@@ -284,14 +300,29 @@ func (d *netDriver) replaced() {
 		d.wait(0, d.given)
 		for i := range k {
 			want := testFrame(round*100 + i)
-			entry := d.ram[atUsed+4+8*int(d.heard%queueSize):]
-			b := d.buffer(0, d.heard)
-			if n := binary.LittleEndian.Uint32(entry[4:]); int(n) != netHead+len(want) || !bytes.Equal(b[netHead:n], want) || d.head > 0 && b[10] != 1 {
-				t.Fatalf("round %d: heard frame %d as %d bytes", round, i, n)
+			got, n := d.hear()
+			if !bytes.Equal(got[netHead:], want) || n != d.buffers(want) {
+				t.Fatalf("round %d: heard frame %d as %d bytes in %d buffers", round, i, len(got), n)
 			}
-			d.heard++
 		}
 	}
+}
+
+// buffers is how many a frame takes.
+func (d *netDriver) buffers(frame []byte) int { return (netHead + len(frame) + d.room - 1) / d.room }
+
+// hear takes the next packet from the used ring, whose entries are there, and says over how many buffers it came.
+func (d *netDriver) hear() (packet []byte, buffers int) {
+	for i := 0; i <= buffers; i++ {
+		entry := d.ram[atUsed+4+8*int(d.heard%queueSize):]
+		n := binary.LittleEndian.Uint32(entry[4:])
+		packet = append(packet, d.buffer(0, d.heard)[:min(n, netBuf)]...)
+		d.heard++
+		if buffers = int(binary.LittleEndian.Uint16(packet[10:])) - 1; d.head == 0 && d.room == netBuf {
+			buffers = 0 // vhost-net leaves the field alone
+		}
+	}
+	return packet, buffers + 1
 }
 
 // TestNetHeaders: what the driver did not negotiate, or cannot mean, does not reach the tap.
@@ -349,8 +380,69 @@ func TestNetHeaders(t *testing.T) {
 	}
 }
 
-// FuzzNetRings lets both rings and all buffers hold anything. Whatever it is, the session ends
-// when it is told to, and nothing but frames is on the wire.
+// TestNetReceivedHeaders: what waited in the tap for another driver, or makes no sense, does not reach a
+// driver that did not negotiate it.
+func TestNetReceivedHeaders(t *testing.T) {
+	const all = netMergeable
+	for _, c := range []struct {
+		name     string
+		features uint64
+		header   []byte
+		length   int
+		passes   bool
+	}{
+		{"plain", 0, nil, 60, true},
+		{"checksum, negotiated", all, []byte{1}, 60, true},
+		{"checksum", 0, []byte{1}, 60, false},
+		{"checksum that was checked", 0, []byte{2}, 60, true},
+		{"segments, negotiated", all, []byte{1, 1}, 9000, true},
+		{"segments", virtio.NetFeatureGuestCsum, []byte{1, 1}, 60, false},
+		{"segments that fit no buffer", all &^ virtio.NetFeatureMergeable, []byte{1, 1}, 9000, false},
+		{"segments with ECN, negotiated", all, []byte{1, 0x84}, 9000, true},
+		{"segments with ECN", all &^ virtio.NetFeatureGuestECN, []byte{1, 0x81}, 9000, false},
+		{"IPv6 segments", all &^ virtio.NetFeatureGuestTSO6, []byte{1, 4}, 9000, false},
+		{"segments without checksum", all, []byte{0, 1}, 9000, false},
+		{"UDP fragments", all, []byte{1, 3}, 9000, false},
+		{"UDP segments", all, []byte{1, 5}, 9000, false},
+		{"the longest", all, []byte{1, 1}, 14 + 4 + 65535, false}, // of 64 short buffers
+		{"more than the longest", all, []byte{1, 1}, 14 + 4 + 65535 + 1, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			d := newNetDriver(t, c.features)
+			d.replace()
+			defer d.stop()
+			for range queueSize {
+				d.add(0, &d.given, d.room, 2)
+			}
+			first := make([]byte, netHead+c.length)
+			copy(first, c.header)
+			marker := append(make([]byte, netHead), testFrame(1)...)
+			for _, p := range [][]byte{first, marker} {
+				if _, err := d.wire.Write(p); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want := uint16(d.buffers(testFrame(1)))
+			if c.passes {
+				want += uint16(d.buffers(first[netHead:]))
+			}
+			d.wait(0, want)
+			got, _ := d.hear()
+			if c.passes {
+				if len(got) != len(first) || got[0] != first[0]&1 && c.features == 0 || got[1] != first[1] {
+					t.Errorf("%d bytes came, the header is % x", len(got), got[:netHead])
+				}
+				got, _ = d.hear()
+			}
+			if !bytes.Equal(got[netHead:], marker[netHead:]) {
+				t.Errorf("the next one came as % x", got)
+			}
+		})
+	}
+}
+
+// FuzzNetRings lets both rings and all buffers hold anything, for a driver that takes packets in several
+// buffers and for one that does not. Whatever it is, the session ends when it is told to.
 func FuzzNetRings(f *testing.F) {
 	ok := make([]byte, 64)
 	binary.LittleEndian.PutUint64(ok, guestBase+netBufs)
@@ -362,24 +454,48 @@ func FuzzNetRings(f *testing.F) {
 	far := append([]byte(nil), ok...)
 	far[7], far[12] = 0xff, 2
 	f.Add(far, ok, uint16(1), uint16(70))
+	// Buffers that are long enough together, for one packet only, all of them, the last too short.
+	ring := make([]byte, atAvail+4+2*queueSize)
+	for i := range queueSize {
+		copy(ring[16*i:], ok[:12])
+		ring[16*i+12] = 2
+		ring[atAvail+4+2*i] = byte(i)
+	}
+	for _, n := range []uint16{2, 5, queueSize} {
+		f.Add(ring, ok, n, uint16(1))
+	}
+	short := append([]byte(nil), ring...)
+	short[16*3+8] = netHead - 1
+	f.Add(short, ok, uint16(queueSize), uint16(1))
 	f.Fuzz(func(t *testing.T, rx, tx []byte, rxCount, txCount uint16) {
-		d := newNetDriver(t, 0)
-		copy(d.ram[:atAvail], rx)
-		copy(d.ram[txRing:txRing+atAvail], tx)
-		binary.LittleEndian.PutUint16(d.ram[atAvail+2:], rxCount)
-		binary.LittleEndian.PutUint16(d.ram[txRing+atAvail+2:], txCount)
-		_, _ = d.wire.Write(make([]byte, 80))
-		d.replace()
-		d.e.DropQueue(0) // ends work on both in good order, or finds the session ended by the lie
-		d.e.DropQueue(1)
-		d.cancel()
-		err := <-d.ended
-		d.cancel = nil
-		if err != nil && !errors.Is(err, context.Canceled) && !errors.Is(err, virtio.ErrRing) {
-			t.Fatalf("ended with %v", err)
-		}
-		if err := d.wire.SetReadDeadline(time.Unix(1, 0)); err != nil {
-			t.Fatal(err)
+		for _, features := range []uint64{0, netMergeable, netMergeable | virtio.FeatureEventIdx | virtio.FeatureIndirect} {
+			fuzzRings(t, features, rx, tx, rxCount, txCount)
 		}
 	})
+}
+
+func fuzzRings(t *testing.T, features uint64, rx, tx []byte, rxCount, txCount uint16) {
+	d := newNetDriver(t, features)
+	const part = atAvail + 4 + 2*queueSize
+	copy(d.ram[:part], rx)
+	copy(d.ram[txRing:txRing+part], tx)
+	binary.LittleEndian.PutUint16(d.ram[atAvail+2:], rxCount)
+	binary.LittleEndian.PutUint16(d.ram[txRing+atAvail+2:], txCount)
+	for _, n := range []int{80, 400, 30_000, 80} {
+		if _, err := d.wire.Write(make([]byte, n)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d.replace()
+	d.e.DropQueue(0) // ends work on both in good order, or finds the session ended by the lie
+	d.e.DropQueue(1)
+	d.cancel()
+	err := <-d.ended
+	d.cancel = nil
+	if err != nil && !errors.Is(err, context.Canceled) && !errors.Is(err, virtio.ErrRing) {
+		t.Fatalf("ended with %v", err)
+	}
+	if err := d.wire.SetReadDeadline(time.Unix(1, 0)); err != nil {
+		t.Fatal(err)
+	}
 }

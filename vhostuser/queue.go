@@ -270,7 +270,7 @@ func (q *queue) start() error {
 		s.backend.Start(s.features)
 		s.started = true
 	}
-	if b, ok := s.backend.(virtio.QueueStopper); ok {
+	if b, ok := s.backend.(virtio.QueueServer); ok {
 		b.StartQueue(q.index)
 	}
 	s.running++
@@ -295,7 +295,7 @@ func (q *queue) start() error {
 		q.call.signal()
 	}
 	q.mu.Unlock()
-	go q.run(q.kick, q.ended)
+	go q.run(r, q.kick, q.ended)
 	s.tellStart()
 	return nil
 }
@@ -345,6 +345,26 @@ func (q *queue) handle() error {
 	return nil
 }
 
+// handleAll takes chains until there is none.
+func (q *queue) handleAll() error {
+	err := q.handle()
+	for err == nil {
+		err = q.handle()
+	}
+	if errors.Is(err, errEmpty) {
+		return nil
+	}
+	return err
+}
+
+func (q *queue) interrupt() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.call != nil {
+		q.call.signal()
+	}
+}
+
 // halt stops the goroutine and waits until every chain is given back; afterwards nothing of
 // this queue touches guest memory.
 func (q *queue) halt() {
@@ -370,7 +390,7 @@ func (q *queue) halt() {
 	r := q.ring
 	q.ring = nil
 	q.mu.Unlock()
-	if b, ok := q.s.backend.(virtio.QueueStopper); ok {
+	if b, ok := q.s.backend.(virtio.QueueServer); ok {
 		b.StopQueue(q.index)
 	}
 	<-q.ended
@@ -380,15 +400,21 @@ func (q *queue) halt() {
 }
 
 // run owns taking chains: what there is at first, then what each kick tells of.
-func (q *queue) run(kick *os.File, ended chan<- struct{}) {
+func (q *queue) run(r *virtio.Ring, kick *os.File, ended chan<- struct{}) {
 	defer close(ended)
+	work := q.handleAll
+	if b, ok := q.s.backend.(virtio.QueueServer); ok {
+		all := virtio.NewQueue(r, q.interrupt)
+		work = func() error {
+			if err := b.ServeQueue(q.index, all); err != nil {
+				return fmt.Errorf("queue %d: %w", q.index, err)
+			}
+			return nil
+		}
+	}
 	var count [8]byte
 	for {
-		err := q.handle()
-		for err == nil {
-			err = q.handle()
-		}
-		if !errors.Is(err, errEmpty) {
+		if err := work(); err != nil {
 			q.s.fail(err)
 			return
 		}
@@ -419,12 +445,6 @@ func (q *queue) take() (*virtio.Chain, error) {
 		if r.Put(c, written) && q.call != nil {
 			q.call.signal()
 		}
-		q.mu.Unlock()
-		q.taken.Done()
-	})
-	c.OnReturn(func(c *virtio.Chain) {
-		q.mu.Lock()
-		r.Untake(c)
 		q.mu.Unlock()
 		q.taken.Done()
 	})

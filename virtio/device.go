@@ -41,17 +41,9 @@ type Info struct {
 	Class    uint32   // PCI class
 	Features uint64   // beyond the transport's
 	Queues   []uint16 // the largest size of each, a power of two ≤ MaxQueueSize
-	// InOrder promises that Handle gives its chain back before it returns. Then the used index
-	// alone says which chains are done, and chains may be returned (Chain.Return).
+	// InOrder promises that chains are given back in the order in which they were made available.
+	// Then the used index alone says which are done. Such a back end is a QueueServer.
 	InOrder bool
-}
-
-// A QueueStopper is a back end whose Handle blocks on something other than its own work. The
-// transport calls StartQueue before the queue's first Handle, StopQueue when its chains are to be
-// given back and no more will come; other queues go on.
-type QueueStopper interface {
-	StartQueue(queue int)
-	StopQueue(queue int)
 }
 
 // A Backend is a device type.
@@ -242,6 +234,11 @@ func (d *Device) fail(err error) {
 		vector = d.configInterrupt()
 	}
 	d.mu.Unlock()
+	if b, ok := d.backend.(QueueServer); ok { // which may be waiting with a chain
+		for i := range d.queues {
+			b.StopQueue(i)
+		}
+	}
 	if vector != noVector {
 		_ = d.function.Signal(int(vector)) // a second failure changes nothing
 	}
@@ -263,6 +260,12 @@ func (d *Device) serve(i int) {
 // never stops adding keeps only its own queue's goroutine busy.
 func (d *Device) run(i int) {
 	if !d.function.BusMaster() {
+		return
+	}
+	if b, ok := d.backend.(QueueServer); ok {
+		if err := d.serveQueue(i, b); err != nil {
+			d.fail(err)
+		}
 		return
 	}
 	for {
@@ -308,13 +311,25 @@ func (d *Device) take(i int) (*Chain, error) {
 		}
 		d.inflight.Done()
 	})
-	c.OnReturn(func(c *Chain) {
-		q.mu.Lock()
-		r.Untake(c)
-		q.mu.Unlock()
-		d.inflight.Done()
-	})
 	return c, nil
+}
+
+// serveQueue lets the back end take the queue's chains by itself.
+func (d *Device) serveQueue(i int, b QueueServer) error {
+	if !d.runs() {
+		return nil
+	}
+	q := d.queues[i]
+	q.mu.Lock()
+	r := q.ring
+	if r == nil {
+		q.mu.Unlock()
+		return nil
+	}
+	d.inflight.Add(1) // as in take
+	q.mu.Unlock()
+	defer d.inflight.Done()
+	return b.ServeQueue(i, NewQueue(r, func() { d.queueInterrupt(q) }))
 }
 
 func (d *Device) runs() bool {
@@ -351,7 +366,7 @@ func (d *Device) driverOK() error {
 		q.mu.Unlock()
 	}
 	d.backend.Start(d.accepted)
-	if b, ok := d.backend.(QueueStopper); ok {
+	if b, ok := d.backend.(QueueServer); ok {
 		for i := range d.queues {
 			b.StartQueue(i)
 		}
@@ -395,7 +410,7 @@ func (d *Device) quiesce() {
 		q.ring = nil
 		q.mu.Unlock()
 	}
-	if b, ok := d.backend.(QueueStopper); ok {
+	if b, ok := d.backend.(QueueServer); ok {
 		for i := range d.queues {
 			b.StopQueue(i)
 		}

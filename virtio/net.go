@@ -8,8 +8,6 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // Network device: virtio 1.2 §5.1.
@@ -20,13 +18,19 @@ const (
 	NetFeatureGuestCsum uint64 = 1 << 1  // the driver does
 	NetFeatureMTU       uint64 = 1 << 3  //
 	NetFeatureMAC       uint64 = 1 << 5  //
+	NetFeatureGuestTSO4 uint64 = 1 << 7  // the driver takes TCP segments that are cut by nobody
+	NetFeatureGuestTSO6 uint64 = 1 << 8  //
+	NetFeatureGuestECN  uint64 = 1 << 9  //
 	NetFeatureHostTSO4  uint64 = 1 << 11 // the device cuts TCP segments
 	NetFeatureHostTSO6  uint64 = 1 << 12 //
 	NetFeatureHostECN   uint64 = 1 << 13 //
+	NetFeatureMergeable uint64 = 1 << 15 // the driver puts a packet together from several buffers
 	NetFeatureStatus    uint64 = 1 << 16 //
 
+	// No UFO, which Linux makes no more, and no USO, which taps have from Linux 6.2 on only.
 	netFeatures = NetFeatureCsum | NetFeatureGuestCsum | NetFeatureMTU | NetFeatureMAC |
-		NetFeatureHostTSO4 | NetFeatureHostTSO6 | NetFeatureHostECN | NetFeatureStatus
+		NetFeatureGuestTSO4 | NetFeatureGuestTSO6 | NetFeatureGuestECN |
+		NetFeatureHostTSO4 | NetFeatureHostTSO6 | NetFeatureHostECN | NetFeatureMergeable | NetFeatureStatus
 )
 
 // NetQueueSize is the most entries of each of the two queues; 0 receives, 1 transmits (§5.1.2).
@@ -36,20 +40,6 @@ const NetQueueSize = 256
 const (
 	netReceive = iota
 	netTransmit
-)
-
-// Header of each packet (§5.1.6).
-const (
-	netHeader       = 12 // with num_buffers
-	netHeaderLegacy = 10 // without VERSION_1
-	ethernetHeader  = 14
-	maxFrame        = ethernetHeader + 4 + 65535
-
-	hdrNeedsCsum = 1
-	gsoNone      = 0
-	gsoTCPv4     = 1
-	gsoTCPv6     = 4
-	gsoECN       = 0x80
 )
 
 const (
@@ -67,12 +57,14 @@ type NetPort struct {
 	Configure func(features uint64, header int) error
 }
 
-// Net is the back end of a network device over a port. Each queue's packets pass one by one and
-// in order, so that at any instant the used index says what has passed; a packet that is on its
-// way when this process is killed may be lost or sent twice, as in any network.
+// Net is the back end of a network device over a port. Each queue's packets pass in order and are
+// given back each with one store of the used index, so that at any instant this says which packets
+// have passed, whole. A packet that is on its way when this process is killed may be lost or sent
+// twice, as in any network.
 //
-// It copies no payload: frames go between the port and the guest's buffers. Of what the driver
-// writes it uses a header's copy, checked against the features that the driver took.
+// It holds at most one packet, the one to be received next: see receiver. Frames from the guest go to
+// the port without a copy. Of a header it uses a copy, either way, checked against the features that
+// the driver took.
 type Net struct {
 	port    NetPort
 	raw     syscall.RawConn
@@ -82,6 +74,8 @@ type Net struct {
 	taken   atomic.Uint64 // features
 	failed  atomic.Pointer[error]
 	dropped atomic.Uint64
+	in      receiver
+	out     sender
 }
 
 // NewNet makes a network device of this MAC address and MTU in bytes. It takes the port over.
@@ -101,6 +95,7 @@ func NewNet(port NetPort, mac [6]byte, mtu uint16) (*Net, error) {
 		return nil, fmt.Errorf("virtio-net: port: %w", err)
 	}
 	n := &Net{port: port, raw: raw, mac: mac, mtu: mtu}
+	n.in.n, n.out.n = n, n
 	n.header.Store(netHeader)
 	return n, nil
 }
@@ -130,16 +125,19 @@ func (n *Net) ReadConfig(offset uint64, p []byte) {
 	copy(p, c[offset:])
 }
 
-// Dropped counts the packets of the guest that were malformed or that the port did not take.
+// Dropped counts the packets of the guest that were malformed or that the port did not take, and those
+// for it that its driver could not take.
 func (n *Net) Dropped() uint64 { return n.dropped.Load() }
 
 // Start implements Backend.
 func (n *Net) Start(features uint64) {
 	header := netHeader
-	if features&FeatureVersion1 == 0 {
+	if features&(FeatureVersion1|NetFeatureMergeable) == 0 {
 		header = netHeaderLegacy
 	}
-	n.header.Store(int32(header))
+	if n.header.Swap(int32(header)) != int32(header) {
+		n.in.held = 0 // what was read for another driver, as that would have had it
+	}
 	n.taken.Store(features)
 	n.failed.Store(nil)
 	if n.port.Configure == nil {
@@ -161,11 +159,21 @@ func (n *Net) Failed() error {
 // Stop implements Backend: StopQueue does it.
 func (n *Net) Stop() {}
 
-// StartQueue implements QueueStopper.
-func (n *Net) StartQueue(queue int) { n.deadline(queue, time.Time{}) }
+// StartQueue implements QueueServer.
+func (n *Net) StartQueue(queue int) {
+	if queue == netTransmit {
+		n.out.stopped.Store(false)
+	}
+	n.deadline(queue, time.Time{})
+}
 
-// StopQueue implements QueueStopper.
-func (n *Net) StopQueue(queue int) { n.deadline(queue, time.Unix(1, 0)) }
+// StopQueue implements QueueServer.
+func (n *Net) StopQueue(queue int) {
+	if queue == netTransmit {
+		n.out.stopped.Store(true)
+	}
+	n.deadline(queue, time.Unix(1, 0))
+}
 
 func (n *Net) deadline(queue int, t time.Time) {
 	if queue == netReceive { // errors: only a closed file's, whose reads end anyway
@@ -178,125 +186,19 @@ func (n *Net) deadline(queue int, t time.Time) {
 // Close implements Backend.
 func (n *Net) Close() error { return n.port.File.Close() }
 
-// Handle implements Backend: it waits for a frame, or until the port has taken one.
-func (n *Net) Handle(queue int, c *Chain) error {
+// Handle implements Backend: it is not called, since this is a QueueServer.
+func (n *Net) Handle(int, *Chain) error {
+	return errors.New("virtio-net: chains are taken by ServeQueue")
+}
+
+// ServeQueue implements QueueServer: where there is a buffer it waits for a packet, and where there is
+// a packet until the port has taken it.
+func (n *Net) ServeQueue(queue int, q *Queue) error {
 	if err := n.Failed(); err != nil {
 		return err
 	}
 	if queue == netReceive {
-		return n.receive(c)
+		return n.in.serve(q)
 	}
-	return n.transmit(c)
-}
-
-func (n *Net) receive(c *Chain) error {
-	header := int(n.header.Load())
-	if room := Length(c.Writable); room < uint64(header+ethernetHeader) {
-		return fmt.Errorf("%w: %d bytes for a packet", ErrRing, room)
-	}
-	var got int
-	var failed error
-	err := n.raw.Read(func(fd uintptr) bool {
-		got, failed = again(func() (int, error) { return unix.Readv(int(fd), c.Writable) })
-		return !errors.Is(failed, unix.EAGAIN)
-	})
-	switch {
-	case errors.Is(err, os.ErrDeadlineExceeded):
-		c.Return()
-		return nil
-	case err != nil:
-		return fmt.Errorf("port: %w", err)
-	case failed != nil:
-		return fmt.Errorf("port: read: %w", failed)
-	case got < header:
-		return fmt.Errorf("port: a frame of %d bytes", got)
-	}
-	n.completeHeader(c.Writable, header)
-	c.Done(uint32(got))
-	return nil
-}
-
-// completeHeader sets what the port does not know of: flags are 0 for a driver that takes no
-// checksums, and a packet is in one buffer (§5.1.6.4.1).
-func (n *Net) completeHeader(segments [][]byte, header int) {
-	if n.taken.Load()&NetFeatureGuestCsum == 0 {
-		Scatter(segments, []byte{0})
-	}
-	if header == netHeader {
-		_, rest := Cut(segments, netHeaderLegacy)
-		Scatter(rest, []byte{1, 0})
-	}
-}
-
-func (n *Net) transmit(c *Chain) error {
-	size := int(n.header.Load())
-	length := Length(c.Readable)
-	var header [netHeader]byte
-	if length < uint64(size+ethernetHeader) || length > uint64(size+maxFrame) {
-		return n.drop(c)
-	}
-	Gather(header[:size], c.Readable)
-	if !headerAllowed(&header, n.taken.Load()) {
-		return n.drop(c)
-	}
-	_, frame := Cut(c.Readable, uint64(size))
-	frame = append([][]byte{header[:size]}, frame...)
-	var failed error
-	err := n.raw.Write(func(fd uintptr) bool {
-		_, failed = again(func() (int, error) { return unix.Writev(int(fd), frame) })
-		return !errors.Is(failed, unix.EAGAIN)
-	})
-	switch {
-	case errors.Is(err, os.ErrDeadlineExceeded):
-		c.Return()
-		return nil
-	case err != nil:
-		return fmt.Errorf("port: %w", err)
-	case errors.Is(failed, unix.EBADFD) || errors.Is(failed, unix.EBADF): // the interface behind it was deleted
-		return fmt.Errorf("port: write: %w", failed)
-	case failed != nil: // refused: what the guest wrote, or the interface is down
-		return n.drop(c)
-	}
-	c.Done(0)
-	return nil
-}
-
-// headerAllowed takes out of a driver's header what is not its business and reports whether the
-// rest is covered by the features.
-func headerAllowed(h *[netHeader]byte, features uint64) bool {
-	h[0] &= hdrNeedsCsum
-	h[10], h[11] = 0, 0
-	if h[0] != 0 && features&NetFeatureCsum == 0 {
-		return false
-	}
-	var need uint64
-	switch h[1] &^ gsoECN {
-	case gsoNone:
-		return h[1] == gsoNone
-	case gsoTCPv4:
-		need = NetFeatureHostTSO4
-	case gsoTCPv6:
-		need = NetFeatureHostTSO6
-	default:
-		return false
-	}
-	if h[1]&gsoECN != 0 {
-		need |= NetFeatureHostECN
-	}
-	return features&need == need && h[0]&hdrNeedsCsum != 0
-}
-
-func (n *Net) drop(c *Chain) error {
-	n.dropped.Add(1)
-	c.Done(0)
-	return nil
-}
-
-// again repeats a call that a signal interrupted.
-func again(call func() (int, error)) (int, error) {
-	for {
-		if n, err := call(); !errors.Is(err, unix.EINTR) {
-			return n, err
-		}
-	}
+	return n.out.serve(q)
 }

@@ -53,6 +53,7 @@ type Ring struct {
 	busy                []bool   // heads that were taken and not given back
 	again               []uint16 // heads to hand out before any new one: see Resume
 	quiet               bool     // without eventIdx: the driver was asked not to notify
+	told                uint16   // the used index when Interrupt was last asked
 	fence               uint32
 	journal             Journal // may be nil
 }
@@ -109,7 +110,7 @@ func (r *Ring) Resume(available, used uint16, again []uint16, j Journal) error {
 			return fmt.Errorf("%w: head %d of %d to be resumed", ErrRing, h, r.size)
 		}
 	}
-	r.lastAvail, r.usedNext, r.again, r.journal = available, used, again, j
+	r.lastAvail, r.usedNext, r.told, r.again, r.journal = available, used, used, again, j
 	return nil
 }
 
@@ -275,12 +276,7 @@ func (r *Ring) Untake(c *Chain) {
 // Put gives a chain back and reports whether the driver wants an interrupt for it (§2.7.7,
 // §2.7.10).
 func (r *Ring) Put(c *Chain, written uint32) (interrupt bool) {
-	e := r.used[4+8*int(r.usedNext%r.size):]
-	binary.LittleEndian.PutUint32(e, uint32(c.head))
-	binary.LittleEndian.PutUint32(e[4:], written)
-	r.busy[c.head] = false
-	old := r.usedNext
-	r.usedNext++
+	r.fill(c, written)
 	if r.journal != nil {
 		r.journal.Giving(c.head)
 	}
@@ -288,10 +284,36 @@ func (r *Ring) Put(c *Chain, written uint32) (interrupt bool) {
 	if r.journal != nil {
 		r.journal.Gave(c.head, r.usedNext)
 	}
-	if r.eventIdx {
-		return load16(r.avail[4+2*int(r.size):]) == old
+	return r.Interrupt()
+}
+
+// PutTogether gives several chains back with one store of the used index: whatever happens to this
+// process, the driver sees all of them or none. The ring must have no journal.
+func (r *Ring) PutTogether(used []Used) {
+	for _, u := range used {
+		r.fill(u.Chain, u.Written)
 	}
-	return loadHeader(r.avail)&availNoInterrupt == 0
+	r.publish()
+}
+
+// fill writes the next used entry, which is not published yet.
+func (r *Ring) fill(c *Chain, written uint32) {
+	e := r.used[4+8*int(r.usedNext%r.size):]
+	binary.LittleEndian.PutUint32(e, uint32(c.head))
+	binary.LittleEndian.PutUint32(e[4:], written)
+	r.busy[c.head] = false
+	r.usedNext++
+}
+
+// Interrupt reports whether the driver wants an interrupt for what was given back since the last
+// call (§2.7.7, §2.7.10).
+func (r *Ring) Interrupt() bool {
+	since := r.usedNext - r.told
+	r.told = r.usedNext
+	if r.eventIdx {
+		return r.usedNext-load16(r.avail[4+2*int(r.size):])-1 < since
+	}
+	return since != 0 && loadHeader(r.avail)&availNoInterrupt == 0
 }
 
 // A Chain is one request: buffers in guest memory, which the guest may change at any time.
@@ -303,7 +325,6 @@ type Chain struct {
 	head  uint16
 	bytes uint64
 	done  func(*Chain, uint32)
-	undo  func(*Chain)
 }
 
 // Done gives the chain back with the number of bytes written at the start of Writable. It must
@@ -312,13 +333,6 @@ func (c *Chain) Done(written uint32) { c.done(c, written) }
 
 // OnDone sets what Done does; a transport calls it before it hands the chain out.
 func (c *Chain) OnDone(done func(c *Chain, written uint32)) { c.done = done }
-
-// Return gives the chain back as if it had not been taken, in place of Done. Only a back end with
-// Info.InOrder may do so.
-func (c *Chain) Return() { c.undo(c) }
-
-// OnReturn sets what Return does; a transport calls it before it hands the chain out.
-func (c *Chain) OnReturn(undo func(c *Chain)) { c.undo = undo }
 
 // Length is the number of bytes in segments.
 func Length(segments [][]byte) uint64 {
