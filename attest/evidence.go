@@ -18,17 +18,18 @@ import (
 	"io"
 
 	"redoubt.dev/redoubt/attest/eventlog"
+	"redoubt.dev/redoubt/attest/ima"
 )
 
 // Bounds of evidence.
 const (
-	PCRCount        = 24      // registers of a PC Client TPM (PTP 1.05)
-	MaxEvidence     = 8 << 20 // bytes of evidence as JSON
-	MaxLog          = 2 << 20 // bytes of one event log
-	maxStructure    = 1 << 10 // bytes of a quote, a signature, a public area: a few hundred in practice
-	maxCertificate  = 8 << 10 // bytes of a certificate
-	maxIntermediate = 8       // certificates between the EK's and a root
-	maxNonce        = 64      // bytes: TPM2B_DATA holds a digest
+	PCRCount        = 24       // registers of a PC Client TPM (PTP 1.05)
+	MaxEvidence     = 32 << 20 // bytes of evidence as JSON
+	MaxLog          = 2 << 20  // bytes of one event log
+	maxStructure    = 1 << 10  // bytes of a quote, a signature, a public area: a few hundred in practice
+	maxCertificate  = 8 << 10  // bytes of a certificate
+	maxIntermediate = 8        // certificates between the EK's and a root
+	maxNonce        = 64       // bytes: TPM2B_DATA holds a digest
 )
 
 // Hex is bytes that JSON shows in hexadecimal, where base64 would hide what a person compares.
@@ -62,6 +63,8 @@ type Evidence struct {
 	AK            []byte   `json:"ak"`             // TPM2B_PUBLIC or TPMT_PUBLIC (Part 2 §12.2.4)
 	EKCertificate []byte   `json:"ek_certificate"` // DER (TCG EK Credential Profile)
 	EKChain       [][]byte `json:"ek_chain"`       // DER: issuers of the former; a hint, trusted for nothing
+
+	IMA *ima.List `json:"ima,omitempty"` // nil: it was not asked for
 }
 
 // DecodeEvidence reads evidence as JSON, of at most MaxEvidence bytes. It checks the form

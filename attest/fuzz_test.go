@@ -38,7 +38,7 @@ func FuzzVerify(f *testing.F) {
 			return
 		}
 		r := Verify(got, o)
-		if r.OK && (!bytes.Equal(got.Quote, e.Quote) || len(r.Steps) != 8) {
+		if r.OK && (!bytes.Equal(got.Quote, e.Quote) || len(r.Steps) != 9) {
 			t.Fatalf("other evidence passed: %s", b)
 		}
 		if (r.Failed() == nil) != r.OK {

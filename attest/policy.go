@@ -13,6 +13,7 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"redoubt.dev/redoubt/attest/eventlog"
+	"redoubt.dev/redoubt/attest/ima"
 )
 
 // Bounds of a policy.
@@ -43,6 +44,7 @@ type Policy struct {
 	NoInitrd bool              // a guest without one is good (the value none of initrd)
 	Firmware []Hash            // SHA-256 of the firmware image
 	EK       []Hash            // SHA-256 of the EK's SubjectPublicKeyInfo: which TPM
+	IMA      []string          // what may be measured while the guest runs, each as a line of an allowlist
 	PCRs     map[uint32][]Hash // registers of the SHA-256 bank
 }
 
@@ -144,12 +146,33 @@ func (p *Policy) field(field string, key, value *yaml.Node) error {
 		p.Firmware, err = hashes(field, value, nil)
 	case "ek":
 		p.EK, err = hashes(field, value, nil)
+	case "ima":
+		p.IMA, err = allowed(field, value)
 	case "initrd":
 		p.Initrd, err = hashes(field, value, &p.NoInitrd)
 	default:
-		err = &PolicyError{key.Line, field, "no such field: use monitor, machine, kernel, cmdline, initrd, firmware, ek or pcrs"}
+		err = &PolicyError{key.Line, field, "no such field: use monitor, machine, kernel, cmdline, initrd, firmware, ek, ima or pcrs"}
 	}
 	return err
+}
+
+// allowed reads lines of an allowlist.
+func allowed(field string, n *yaml.Node) ([]string, error) {
+	lines, err := values(field, n)
+	if err != nil {
+		return nil, err
+	}
+	var list ima.Allowlist
+	for i, l := range lines {
+		if err := list.Add(l); err != nil {
+			line := n.Line
+			if n.Kind == yaml.SequenceNode {
+				line = n.Content[i].Line
+			}
+			return nil, &PolicyError{line, field, err.Error()}
+		}
+	}
+	return lines, nil
 }
 
 // values reads one text or a list of them.
@@ -204,7 +227,7 @@ func clip(s string) string {
 }
 
 func (p *Policy) empty() bool {
-	return len(p.Monitor)+len(p.Machine)+len(p.Kernel)+len(p.Cmdline)+len(p.Initrd)+len(p.Firmware)+len(p.EK)+len(p.PCRs) == 0 && !p.NoInitrd
+	return len(p.Monitor)+len(p.Machine)+len(p.Kernel)+len(p.Cmdline)+len(p.Initrd)+len(p.Firmware)+len(p.EK)+len(p.IMA)+len(p.PCRs) == 0 && !p.NoInitrd
 }
 
 // Encode writes the policy as YAML that [ParsePolicy] reads.
@@ -223,10 +246,11 @@ func (p *Policy) Encode() ([]byte, error) {
 		Initrd   []string            `yaml:"initrd,omitempty"`
 		Firmware []string            `yaml:"firmware,omitempty"`
 		EK       []string            `yaml:"ek,omitempty"`
+		IMA      []string            `yaml:"ima,omitempty"`
 		PCRs     map[uint32][]string `yaml:"pcrs,omitempty"`
 	}{
 		Monitor: p.Monitor, Machine: p.Machine, Kernel: texts(p.Kernel), Cmdline: p.Cmdline,
-		Initrd: texts(p.Initrd), Firmware: texts(p.Firmware), EK: texts(p.EK), PCRs: map[uint32][]string{},
+		Initrd: texts(p.Initrd), Firmware: texts(p.Firmware), EK: texts(p.EK), IMA: p.IMA, PCRs: map[uint32][]string{},
 	}
 	if p.NoInitrd {
 		doc.Initrd = append(doc.Initrd, "none")

@@ -27,6 +27,7 @@ const (
 	StepNonce      = "nonce"
 	StepPCRs       = "PCR digest"
 	StepLog        = "log replay"
+	StepIMA        = "IMA list"
 	StepPolicy     = "policy"
 )
 
@@ -52,6 +53,7 @@ type Report struct {
 	EK          Hex          `json:"ek,omitempty"` // SHA-256 of the EK's SubjectPublicKeyInfo: whose TPM it is
 	Steps       []Step       `json:"steps"`
 	Differences []Difference `json:"differences,omitempty"`
+	IMA         *KnownIMA    `json:"ima,omitempty"` // what is vouched for of the IMA list
 }
 
 // Failed is the step that failed, or nil.

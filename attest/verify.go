@@ -13,6 +13,7 @@ import (
 	"github.com/google/go-tpm/tpm2"
 
 	"redoubt.dev/redoubt/attest/eventlog"
+	"redoubt.dev/redoubt/attest/ima"
 )
 
 // Options are what a verifier brings.
@@ -29,6 +30,10 @@ type Options struct {
 	WithoutActivation bool
 	// Policy is what is good; without one the step is skipped.
 	Policy *Policy
+	// Allow are the files that the guest may have measured, beside those of the policy; nil: any.
+	Allow *ima.Allowlist
+	// Known is what an earlier report of this guest vouched for of its IMA list; nil: nothing.
+	Known *KnownIMA
 	// Time is when the certificates must be valid; zero is now.
 	Time time.Time
 }
@@ -53,11 +58,11 @@ type verifier struct {
 }
 
 // Verify takes evidence through its steps: EK chain, credential activation, AK, signature,
-// nonce, PCR digest, log replay, policy. After the first that fails no other is tried. Every
-// part of the evidence may be hostile. It is safe for concurrent use.
+// nonce, PCR digest, log replay, IMA list, policy. After the first that fails no other is tried.
+// Every part of the evidence may be hostile. It is safe for concurrent use.
 //
-// The log must explain PCRs 0 to 9 and 13 exactly. The others are extended while the guest
-// runs, PCR 10 by Linux IMA: a policy may ask for their values, but no log of the boot can.
+// The log must explain PCRs 0 to 9 and 13 exactly, and the IMA list, where there is one, PCR 10. The others are
+// extended while the guest runs: a policy may ask for their values, but no log of the boot can.
 func Verify(e *Evidence, o Options) *Report {
 	v := &verifier{e: e, o: o, report: &Report{OK: true, Guest: e.Guest}}
 	if o.Time.IsZero() {
@@ -75,6 +80,7 @@ func Verify(e *Evidence, o Options) *Report {
 		{StepNonce, v.stepNonce},
 		{StepPCRs, v.stepPCRs},
 		{StepLog, v.stepLog},
+		{StepIMA, v.stepIMA},
 		{StepPolicy, v.stepPolicy},
 	} {
 		step := Step{Name: s.name, Status: NotReached}
@@ -86,7 +92,7 @@ func Verify(e *Evidence, o Options) *Report {
 				step.Status, step.Reason = Passed, reason
 			case errors.As(err, &skipped):
 				step.Status, step.Reason = Skipped, skipped.reason
-				v.report.OK = v.report.OK && s.name == StepPolicy
+				v.report.OK = v.report.OK && (s.name == StepPolicy || s.name == StepIMA)
 			default:
 				step.Status, step.Reason = Failed, err.Error()
 				v.report.OK, stopped = false, true

@@ -13,6 +13,7 @@ import (
 	"github.com/google/go-tpm/tpm2"
 
 	"redoubt.dev/redoubt/attest/eventlog"
+	"redoubt.dev/redoubt/attest/ima"
 )
 
 // statuses is the report as one word a step.
@@ -28,7 +29,7 @@ func TestVerifyPasses(t *testing.T) {
 	l := newLab(t)
 	e := l.boot(t, bootEvents(t, "kernel", "quiet ro"))
 	o := l.options()
-	if r := Verify(e, o); !r.OK || statuses(r) != strings.Repeat("passed ", 7)+"skipped" {
+	if r := Verify(e, o); !r.OK || statuses(r) != strings.Repeat("passed ", 7)+"skipped skipped" {
 		t.Errorf("without policy: %v: %+v", statuses(r), r.Failed())
 	}
 	var err error
@@ -36,7 +37,7 @@ func TestVerifyPasses(t *testing.T) {
 		t.Fatal(err)
 	}
 	r := Verify(e, o)
-	if !r.OK || statuses(r) != strings.TrimSpace(strings.Repeat("passed ", 8)) || len(r.Differences) != 0 {
+	if !r.OK || statuses(r) != strings.Repeat("passed ", 7)+"skipped passed" || len(r.Differences) != 0 {
 		t.Errorf("with its own policy: %v: %+v", statuses(r), r.Failed())
 	}
 	var text bytes.Buffer
@@ -134,24 +135,50 @@ func TestVerifyFails(t *testing.T) {
 			}
 			b.e.EventLog = log
 		}},
-		{"policy of another kernel", 7, "PCR 4 (kernel): event 3 ", func(b *bench) { b.o.Policy = &Policy{Kernel: []Hash{{1}, {2}, {3}, {4}, {5}}} }},
-		{"policy of another command line", 7, "PCR 8 (kernel command line): event 4 'quiet ro' is not 'quiet' or 'debug'", func(b *bench) {
+		{"IMA list changed", 7, `entry 2 ("/sbin/inix")`, func(b *bench) { b.e.IMA.List[len(b.e.IMA.List)-2] = 'x' }},
+		{"IMA list cut", 7, "gives PCR 10 as quoted", func(b *bench) { b.e.IMA.List = listOf(b.measured(b.e)[:1]) }},
+		{"IMA list damaged", 7, "is damaged: entry 2, at offset", func(b *bench) { b.e.IMA.List = b.e.IMA.List[:len(b.e.IMA.List)-1] }},
+		{"IMA list empty", 7, "gives PCR 10 as quoted", func(b *bench) { b.e.IMA.List = nil }},
+		{"IMA list damaged in the guest", 7, "could not be read: loop", func(b *bench) { b.e.IMA.Error = "loop" }},
+		{"IMA list unknown to the policy", 7, "\"/sbin/init\", sha256:", func(b *bench) { b.o.Policy = &Policy{IMA: []string{strings.Repeat("00", 32)}} }},
+		{"IMA list not allowed", 7, "is not in the allowlist", func(b *bench) { b.o.Allow = allowlist(t, strings.Repeat("00", 32)+" /sbin/init") }},
+		{"IMA list missing, but judged", 7, "no kernel: nothing says", func(b *bench) {
+			b.e.IMA = &ima.List{Missing: "no kernel"}
+			b.o.Allow = allowlist(t, strings.Repeat("00", 32))
+		}},
+		{"IMA list not in the evidence, but judged", 7, "has none: nothing says", func(b *bench) {
+			b.e.IMA = nil
+			b.o.Policy = &Policy{IMA: []string{strings.Repeat("00", 32)}}
+		}},
+		{"IMA list from the middle", 7, "left out", func(b *bench) { b.e.IMA.After = 1; b.e.IMA.List = listOf(b.measured(b.e)[1:]) }},
+		{"IMA list of another boot", 7, "entry 1: boot_aggregate is ", func(b *bench) {
+			all := b.measured(b.e)
+			b.remeasure(t, b.e, aggregateOf(make([]Hex, 10)), all[1])
+		}},
+		{"IMA list without boot_aggregate", 7, "entry 1: '/sbin/init' is not boot_aggregate", func(b *bench) {
+			b.remeasure(t, b.e, b.measured(b.e)[1])
+		}},
+		{"IMA list by SHA-1", 7, "only that of SHA-256", func(b *bench) {
+			b.remeasure(t, b.e, entryOf("sha1", make([]byte, 20), "boot_aggregate"))
+		}},
+		{"policy of another kernel", 8, "PCR 4 (kernel): event 3 ", func(b *bench) { b.o.Policy = &Policy{Kernel: []Hash{{1}, {2}, {3}, {4}, {5}}} }},
+		{"policy of another command line", 8, "PCR 8 (kernel command line): event 4 'quiet ro' is not 'quiet' or 'debug'", func(b *bench) {
 			b.o.Policy = &Policy{Cmdline: []string{"quiet", "debug"}}
 		}},
-		{"policy of another monitor", 7, "PCR 0 (monitor version): event 1 'Redoubt 0.1.0 native' is not 'Redoubt 9'", func(b *bench) {
+		{"policy of another monitor", 8, "PCR 0 (monitor version): event 1 'Redoubt 0.1.0 native' is not 'Redoubt 9'", func(b *bench) {
 			b.o.Policy = &Policy{Monitor: []string{"Redoubt 9"}}
 		}},
-		{"policy without initrd", 7, "PCR 9 (initrd): event 5 ", func(b *bench) { b.o.Policy = &Policy{NoInitrd: true} }},
-		{"policy of firmware", 7, "PCR 13 (firmware guest): no firmware", func(b *bench) { b.o.Policy = &Policy{Firmware: []Hash{{1}}} }},
-		{"policy of another TPM", 7, "another TPM than", func(b *bench) { b.o.Policy = &Policy{EK: []Hash{{1}}} }},
-		{"policy of another register", 7, "PCR 1 (machine configuration): ", func(b *bench) {
+		{"policy without initrd", 8, "PCR 9 (initrd): event 5 ", func(b *bench) { b.o.Policy = &Policy{NoInitrd: true} }},
+		{"policy of firmware", 8, "PCR 13 (firmware guest): no firmware", func(b *bench) { b.o.Policy = &Policy{Firmware: []Hash{{1}}} }},
+		{"policy of another TPM", 8, "another TPM than", func(b *bench) { b.o.Policy = &Policy{EK: []Hash{{1}}} }},
+		{"policy of another register", 8, "PCR 1 (machine configuration): ", func(b *bench) {
 			b.o.Policy = &Policy{PCRs: map[uint32][]Hash{1: {{1}, {2}}}}
 		}},
-		{"policy of IMA", 7, "PCR 10 (IMA): ", func(b *bench) { b.o.Policy = &Policy{PCRs: map[uint32][]Hash{10: {{1}}}} }},
+		{"policy of IMA", 8, "PCR 10 (IMA): ", func(b *bench) { b.o.Policy = &Policy{PCRs: map[uint32][]Hash{10: {{1}}}} }},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			l := newLab(t)
-			b := &bench{l, l.boot(t, bootEvents(t, "kernel", "quiet ro")), l.options()}
+			b := &bench{l, l.bootIMA(t, bootEvents(t, "kernel", "quiet ro")), l.options()}
 			b.o.Policy = &Policy{Cmdline: []string{"quiet ro"}}
 			c.edit(b)
 			r := Verify(b.e, b.o)
@@ -166,7 +193,7 @@ func TestVerifyFails(t *testing.T) {
 					t.Errorf("step %s %s, not %s: %s", s.Name, s.Status, want, s.Reason)
 				}
 			}
-			if r.OK || len(r.Steps) != 8 {
+			if r.OK || len(r.Steps) != 9 {
 				t.Fatalf("OK is %v, %d steps", r.OK, len(r.Steps))
 			}
 			if reason := r.Steps[c.step].Reason; !strings.Contains(reason, c.want) || strings.Contains(reason, "\n") {

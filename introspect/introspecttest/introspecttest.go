@@ -11,7 +11,9 @@ import (
 	"strings"
 	"testing"
 
+	"redoubt.dev/redoubt/introspect/image"
 	"redoubt.dev/redoubt/introspect/kernel"
+	"redoubt.dev/redoubt/introspect/layout"
 	"redoubt.dev/redoubt/introspect/symbols"
 	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/lab/debian"
@@ -25,23 +27,27 @@ const Memory = 256 << 20
 
 // A Guest runs until the test ends.
 type Guest struct {
-	Image  []byte // its kernel's, unpacked
+	Packed []byte // its kernel's image
+	Image  *image.Image
 	Table  *symbols.Table
+	Layout *layout.Layout
 	Memory *os.File
-	Said   []string // by its script, a line each
+	Said   map[string][]string // by its script, a line each, behind a line "== NAME"
 }
 
 const guestInit = `#!/bin/sh
 /bin/busybox --install -s /bin
 mount -t proc p /proc
 mount -t devtmpfs d /dev
+mount -t sysfs s /sys
+mount -t securityfs s /sys/kernel/security
 exec </dev/console >/dev/console 2>&1
 for m in $(cat /mod/order); do insmod /mod/$m; done
 echo BEGIN
 `
 
-// Boot starts a guest with modules, and returns when its script has ended.
-func Boot(t *testing.T, script string, modules ...string) *Guest {
+// Boot starts a guest of a kernel of Debian's with modules, and returns when its script has ended.
+func Boot(t *testing.T, name, cmdline, script string, modules ...string) *Guest {
 	t.Helper()
 	must := func(err error) {
 		t.Helper()
@@ -49,16 +55,17 @@ func Boot(t *testing.T, script string, modules ...string) *Guest {
 			t.Fatal(err)
 		}
 	}
-	const name = "6.1-cloud"
 	root, err := debian.Open()
 	must(err)
 	t.Setenv("REDOUBT_TOOLS", root.Tools())
-	g := &Guest{}
-	g.Image, err = root.Vmlinux(name)
-	must(err)
-	g.Table, err = symbols.Find(g.Image)
-	must(err)
+	g := &Guest{Said: map[string][]string{}}
 	path, err := root.Vmlinuz(name)
+	must(err)
+	g.Packed, err = os.ReadFile(path)
+	must(err)
+	g.Image, err = image.Unpack(g.Packed)
+	must(err)
+	g.Layout, g.Table, err = layout.Read(g.Image)
 	must(err)
 	vmlinuz, err := os.Open(path)
 	must(err)
@@ -80,7 +87,7 @@ func Boot(t *testing.T, script string, modules ...string) *Guest {
 	console, err := net.FileConn(ours)
 	must(err)
 	ours.Close()
-	m := qemu.New(qemu.Config{Name: "introspected", Memory: Memory, CPUs: 1, Accel: qemu.TCG, TPM: qemu.NoTPM, CommandLine: "console=ttyS0 quiet"}, qemu.Hooks{})
+	m := qemu.New(qemu.Config{Name: "introspected", Memory: Memory, CPUs: 1, Accel: qemu.TCG, TPM: qemu.NoTPM, CommandLine: "console=ttyS0 quiet " + cmdline}, qemu.Hooks{})
 	ctx, cancel := context.WithCancel(context.Background())
 	must(m.Start(ctx, qemu.Files{RAM: given[0], Kernel: vmlinuz, Initrd: packed, Console: theirs}, nil))
 	t.Cleanup(func() {
@@ -88,15 +95,19 @@ func Boot(t *testing.T, script string, modules ...string) *Guest {
 		_, _ = m.Wait()
 		console.Close()
 	})
-	begun := false
-	for lines := bufio.NewScanner(console); lines.Scan(); {
+	begun, about := false, ""
+	lines := bufio.NewScanner(console)
+	lines.Buffer(nil, 1<<20)
+	for lines.Scan() {
 		switch l := strings.TrimSpace(lines.Text()); {
 		case l == "BEGIN":
 			begun = true
 		case l == "END":
 			return g
+		case begun && strings.HasPrefix(l, "== "):
+			about = l[3:]
 		case begun:
-			g.Said = append(g.Said, l)
+			g.Said[about] = append(g.Said[about], l)
 		}
 	}
 	t.Fatalf("the console ended after %q", g.Said)
@@ -106,7 +117,7 @@ func Boot(t *testing.T, script string, modules ...string) *Guest {
 // Find finds its kernel.
 func (g *Guest) Find(t *testing.T) *kernel.Kernel {
 	t.Helper()
-	k, err := kernel.Find(g.Memory, Memory, g.Image, g.Table)
+	k, err := kernel.Find(g.Memory, Memory, g.Layout)
 	if err != nil {
 		t.Fatal(err)
 	}

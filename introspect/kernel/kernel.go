@@ -8,19 +8,18 @@ package kernel
 
 import (
 	"bytes"
-	"debug/elf"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
 
+	"redoubt.dev/redoubt/introspect/layout"
 	"redoubt.dev/redoubt/introspect/paging"
-	"redoubt.dev/redoubt/introspect/symbols"
 )
 
 // A Kernel is one that was found.
 type Kernel struct {
-	Symbols  *symbols.Table
+	*layout.Layout
 	Space    paging.Space // the kernel's own tables
 	Physical uint64       // where _text lies
 	Offset   uint64       // by how much addresses are above those that it was linked for
@@ -38,29 +37,28 @@ const (
 
 	// mostTables are read to find where it is seen: a page table for each 2 MiB of the range, and those above.
 	mostTables = 512 + 8
-	maxBanner  = 1 << 10
 )
 
-// Find looks for the kernel of an unpacked image, whose symbols are t, in a guest's physical memory up to an address.
-func Find(memory io.ReaderAt, size uint64, image []byte, t *symbols.Table) (*Kernel, error) {
-	places, err := locate(t, "_text", "linux_banner", "init_top_pgt")
-	if err != nil {
-		return nil, err
+// Find looks for the kernel of a layout in a guest's physical memory up to an address.
+func Find(memory io.ReaderAt, size uint64, l *layout.Layout) (*Kernel, error) {
+	var places [3]uint64
+	for i, n := range []string{"_text", "linux_banner", "init_top_pgt"} {
+		var err error
+		if places[i], err = l.Symbol(n); err != nil {
+			return nil, err
+		}
 	}
 	text, banner, root := places[0], places[1], places[2]
-	want, err := content(image, banner)
-	if err != nil {
-		return nil, err
-	}
+	want := l.Banner
 	got := make([]byte, len(want))
 	for at := uint64(firstPlace); at < size; at += alignment {
 		if paging.Read(memory, got, at+banner-text) != nil || !bytes.Equal(got, want) {
 			continue
 		}
-		k := &Kernel{Symbols: t, Physical: at, Space: paging.Space{Memory: memory, Root: at + root - text, Levels: 4}}
-		if l5, ok := t.Lookup("__pgtable_l5_enabled"); ok {
+		k := &Kernel{Layout: l, Physical: at, Space: paging.Space{Memory: memory, Root: at + root - text, Levels: 4}}
+		if l5, err := l.Symbol("__pgtable_l5_enabled"); err == nil {
 			var b [4]byte
-			if paging.Read(memory, b[:], at+l5.Address-text) == nil && binary.LittleEndian.Uint32(b[:]) != 0 {
+			if paging.Read(memory, b[:], at+l5-text) == nil && binary.LittleEndian.Uint32(b[:]) != 0 {
 				k.Space.Levels = 5
 			}
 		}
@@ -72,37 +70,6 @@ func Find(memory io.ReaderAt, size uint64, image []byte, t *symbols.Table) (*Ker
 		}
 	}
 	return nil, ErrNotFound
-}
-
-func locate(t *symbols.Table, names ...string) (all []uint64, err error) {
-	for _, n := range names {
-		s, ok := t.Lookup(n)
-		if !ok {
-			return nil, fmt.Errorf("the kernel's image has no symbol %s", n)
-		}
-		all = append(all, s.Address)
-	}
-	return all, nil
-}
-
-// content is the text, with the zero that ends it, at an address of the image.
-func content(image []byte, address uint64) ([]byte, error) {
-	f, err := elf.NewFile(bytes.NewReader(image))
-	if err != nil {
-		return nil, fmt.Errorf("the kernel's image: %w", err)
-	}
-	for _, p := range f.Progs {
-		if p.Type != elf.PT_LOAD || address < p.Vaddr || address-p.Vaddr >= p.Filesz {
-			continue
-		}
-		b := make([]byte, min(maxBanner, p.Filesz-(address-p.Vaddr)))
-		n, _ := p.ReadAt(b, int64(address-p.Vaddr))
-		if end := bytes.IndexByte(b[:n], 0); end > 0 {
-			return b[:end+1], nil
-		}
-		break
-	}
-	return nil, fmt.Errorf("the kernel's image holds no text at %#x", address)
 }
 
 // see finds where the kernel's tables map its text.
@@ -121,12 +88,69 @@ func (k *Kernel) see(text uint64) bool {
 
 // Address is where the guest sees a symbol.
 func (k *Kernel) Address(name string) (uint64, error) {
-	all, err := locate(k.Symbols, name)
+	a, err := k.Symbol(name)
 	if err != nil {
 		return 0, err
 	}
-	return all[0] + k.Offset, nil
+	return a + k.Offset, nil
 }
 
 // ReadAt reads by the guest's virtual addresses, see [paging.Space].
 func (k *Kernel) ReadAt(p []byte, off int64) (int, error) { return k.Space.ReadAt(p, off) }
+
+// Word reads 8 bytes, such as a pointer.
+func (k *Kernel) Word(at uint64) (uint64, error) {
+	var b [8]byte
+	_, err := k.ReadAt(b[:], int64(at))
+	return binary.LittleEndian.Uint64(b[:]), err
+}
+
+// Half reads 4 bytes, such as an int.
+func (k *Kernel) Half(at uint64) (uint32, error) {
+	var b [4]byte
+	_, err := k.ReadAt(b[:], int64(at))
+	return binary.LittleEndian.Uint32(b[:]), err
+}
+
+// Text reads a text that ends with a zero within size bytes. What does not belong to it may be on a page that is not
+// there.
+func (k *Kernel) Text(at, size uint64) (string, error) {
+	b := make([]byte, size)
+	n, err := k.ReadAt(b, int64(at))
+	end := bytes.IndexByte(b[:n], 0)
+	switch {
+	case end >= 0:
+		return string(b[:end]), nil
+	case err != nil:
+		return "", err
+	}
+	return "", fmt.Errorf("%#x: a text without an end in %d bytes", at, size)
+}
+
+// Items follows a list (struct list_head) from its head: each gets the address of every member's link, in the list's order.
+// A list of more than most members, or one that leads back into itself, is an error.
+func (k *Kernel) Items(head uint64, most int, each func(link uint64) error) error {
+	next, err := k.Word(head)
+	// A member that was passed, renewed at each power of two: a list that leads back comes to it again (Brent).
+	passed, renew := head, 1
+	for n := 0; err == nil && next != head; n++ {
+		switch {
+		case n == most:
+			return fmt.Errorf("more than %d members", most)
+		case n > 0 && next == passed:
+			return fmt.Errorf("member %d, at %#x: it leads back to itself", n, next)
+		case n == renew:
+			passed, renew = next, 2*renew
+		case n == 0:
+			passed = next
+		}
+		at := next
+		if err = each(at); err == nil {
+			next, err = k.Word(at)
+		}
+		if err != nil {
+			return fmt.Errorf("member %d, at %#x: %w", n, at, err)
+		}
+	}
+	return err
+}

@@ -12,6 +12,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"iter"
 	"slices"
 	"strings"
 )
@@ -55,6 +56,9 @@ func align8(n int) int { return (n + 7) &^ 7 }
 func Find(image []byte) (*Table, error) {
 	left := effort * len(image)
 	for at := 0; at+indexBytes <= len(image); at += 8 {
+		if !likely(image[at : at+8]) {
+			continue
+		}
 		table, ok := tokenTable(image, at)
 		if !ok {
 			continue
@@ -73,6 +77,19 @@ func Find(image []byte) (*Table, error) {
 		return newTable(image, names, table, addresses)
 	}
 	return nil, ErrNone
+}
+
+// likely reports whether an index of tokens may begin so: most places are told from one by their first bytes.
+func likely(b []byte) bool {
+	last := -2
+	for i := 0; i < len(b); i += 2 {
+		v := int(binary.LittleEndian.Uint16(b[i:]))
+		if i == 0 && v != 0 || v < last+2 || v > last+maxToken+3 {
+			return false
+		}
+		last = v
+	}
+	return true
 }
 
 // A vocabulary is the tokens that names are written in.
@@ -278,3 +295,20 @@ func (t *Table) At(address uint64) (Symbol, bool) {
 	}
 	return t.all[i-1], true
 }
+
+// After is the lowest address of a symbol above an address.
+func (t *Table) After(address uint64) (uint64, bool) {
+	i, _ := slices.BinarySearchFunc(t.all, address, func(s Symbol, a uint64) int {
+		if s.Address <= a {
+			return -1
+		}
+		return 1
+	})
+	if i == len(t.all) {
+		return 0, false
+	}
+	return t.all[i].Address, true
+}
+
+// All gives all symbols, by address.
+func (t *Table) All() iter.Seq[Symbol] { return slices.Values(t.all) }

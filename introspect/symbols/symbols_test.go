@@ -5,8 +5,10 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"os"
 	"testing"
 
+	"redoubt.dev/redoubt/introspect/image"
 	"redoubt.dev/redoubt/lab/debian"
 )
 
@@ -152,38 +154,54 @@ func TestEffort(t *testing.T) {
 	}
 }
 
-// TestDebian: Debian's kernel has its symbols, in the order in which kernels are linked.
+// TestDebian: Debian's kernels, with the layouts of 6.1 and of 6.4 and later, have their symbols, in the order in which kernels
+// are linked.
 func TestDebian(t *testing.T) {
 	root, err := debian.Open()
 	if err != nil {
 		t.Fatal(err)
 	}
-	image, err := root.Vmlinux("6.1-cloud")
-	if err != nil {
-		t.Fatal(err)
-	}
-	s, err := Find(image)
-	if err != nil {
-		t.Fatal(err)
-	}
-	at := func(name string) uint64 {
-		x, ok := s.Lookup(name)
-		if !ok {
-			t.Errorf("no %s", name)
-		}
-		return x.Address
-	}
-	if text := at("_text"); text != 0xffffffff81000000 {
-		t.Errorf("_text at %#x", text)
-	}
-	order := []string{"_text", "commit_creds", "_etext", "sys_call_table", "init_task", "modules", "_end"}
-	for i := range order[1:] {
-		if at(order[i]) >= at(order[i+1]) {
-			t.Errorf("%s at %#x, %s at %#x", order[i], at(order[i]), order[i+1], at(order[i+1]))
-		}
-	}
-	if s.Len() < 50000 {
-		t.Errorf("%d symbols", s.Len())
+	for _, name := range []string{"6.1-cloud", "6.12-cloud"} {
+		t.Run(name, func(t *testing.T) {
+			path, err := root.Vmlinuz(name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			packed, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			img, err := image.Unpack(packed)
+			if err != nil {
+				t.Fatal(err)
+			}
+			s, err := Find(img.ELF)
+			if err != nil {
+				t.Fatal(err)
+			}
+			at := func(name string) uint64 {
+				x, ok := s.Lookup(name)
+				if !ok {
+					t.Errorf("no %s", name)
+				}
+				return x.Address
+			}
+			if text := at("_text"); text != 0xffffffff81000000 {
+				t.Errorf("_text at %#x", text)
+			}
+			order := []string{"_text", "commit_creds", "_etext", "sys_call_table", "init_task", "modules", "_end"}
+			for i := range order[1:] {
+				if at(order[i]) >= at(order[i+1]) {
+					t.Errorf("%s at %#x, %s at %#x", order[i], at(order[i]), order[i+1], at(order[i+1]))
+				}
+			}
+			if s.Len() < 50000 {
+				t.Errorf("%d symbols", s.Len())
+			}
+			if next, ok := s.After(at("_text")); !ok || next <= at("_text") {
+				t.Errorf("after _text: %#x, %v", next, ok)
+			}
+		})
 	}
 }
 

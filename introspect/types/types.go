@@ -3,7 +3,6 @@ package types
 
 import (
 	"bytes"
-	"debug/elf"
 	"errors"
 	"fmt"
 	"strings"
@@ -14,21 +13,11 @@ import (
 // Types are a kernel's.
 type Types struct{ spec *btf.Spec }
 
-// Find reads the types of an unpacked kernel image, an ELF file with BTF.
-func Find(image []byte) (*Types, error) {
-	f, err := elf.NewFile(bytes.NewReader(image))
-	if err != nil {
-		return nil, fmt.Errorf("the kernel's image: %w", err)
-	}
-	section := f.Section(".BTF")
-	if section == nil || section.Size > uint64(len(image)) {
+// Find reads the types from a kernel's BTF, the section .BTF of its image.
+func Find(blob []byte) (*Types, error) {
+	if len(blob) == 0 {
 		return nil, errors.New("the kernel's image has no types (CONFIG_DEBUG_INFO_BTF)")
 	}
-	blob, err := section.Data()
-	if err != nil {
-		return nil, fmt.Errorf("the kernel's types: %w", err)
-	}
-	// Not from the file itself: without symbols the library does not take it.
 	spec, err := btf.LoadSpecFromReader(bytes.NewReader(blob))
 	if err != nil {
 		return nil, fmt.Errorf("the kernel's types: %w", err)
@@ -63,6 +52,15 @@ func (t *Types) Field(structure, path string) (Field, error) {
 		return Field{}, fmt.Errorf("struct %s: %s: no size: %w", structure, path, err)
 	}
 	return Field{at, uint64(size)}, nil
+}
+
+// Size is how long a structure is, in bytes.
+func (t *Types) Size(structure string) (uint64, error) {
+	var s *btf.Struct
+	if err := t.spec.TypeByName(structure, &s); err != nil {
+		return 0, fmt.Errorf("struct %s: %w", structure, err)
+	}
+	return uint64(s.Size), nil
 }
 
 // maxDepth bounds how deep members without a name may lie in one another.
