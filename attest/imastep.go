@@ -58,9 +58,12 @@ func (v *verifier) stepIMA() (string, error) {
 		return "", &errSkipped{why}
 	}
 	l := v.e.IMA
+	quoted := v.e.PCRs[ima.PCR]
 	switch {
 	case l == nil:
 		return none("the evidence has none")
+	case l.After == 0 && len(l.List) == 0 && bytes.Equal(quoted, make([]byte, len(quoted))):
+		return none("the guest's kernel has measured nothing")
 	case l.Error != "":
 		return "", fmt.Errorf("it could not be read: %s", l.Error)
 	case l.Missing != "":
@@ -75,10 +78,6 @@ func (v *verifier) stepIMA() (string, error) {
 		if from, err = v.known(l.After, allow); err != nil {
 			return "", err
 		}
-	}
-	quoted := v.e.PCRs[ima.PCR]
-	if len(entries) == 0 && l.After == 0 && bytes.Equal(quoted, make([]byte, len(quoted))) {
-		return none("the guest's kernel has measured nothing")
 	}
 	prefix, err := ima.Match(entries, from, quoted)
 	if err != nil {

@@ -25,7 +25,7 @@ func attestation(t *testing.T, emulator string) {
 	h := newHost(t)
 	policy := h.path("policy.yaml")
 	boot := func(kernel, cmdline string) {
-		h.start(start{emulator: emulator, kernel: kernel, what: "wait", cmdline: cmdline})
+		h.start(start{emulator: emulator, kernel: kernel, what: "wait", cmdline: strings.TrimSpace("measured " + cmdline)})
 		h.await("guest", "READY", bootTime)
 	}
 	stop := func() { h.must("stop", "guest", "--grace", "0s") }
@@ -70,7 +70,9 @@ func attestation(t *testing.T, emulator string) {
 	if compared < 8 {
 		t.Errorf("only %d registers compared", compared)
 	}
+	inspected(h, h.console("guest"), policy)
 	stop()
+	h.fails(1, "is down: only one that runs can be inspected", "inspect", "guest", "kernel")
 
 	for _, c := range []struct{ name, kernel, cmdline, pcr string }{
 		{"command line", "6.1", "init=/bin/sh.evil", "PCR 8"},

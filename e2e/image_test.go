@@ -42,6 +42,20 @@ churn() {
   done
   sick
 }
+# What IMA and the kernel say of what runs, with programs of its own.
+measured() {
+  echo 'measure func=BPRM_CHECK' >/sys/kernel/security/ima/policy
+  for n in 1 2 3 4 5; do program tool$n "exit $n"; tool$n; done
+  while read l; do echo "MODULE $l"; done </proc/modules
+  for p in /proc/[0-9]*; do read s <$p/stat && echo "TASK $s"; done
+  echo "IMA $(base64 -w0 </sys/kernel/security/ima/binary_runtime_measurements)"
+}
+# So many files are measured, a line a thousand.
+many() {
+  echo 'measure func=FILE_CHECK mask=MAY_READ' >/sys/kernel/security/ima/policy
+  mkdir /many; n=0
+  while [ $n -lt $1 ]; do n=$((n+1)); echo $n >/many/$n; read x </many/$n; [ $((n % 1000)) = 0 ] && echo "MANY $n"; done
+}
 program() { printf '#!/bin/sh\n%s\n' "$2" >/bin/$1; chmod +x /bin/$1; }
 own() { ip link set eth0 up; ip addr add 192.0.2.$1/24 dev eth0; }
 ask() { until got=$(nc -w 30 192.0.2.1 $1 </dev/null) && [ "$got" ]; do :; done; echo $got; }
@@ -111,7 +125,8 @@ case $what in
     echo "READONLY $(cat /sys/block/vdb/ro)"
     for v in /sys/class/virtio-ports/*; do [ "$(cat $v/name)" = redoubt.0 ] && port=/dev/$(basename $v); done
     exec 3<>$port; echo "hello, host" >&3; read line <&3; echo "CHANNEL $line" ;;
-  wait) echo "LOG $(base64 -w0 </sys/kernel/security/tpm0/binary_bios_measurements)"; button; echo READY; while :; do sleep 1000; done ;;
+  many) many $(sed 's/.*many=\([0-9]*\).*/\1/' /proc/cmdline); echo READY; while :; do sleep 1000; done ;;
+  wait) grep -q ' measured' /proc/cmdline && measured; echo "LOG $(base64 -w0 </sys/kernel/security/tpm0/binary_bios_measurements)"; button; echo READY; while :; do sleep 1000; done ;;
   churn) churn ;;
   overlay)
     echo "BASE $(md5sum </dev/vda)"; churn

@@ -60,9 +60,15 @@ func Sealed(name string, f *os.File) (*os.File, error) {
 		return nil, err
 	}
 	// Who gets it reads it only, and QEMU wants a descriptor that says so.
-	ro, err := os.Open(fmt.Sprintf("/proc/self/fd/%d", m.Fd()))
+	return ReadOnly(m)
+}
+
+// ReadOnly is another descriptor of a file, by which it can be read and nothing else: not written, cut, sealed, or mapped
+// to write. Who has a /proc could open the file anew by it.
+func ReadOnly(f *os.File) (*os.File, error) {
+	ro, err := os.Open(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", name, err)
+		return nil, fmt.Errorf("%s: %w", f.Name(), err)
 	}
 	return ro, nil
 }

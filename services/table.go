@@ -18,6 +18,7 @@ const (
 	SWTPM        = "swtpm"
 	Toolstack    = "toolstack"
 	PCIBack      = "pciback"
+	Inspector    = "inspector"
 	BlkBack      = "blkback"
 	NetBack      = "netback"
 	Emulator     = "emulator"
@@ -47,6 +48,9 @@ var toolstackCalls []byte
 
 //go:embed pciback/seccomp.txt
 var pcibackCalls []byte
+
+//go:embed inspector/seccomp.txt
+var inspectorCalls []byte
 
 //go:embed blkback/seccomp.txt
 var blkbackCalls []byte
@@ -152,6 +156,15 @@ var Table = []Service{
 		Peers:    []Peer{{Builder, "control"}},
 		Lifetime: "until its guest's devices have their places", Leaves: true, Reset: Leave,
 		Policy: list("pciback", pcibackCalls), Memory: goMemory,
+	},
+	{
+		Name: Inspector, Program: "redoubt-inspector", Seed: "–",
+		Purpose: "answers one question about a running guest from its memory: modules, processes, what was measured, whether the kernel is its image's",
+		Creator: Toolstack, Count: Several, Tag: OneGuest,
+		Peers:    []Peer{{Builder, "control"}},
+		Holds:    []string{"its guest's memory, to read", "its guest's kernel image, sealed", "the memory its answer goes into"},
+		Lifetime: "until it has answered", Leaves: true, Reset: Leave,
+		Policy: list("inspector", inspectorCalls), Memory: 6 * goMemory,
 	},
 	{
 		Name: BlkBack, Program: "redoubt-blkback", Seed: "BlkBack",

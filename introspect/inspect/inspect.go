@@ -109,10 +109,11 @@ type Guest struct {
 	Image  func() ([]byte, error) // its kernel's, as it was booted; called once, if at all
 }
 
-// errNoKernel begins what has no answer at all.
-var errNoKernel = errors.New("the guest's kernel")
+// ErrImage says that the kernel's image cannot be read.
+var ErrImage = errors.New("the kernel's image cannot be read")
 
-// Ask answers a question, and gives the kernel's layout for the next one. The error says that nothing could be answered.
+// Ask answers a question, and gives the kernel's layout for the next one. The error says that nothing could be answered: ErrImage,
+// or [kernel.ErrNotFound] where the memory holds no such kernel (yet).
 func Ask(g Guest, q Question) (*Answer, *layout.Layout, error) {
 	if err := q.Check(); err != nil {
 		return nil, nil, err
@@ -129,14 +130,15 @@ func Ask(g Guest, q Question) (*Answer, *layout.Layout, error) {
 			l, table, err = layout.Read(img)
 		}
 		if err != nil {
-			return nil, nil, fmt.Errorf("%w: %w", errNoKernel, err)
+			return nil, nil, fmt.Errorf("%w: %w", ErrImage, err)
 		}
 	}
 	cache := memory.NewCache(g.Memory)
 	k, err := kernel.Find(cache, g.Memory.End(), l)
 	if err != nil {
-		return nil, l, fmt.Errorf("%w: %w", errNoKernel, err)
+		return nil, l, err
 	}
+	k.Anew = cache.Forget
 	a := &Answer{}
 	for _, w := range q.What {
 		switch w {

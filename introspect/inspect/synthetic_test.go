@@ -162,6 +162,24 @@ func TestSynthetic(t *testing.T) {
 	}
 }
 
+// TestAnew: what the guest puts into a page that was read already is read anew; what is damaged stays so.
+func TestAnew(t *testing.T) {
+	good := filled(true)
+	damaged := append([]byte(nil), good...)
+	copy(damaged[freeFrom+256+24:], make([]byte, 16)) // the second module's name
+	s := synthetic(t, 4, true)
+	k := s.Kernel(damaged)
+	times := 0
+	k.Anew = func() { times++ }
+	if all, err := modules.List(k); err == nil || len(all) != 1 || times != 1 {
+		t.Errorf("%+v, %v, read anew %d times", all, err, times)
+	}
+	k.Anew = func() { s.Kernel(good) }
+	if all, err := modules.List(k); err != nil || len(all) != 2 {
+		t.Errorf("%+v, %v", all, err)
+	}
+}
+
 // FuzzLists: whatever the guest's memory holds, every list ends, within its bounds, and what is told of it can be read.
 func FuzzLists(f *testing.F) {
 	kernels := map[bool]*introspecttest.Synthetic{}

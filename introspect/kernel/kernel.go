@@ -23,7 +23,13 @@ type Kernel struct {
 	Space    paging.Space // the kernel's own tables
 	Physical uint64       // where _text lies
 	Offset   uint64       // by how much addresses are above those that it was linked for
+	// Anew has memory read anew that was kept, if it is; nil: it never is. What a running guest has put into a page since it
+	// was read is not there before.
+	Anew func()
 }
+
+// maxAnew is how often one list may have memory read anew.
+const maxAnew = 16
 
 // ErrNotFound says that the memory holds no kernel of the image.
 var ErrNotFound = errors.New("the guest's memory holds no kernel of this image")
@@ -128,11 +134,12 @@ func (k *Kernel) Text(at, size uint64) (string, error) {
 }
 
 // Items follows a list (struct list_head) from its head: each gets the address of every member's link, in the list's order.
-// A list of more than most members, or one that leads back into itself, is an error.
+// A list of more than most members, or one that leads back into itself, is an error. A member that is not as it should be is read
+// anew once.
 func (k *Kernel) Items(head uint64, most int, each func(link uint64) error) error {
 	next, err := k.Word(head)
 	// A member that was passed, renewed at each power of two: a list that leads back comes to it again (Brent).
-	passed, renew := head, 1
+	passed, renew, anew := head, 1, 0
 	for n := 0; err == nil && next != head; n++ {
 		switch {
 		case n == most:
@@ -145,7 +152,13 @@ func (k *Kernel) Items(head uint64, most int, each func(link uint64) error) erro
 			passed = next
 		}
 		at := next
-		if err = each(at); err == nil {
+		err = each(at)
+		if err != nil && k.Anew != nil && anew < maxAnew {
+			anew++
+			k.Anew()
+			err = each(at)
+		}
+		if err == nil {
 			next, err = k.Word(at)
 		}
 		if err != nil {

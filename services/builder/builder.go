@@ -27,6 +27,7 @@ import (
 	"redoubt.dev/redoubt/network"
 	"redoubt.dev/redoubt/process"
 	"redoubt.dev/redoubt/services"
+	inspected "redoubt.dev/redoubt/services/inspector/asked"
 	"redoubt.dev/redoubt/services/keeper"
 	"redoubt.dev/redoubt/services/launch"
 	"redoubt.dev/redoubt/services/pciback/asked"
@@ -69,11 +70,12 @@ type Builder struct {
 	devices    vtpm.Devices
 	generation uint64
 
-	journal  *audit.Journal
-	pcibacks *asked.Asker
-	ledger   *trust.Ledger
-	store    *kept.Store
-	vtpm     *vtpm.Manager
+	journal    *audit.Journal
+	pcibacks   *asked.Asker
+	inspectors *inspected.Asker
+	ledger     *trust.Ledger
+	store      *kept.Store
+	vtpm       *vtpm.Manager
 
 	tenantChange sync.Mutex   // over one change of a tenant
 	starts       sync.RWMutex // held for reading over each start of an emulator
@@ -162,9 +164,13 @@ func Run(ctx context.Context, cfg Config) error {
 		}
 		b.procs.Wait()
 	}()
-	b.pcibacks = &asked.Asker{Log: b.log, Journal: b.journal, Limit: pcibackLimit, Start: func(guest string) (*process.Process, error) {
-		return b.procs.Start(services.PCIBack, launch.Order{Whose: guest})
-	}}
+	start := func(service string) func(guest string) (*process.Process, error) {
+		return func(guest string) (*process.Process, error) {
+			return b.procs.Start(service, launch.Order{Whose: guest})
+		}
+	}
+	b.pcibacks = &asked.Asker{Log: b.log, Journal: b.journal, Limit: pcibackLimit, Start: start(services.PCIBack)}
+	b.inspectors = inspected.New(b.journal, start(services.Inspector))
 	b.resume(ctx)
 	if err := b.boot(ctx, map[string]func(context.Context) error{
 		services.StoreState: func(ctx context.Context) (err error) {

@@ -47,29 +47,30 @@ func choose(g *spec.Guest) (spec.Emulator, error) {
 // fromToolstack serves a tenant's toolstack. It acts on the guests of its own trust list only.
 func (b *Builder) fromToolstack(ctx context.Context, t *tenancy, r *rpc.Request) (any, error) {
 	switch r.Method {
+	case protocol.MethodStop, protocol.MethodQuote, protocol.MethodInspect, protocol.MethodActivate, protocol.MethodAttachConsole:
+		var of struct {
+			UUID string `json:"uuid"`
+		}
+		if err := r.Decode(&of); err != nil {
+			return nil, err
+		}
+		if err := b.ledger.Check(of.UUID, t.name); err != nil {
+			return nil, err
+		}
+	}
+	switch r.Method {
 	case protocol.MethodBuild:
 		return rpc.Answer(r, func(in protocol.Build) (any, error) { return b.build(ctx, t, in, r) })
 	case protocol.MethodStop:
-		return rpc.Answer(r, func(in protocol.Stop) (any, error) {
-			if err := b.ledger.Check(in.UUID, t.name); err != nil {
-				return nil, err
-			}
-			return struct{}{}, b.stop(ctx, in)
-		})
+		return rpc.Answer(r, func(in protocol.Stop) (any, error) { return struct{}{}, b.stop(ctx, in) })
 	case protocol.MethodDestroy:
 		return rpc.Answer(r, func(in protocol.Destroy) (any, error) { return struct{}{}, b.destroy(ctx, t, in) })
 	case protocol.MethodQuote:
-		return rpc.Answer(r, func(in protocol.Quote) (any, error) {
-			if err := b.ledger.Check(in.UUID, t.name); err != nil {
-				return nil, err
-			}
-			return b.quote(ctx, in)
-		})
+		return rpc.Answer(r, func(in protocol.Quote) (any, error) { return b.quote(ctx, in) })
+	case protocol.MethodInspect:
+		return rpc.Answer(r, func(in protocol.Inspect) (any, error) { return b.inspect(ctx, in) })
 	case protocol.MethodActivate:
 		return rpc.Answer(r, func(in protocol.Activate) (any, error) {
-			if err := b.ledger.Check(in.UUID, t.name); err != nil {
-				return nil, err
-			}
 			var out protocol.Activated
 			err := b.vtpm.Call(ctx, r.Method, in, &out)
 			return out, err
@@ -83,9 +84,7 @@ func (b *Builder) fromToolstack(ctx context.Context, t *tenancy, r *rpc.Request)
 		}
 		return rpc.WithFiles{Value: struct{}{}, Files: []*os.File{f}}, nil
 	case protocol.MethodAttachConsole:
-		return rpc.Answer(r, func(in protocol.AttachConsole) (any, error) {
-			return struct{}{}, b.ledger.Check(in.UUID, t.name) // that it is asked is what the Builder must know
-		})
+		return struct{}{}, nil // that it is asked is what the Builder must know
 	}
 	return nil, rpc.Errorf(rpc.Refused, "builder: no call %q", r.Method)
 }

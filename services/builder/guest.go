@@ -18,6 +18,7 @@ import (
 	"redoubt.dev/redoubt/services"
 	"redoubt.dev/redoubt/services/calls"
 	"redoubt.dev/redoubt/services/emulator/kept"
+	inspected "redoubt.dev/redoubt/services/inspector/asked"
 	"redoubt.dev/redoubt/services/launch"
 	"redoubt.dev/redoubt/services/pciback/asked"
 	"redoubt.dev/redoubt/services/protocol"
@@ -37,12 +38,13 @@ type guest struct {
 	log     []byte     // event log of the measurements, once made; they are the same at each reboot
 	keeping sync.Mutex // over keeping it as it is
 
-	mu       sync.Mutex
-	timeline []protocol.Event
-	run      *run
-	asked    bool          // the operator asked for the end
-	lost     string        // why the vTPM failed before run was there
-	down     chan struct{} // closed when the guest is down for good
+	inspected inspected.Guest
+	mu        sync.Mutex
+	timeline  []protocol.Event
+	run       *run
+	asked     bool          // the operator asked for the end
+	lost      string        // why the vTPM failed before run was there
+	down      chan struct{} // closed when the guest is down for good
 }
 
 // name is what it is called on this host.

@@ -36,6 +36,7 @@ const (
 	FileHostTPM  = "host-tpm" // the host's TPM, open
 	FileVars     = "vars"     // the guest's own variable store, for OVMF
 	FileJournal  = "journal"  // what a vTPM's manager leaves to the next one
+	FileAnswer   = "answer"   // a memfd that an inspector writes its answer into
 	FileControl  = "control"  // the manager's ends of an engine's channels
 	FileData     = "data"
 	FileLifeline = "lifeline" // and of its lifeline and its output (package foreign)
@@ -147,6 +148,8 @@ const (
 	MethodDestroy  = "destroy"  // Destroy → nothing
 	MethodQuote    = "quote"    // Quote → Quoted
 	MethodActivate = "activate" // Activate → Activated
+	// MethodInspect reads a running guest's memory. Descriptor of the answer: a memfd with it.
+	MethodInspect = "inspect" // Inspect → Inspected
 	// MethodOpen opens a file of a spec. Descriptor of the answer: the file.
 	MethodOpen = "open" // Open → nothing
 	// MethodVars opens the template of OVMF's variable store. Descriptor of the answer: the file.

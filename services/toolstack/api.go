@@ -282,6 +282,9 @@ func (a *api) Quote(ctx context.Context, r *v1.QuoteRequest) (*v1.QuoteResponse,
 	if _, err := a.t.builder.Call(ctx, protocol.MethodQuote, in, &out); err != nil {
 		return nil, status(err)
 	}
+	if r.Ima { // after the quote: what it vouches for is there
+		out.Evidence.IMA = a.t.measured(ctx, g, r.ImaAfter)
+	}
 	b, err := json.Marshal(out.Evidence)
 	return &v1.QuoteResponse{Evidence: b}, status(err)
 }

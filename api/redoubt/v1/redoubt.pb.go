@@ -1069,7 +1069,11 @@ type QuoteRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// nonce, 16 to 64 bytes.
-	Nonce         []byte `protobuf:"bytes,2,opt,name=nonce,proto3" json:"nonce,omitempty"`
+	Nonce []byte `protobuf:"bytes,2,opt,name=nonce,proto3" json:"nonce,omitempty"`
+	// ima adds the list of what the guest's kernel has measured, read from its memory after the quote.
+	Ima bool `protobuf:"varint,3,opt,name=ima,proto3" json:"ima,omitempty"`
+	// ima_after leaves out that many of its first entries.
+	ImaAfter      uint32 `protobuf:"varint,4,opt,name=ima_after,json=imaAfter,proto3" json:"ima_after,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1116,6 +1120,20 @@ func (x *QuoteRequest) GetNonce() []byte {
 		return x.Nonce
 	}
 	return nil
+}
+
+func (x *QuoteRequest) GetIma() bool {
+	if x != nil {
+		return x.Ima
+	}
+	return false
+}
+
+func (x *QuoteRequest) GetImaAfter() uint32 {
+	if x != nil {
+		return x.ImaAfter
+	}
+	return 0
 }
 
 type QuoteResponse struct {
@@ -1269,6 +1287,104 @@ func (x *ActivateCredentialResponse) GetSecret() []byte {
 	return nil
 }
 
+type InspectRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// what is asked: modules, kernel, ima, tasks.
+	What          []string `protobuf:"bytes,2,rep,name=what,proto3" json:"what,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *InspectRequest) Reset() {
+	*x = InspectRequest{}
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *InspectRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*InspectRequest) ProtoMessage() {}
+
+func (x *InspectRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use InspectRequest.ProtoReflect.Descriptor instead.
+func (*InspectRequest) Descriptor() ([]byte, []int) {
+	return file_redoubt_v1_redoubt_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *InspectRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *InspectRequest) GetWhat() []string {
+	if x != nil {
+		return x.What
+	}
+	return nil
+}
+
+type InspectResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// answer as JSON (package introspect/inspect).
+	Answer        []byte `protobuf:"bytes,1,opt,name=answer,proto3" json:"answer,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *InspectResponse) Reset() {
+	*x = InspectResponse{}
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *InspectResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*InspectResponse) ProtoMessage() {}
+
+func (x *InspectResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use InspectResponse.ProtoReflect.Descriptor instead.
+func (*InspectResponse) Descriptor() ([]byte, []int) {
+	return file_redoubt_v1_redoubt_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *InspectResponse) GetAnswer() []byte {
+	if x != nil {
+		return x.Answer
+	}
+	return nil
+}
+
 var File_redoubt_v1_redoubt_proto protoreflect.FileDescriptor
 
 const file_redoubt_v1_redoubt_proto_rawDesc = "" +
@@ -1334,10 +1450,12 @@ const file_redoubt_v1_redoubt_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06follow\x18\x02 \x01(\bR\x06follow\"9\n" +
 	"\x0eEventsResponse\x12'\n" +
-	"\x05event\x18\x01 \x01(\v2\x11.redoubt.v1.EventR\x05event\"8\n" +
+	"\x05event\x18\x01 \x01(\v2\x11.redoubt.v1.EventR\x05event\"g\n" +
 	"\fQuoteRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
-	"\x05nonce\x18\x02 \x01(\fR\x05nonce\"+\n" +
+	"\x05nonce\x18\x02 \x01(\fR\x05nonce\x12\x10\n" +
+	"\x03ima\x18\x03 \x01(\bR\x03ima\x12\x1b\n" +
+	"\tima_after\x18\x04 \x01(\rR\bimaAfter\"+\n" +
 	"\rQuoteResponse\x12\x1a\n" +
 	"\bevidence\x18\x01 \x01(\fR\bevidence\"p\n" +
 	"\x19ActivateCredentialRequest\x12\x12\n" +
@@ -1345,14 +1463,19 @@ const file_redoubt_v1_redoubt_proto_rawDesc = "" +
 	"\x0fcredential_blob\x18\x02 \x01(\fR\x0ecredentialBlob\x12\x16\n" +
 	"\x06secret\x18\x03 \x01(\fR\x06secret\"4\n" +
 	"\x1aActivateCredentialResponse\x12\x16\n" +
-	"\x06secret\x18\x01 \x01(\fR\x06secret*~\n" +
+	"\x06secret\x18\x01 \x01(\fR\x06secret\"8\n" +
+	"\x0eInspectRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04what\x18\x02 \x03(\tR\x04what\")\n" +
+	"\x0fInspectResponse\x12\x16\n" +
+	"\x06answer\x18\x01 \x01(\fR\x06answer*~\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eSTATE_STARTING\x10\x01\x12\x11\n" +
 	"\rSTATE_RUNNING\x10\x02\x12\x12\n" +
 	"\x0eSTATE_STOPPING\x10\x03\x12\x11\n" +
 	"\rSTATE_STOPPED\x10\x04\x12\x10\n" +
-	"\fSTATE_FAILED\x10\x052\xa0\x05\n" +
+	"\fSTATE_FAILED\x10\x052\xe4\x05\n" +
 	"\fGuestService\x126\n" +
 	"\x03Run\x12\x16.redoubt.v1.RunRequest\x1a\x17.redoubt.v1.RunResponse\x129\n" +
 	"\x04List\x12\x17.redoubt.v1.ListRequest\x1a\x18.redoubt.v1.ListResponse\x126\n" +
@@ -1363,7 +1486,8 @@ const file_redoubt_v1_redoubt_proto_rawDesc = "" +
 	"\x04Logs\x12\x17.redoubt.v1.LogsRequest\x1a\x18.redoubt.v1.LogsResponse0\x01\x12A\n" +
 	"\x06Events\x12\x19.redoubt.v1.EventsRequest\x1a\x1a.redoubt.v1.EventsResponse0\x01\x12<\n" +
 	"\x05Quote\x12\x18.redoubt.v1.QuoteRequest\x1a\x19.redoubt.v1.QuoteResponse\x12c\n" +
-	"\x12ActivateCredential\x12%.redoubt.v1.ActivateCredentialRequest\x1a&.redoubt.v1.ActivateCredentialResponseB.Z,redoubt.dev/redoubt/api/redoubt/v1;redoubtv1b\x06proto3"
+	"\x12ActivateCredential\x12%.redoubt.v1.ActivateCredentialRequest\x1a&.redoubt.v1.ActivateCredentialResponse\x12B\n" +
+	"\aInspect\x12\x1a.redoubt.v1.InspectRequest\x1a\x1b.redoubt.v1.InspectResponseB.Z,redoubt.dev/redoubt/api/redoubt/v1;redoubtv1b\x06proto3"
 
 var (
 	file_redoubt_v1_redoubt_proto_rawDescOnce sync.Once
@@ -1378,7 +1502,7 @@ func file_redoubt_v1_redoubt_proto_rawDescGZIP() []byte {
 }
 
 var file_redoubt_v1_redoubt_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_redoubt_v1_redoubt_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
+var file_redoubt_v1_redoubt_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
 var file_redoubt_v1_redoubt_proto_goTypes = []any{
 	(State)(0),                         // 0: redoubt.v1.State
 	(*Guest)(nil),                      // 1: redoubt.v1.Guest
@@ -1403,6 +1527,8 @@ var file_redoubt_v1_redoubt_proto_goTypes = []any{
 	(*QuoteResponse)(nil),              // 20: redoubt.v1.QuoteResponse
 	(*ActivateCredentialRequest)(nil),  // 21: redoubt.v1.ActivateCredentialRequest
 	(*ActivateCredentialResponse)(nil), // 22: redoubt.v1.ActivateCredentialResponse
+	(*InspectRequest)(nil),             // 23: redoubt.v1.InspectRequest
+	(*InspectResponse)(nil),            // 24: redoubt.v1.InspectResponse
 }
 var file_redoubt_v1_redoubt_proto_depIdxs = []int32{
 	0,  // 0: redoubt.v1.Guest.state:type_name -> redoubt.v1.State
@@ -1422,18 +1548,20 @@ var file_redoubt_v1_redoubt_proto_depIdxs = []int32{
 	17, // 14: redoubt.v1.GuestService.Events:input_type -> redoubt.v1.EventsRequest
 	19, // 15: redoubt.v1.GuestService.Quote:input_type -> redoubt.v1.QuoteRequest
 	21, // 16: redoubt.v1.GuestService.ActivateCredential:input_type -> redoubt.v1.ActivateCredentialRequest
-	4,  // 17: redoubt.v1.GuestService.Run:output_type -> redoubt.v1.RunResponse
-	6,  // 18: redoubt.v1.GuestService.List:output_type -> redoubt.v1.ListResponse
-	8,  // 19: redoubt.v1.GuestService.Get:output_type -> redoubt.v1.GetResponse
-	10, // 20: redoubt.v1.GuestService.Stop:output_type -> redoubt.v1.StopResponse
-	12, // 21: redoubt.v1.GuestService.Remove:output_type -> redoubt.v1.RemoveResponse
-	14, // 22: redoubt.v1.GuestService.Console:output_type -> redoubt.v1.ConsoleResponse
-	16, // 23: redoubt.v1.GuestService.Logs:output_type -> redoubt.v1.LogsResponse
-	18, // 24: redoubt.v1.GuestService.Events:output_type -> redoubt.v1.EventsResponse
-	20, // 25: redoubt.v1.GuestService.Quote:output_type -> redoubt.v1.QuoteResponse
-	22, // 26: redoubt.v1.GuestService.ActivateCredential:output_type -> redoubt.v1.ActivateCredentialResponse
-	17, // [17:27] is the sub-list for method output_type
-	7,  // [7:17] is the sub-list for method input_type
+	23, // 17: redoubt.v1.GuestService.Inspect:input_type -> redoubt.v1.InspectRequest
+	4,  // 18: redoubt.v1.GuestService.Run:output_type -> redoubt.v1.RunResponse
+	6,  // 19: redoubt.v1.GuestService.List:output_type -> redoubt.v1.ListResponse
+	8,  // 20: redoubt.v1.GuestService.Get:output_type -> redoubt.v1.GetResponse
+	10, // 21: redoubt.v1.GuestService.Stop:output_type -> redoubt.v1.StopResponse
+	12, // 22: redoubt.v1.GuestService.Remove:output_type -> redoubt.v1.RemoveResponse
+	14, // 23: redoubt.v1.GuestService.Console:output_type -> redoubt.v1.ConsoleResponse
+	16, // 24: redoubt.v1.GuestService.Logs:output_type -> redoubt.v1.LogsResponse
+	18, // 25: redoubt.v1.GuestService.Events:output_type -> redoubt.v1.EventsResponse
+	20, // 26: redoubt.v1.GuestService.Quote:output_type -> redoubt.v1.QuoteResponse
+	22, // 27: redoubt.v1.GuestService.ActivateCredential:output_type -> redoubt.v1.ActivateCredentialResponse
+	24, // 28: redoubt.v1.GuestService.Inspect:output_type -> redoubt.v1.InspectResponse
+	18, // [18:29] is the sub-list for method output_type
+	7,  // [7:18] is the sub-list for method input_type
 	7,  // [7:7] is the sub-list for extension type_name
 	7,  // [7:7] is the sub-list for extension extendee
 	0,  // [0:7] is the sub-list for field type_name
@@ -1450,7 +1578,7 @@ func file_redoubt_v1_redoubt_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_redoubt_v1_redoubt_proto_rawDesc), len(file_redoubt_v1_redoubt_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   22,
+			NumMessages:   24,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -9,18 +9,16 @@ package asked
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"sync"
 	"time"
 
 	"redoubt.dev/redoubt/audit"
-	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/pci/topology"
 	"redoubt.dev/redoubt/process"
 	"redoubt.dev/redoubt/services"
-	"redoubt.dev/redoubt/services/calls"
+	"redoubt.dev/redoubt/services/job"
 	"redoubt.dev/redoubt/services/protocol"
 )
 
@@ -82,56 +80,20 @@ func Assigned(t topology.Topology) *Assignment {
 }
 
 // errDied says that a PCIBack ended before it answered.
-var errDied = errors.New("PCIBack ended before it answered")
+var errDied = job.ErrDied
 
 // ask asks a PCIBack of its own and gives its answer on at once; when it returns, the process is
 // gone.
-func (a *Asker) ask(ctx context.Context, guest string, ask topology.Request, answered func(topology.Topology)) (err error) {
-	p, err := a.Start(guest)
-	if err != nil {
-		return fmt.Errorf("PCIBack: %w", err)
-	}
-	is := audit.NewInstance(services.PCIBack, p.PID())
-	peer := rpc.New(p.Control, calls.Watched(a.Journal, services.PCIBack, guest, func(_ context.Context, r *rpc.Request) (any, error) {
-		ipc.CloseAll(r.Files)
-		return nil, rpc.Errorf(rpc.Refused, "builder: no call %q from PCIBack", r.Method)
-	}))
-	heard := make(chan struct{})
-	go func() { // ends with the process
-		defer close(heard)
-		_ = peer.Run(context.Background())
-	}()
-	defer func() {
-		// Once it has answered it leaves; it may not stay, either.
-		stop, cancel := context.WithTimeout(context.Background(), a.Limit)
-		defer cancel()
-		if err != nil {
-			p.Kill()
+func (a *Asker) ask(ctx context.Context, guest string, ask topology.Request, answered func(topology.Topology)) error {
+	r := job.Runner{Service: services.PCIBack, Journal: a.Journal, Start: a.Start, Limit: a.Limit}
+	return r.Run(ctx, guest, func(ctx context.Context, peer *rpc.Peer) error {
+		var t topology.Topology
+		_, err := peer.Call(ctx, protocol.MethodAssign, ask, &t)
+		if err == nil {
+			answered(t)
 		}
-		select {
-		case <-p.Done():
-		case <-stop.Done():
-			p.Kill()
-			<-p.Done()
-		}
-		<-heard
-		a.Journal.Note(a.Journal.Ended(is, p.Err(), []string{guest}))
-	}()
-	if err := a.Journal.Record(a.Journal.Started(is, "guest", guest), a.Journal.Linked(guest, is)); err != nil {
 		return err
-	}
-	limited, cancel := context.WithTimeout(ctx, a.Limit)
-	defer cancel()
-	var t topology.Topology
-	_, err = peer.Call(limited, protocol.MethodAssign, ask, &t)
-	if err == nil {
-		answered(t)
-		return nil
-	}
-	if errors.Is(err, rpc.ErrGone) || limited.Err() != nil && ctx.Err() == nil {
-		err = fmt.Errorf("%w: %w", errDied, err)
-	}
-	return err
+	})
 }
 
 // Wait is the guest's bus, once it is assigned.

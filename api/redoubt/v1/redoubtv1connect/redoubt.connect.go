@@ -56,6 +56,8 @@ const (
 	// GuestServiceActivateCredentialProcedure is the fully-qualified name of the GuestService's
 	// ActivateCredential RPC.
 	GuestServiceActivateCredentialProcedure = "/redoubt.v1.GuestService/ActivateCredential"
+	// GuestServiceInspectProcedure is the fully-qualified name of the GuestService's Inspect RPC.
+	GuestServiceInspectProcedure = "/redoubt.v1.GuestService/Inspect"
 )
 
 // GuestServiceClient is a client for the redoubt.v1.GuestService service.
@@ -83,6 +85,8 @@ type GuestServiceClient interface {
 	// ActivateCredential has the guest's vTPM open a credential made for its endorsement key
 	// and attestation key.
 	ActivateCredential(context.Context, *v1.ActivateCredentialRequest) (*v1.ActivateCredentialResponse, error)
+	// Inspect answers with what a running guest's memory says of its kernel. The guest runs on meanwhile.
+	Inspect(context.Context, *v1.InspectRequest) (*v1.InspectResponse, error)
 }
 
 // NewGuestServiceClient constructs a client for the redoubt.v1.GuestService service. By default, it
@@ -156,6 +160,12 @@ func NewGuestServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 			connect.WithSchema(guestServiceMethods.ByName("ActivateCredential")),
 			connect.WithClientOptions(opts...),
 		),
+		inspect: connect.NewClient[v1.InspectRequest, v1.InspectResponse](
+			httpClient,
+			baseURL+GuestServiceInspectProcedure,
+			connect.WithSchema(guestServiceMethods.ByName("Inspect")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -171,6 +181,7 @@ type guestServiceClient struct {
 	events             *connect.Client[v1.EventsRequest, v1.EventsResponse]
 	quote              *connect.Client[v1.QuoteRequest, v1.QuoteResponse]
 	activateCredential *connect.Client[v1.ActivateCredentialRequest, v1.ActivateCredentialResponse]
+	inspect            *connect.Client[v1.InspectRequest, v1.InspectResponse]
 }
 
 // Run calls redoubt.v1.GuestService.Run.
@@ -251,6 +262,15 @@ func (c *guestServiceClient) ActivateCredential(ctx context.Context, req *v1.Act
 	return nil, err
 }
 
+// Inspect calls redoubt.v1.GuestService.Inspect.
+func (c *guestServiceClient) Inspect(ctx context.Context, req *v1.InspectRequest) (*v1.InspectResponse, error) {
+	response, err := c.inspect.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
 // GuestServiceHandler is an implementation of the redoubt.v1.GuestService service.
 type GuestServiceHandler interface {
 	// Run creates a guest, or starts a stopped one, and answers when its kernel runs.
@@ -276,6 +296,8 @@ type GuestServiceHandler interface {
 	// ActivateCredential has the guest's vTPM open a credential made for its endorsement key
 	// and attestation key.
 	ActivateCredential(context.Context, *v1.ActivateCredentialRequest) (*v1.ActivateCredentialResponse, error)
+	// Inspect answers with what a running guest's memory says of its kernel. The guest runs on meanwhile.
+	Inspect(context.Context, *v1.InspectRequest) (*v1.InspectResponse, error)
 }
 
 // NewGuestServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -345,6 +367,12 @@ func NewGuestServiceHandler(svc GuestServiceHandler, opts ...connect.HandlerOpti
 		connect.WithSchema(guestServiceMethods.ByName("ActivateCredential")),
 		connect.WithHandlerOptions(opts...),
 	)
+	guestServiceInspectHandler := connect.NewUnaryHandlerSimple(
+		GuestServiceInspectProcedure,
+		svc.Inspect,
+		connect.WithSchema(guestServiceMethods.ByName("Inspect")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/redoubt.v1.GuestService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case GuestServiceRunProcedure:
@@ -367,6 +395,8 @@ func NewGuestServiceHandler(svc GuestServiceHandler, opts ...connect.HandlerOpti
 			guestServiceQuoteHandler.ServeHTTP(w, r)
 		case GuestServiceActivateCredentialProcedure:
 			guestServiceActivateCredentialHandler.ServeHTTP(w, r)
+		case GuestServiceInspectProcedure:
+			guestServiceInspectHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -414,4 +444,8 @@ func (UnimplementedGuestServiceHandler) Quote(context.Context, *v1.QuoteRequest)
 
 func (UnimplementedGuestServiceHandler) ActivateCredential(context.Context, *v1.ActivateCredentialRequest) (*v1.ActivateCredentialResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("redoubt.v1.GuestService.ActivateCredential is not implemented"))
+}
+
+func (UnimplementedGuestServiceHandler) Inspect(context.Context, *v1.InspectRequest) (*v1.InspectResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("redoubt.v1.GuestService.Inspect is not implemented"))
 }

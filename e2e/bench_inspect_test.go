@@ -1,0 +1,53 @@
+package e2e
+
+import (
+	"encoding/json"
+	"fmt"
+	"testing"
+	"time"
+
+	"redoubt.dev/redoubt/api"
+	v1 "redoubt.dev/redoubt/api/redoubt/v1"
+	"redoubt.dev/redoubt/attest/ima"
+	"redoubt.dev/redoubt/introspect/inspect"
+	"redoubt.dev/redoubt/services"
+)
+
+// measuredFiles is how many files the guest of BenchmarkInspect has measured.
+const measuredFiles = 10_000
+
+// BenchmarkInspect: how long it takes, from the API's call to its answer, to read the modules and the IMA list, of 10,000
+// entries and more, of a guest that runs on meanwhile: a process is started, finds the kernel, reads and leaves. first-ms is
+// the first time, when the kernel's image is unpacked and its layout is made.
+func BenchmarkInspect(b *testing.B) {
+	eachEmulator(b, func(b *testing.B, s starter) {
+		s.start(start{emulator: s.emulator, kernel: "6.12", what: "many", cmdline: fmt.Sprintf("many=%d", measuredFiles)})
+		s.await("guest", "READY", 4*bootTime)
+		c := api.Dial(services.APIPath(s.path("run"), services.DefaultTenant))
+		ask := func() time.Duration {
+			from := time.Now()
+			r, err := c.Inspect(b.Context(), &v1.InspectRequest{Name: "guest", What: []string{inspect.Modules, inspect.IMA}})
+			took := time.Since(from)
+			var answer inspect.Answer
+			if err == nil {
+				err = json.Unmarshal(r.Answer, &answer)
+			}
+			if err != nil {
+				b.Fatal(err)
+			}
+			all, err := ima.Parse(answer.IMA.List)
+			if err != nil || len(all) < measuredFiles || len(answer.Modules.Modules) < 3 || !answer.Sound() {
+				b.Fatalf("%d entries, %v, %+v", len(all), err, answer.Modules)
+			}
+			return took
+		}
+		first := ask()
+		var all []time.Duration
+		for b.Loop() {
+			all = append(all, ask())
+		}
+		b.ReportMetric(float64(median(all))/1e6, "ms")
+		b.ReportMetric(float64(first)/1e6, "first-ms")
+		b.ReportMetric(0, "ns/op")
+	})
+}

@@ -1,0 +1,99 @@
+// Package inspector is the inspector service: it answers one question about a guest from its memory (package
+// introspect/inspect), and leaves. It has the guest's memory and kernel to read, which both may be made to deceive it, and
+// memory that its answer goes into; no other descriptor, no file and no network. The guest runs on meanwhile.
+package inspector
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"log/slog"
+	"os"
+	"runtime/debug"
+
+	"redoubt.dev/redoubt/introspect/inspect"
+	"redoubt.dev/redoubt/introspect/layout"
+	"redoubt.dev/redoubt/introspect/memory"
+	"redoubt.dev/redoubt/ipc"
+	"redoubt.dev/redoubt/ipc/rpc"
+	"redoubt.dev/redoubt/services/protocol"
+)
+
+// softMemory is what the runtime tries to live on, in bytes: less than the sandbox's limit.
+const softMemory = 512 << 20
+
+// Serve answers one call, whatever the answer is, and returns; it also returns when its control connection or ctx ends.
+func Serve(ctx context.Context, _ *slog.Logger, control *ipc.Conn) error {
+	debug.SetMemoryLimit(softMemory)
+	var peer *rpc.Peer
+	peer = rpc.New(control, func(_ context.Context, r *rpc.Request) (any, error) {
+		defer peer.Drain() // the answer still goes out
+		if r.Method != protocol.MethodRead {
+			ipc.CloseAll(r.Files)
+			return nil, rpc.Errorf(rpc.Refused, "inspector: no call %q", r.Method)
+		}
+		var in protocol.Read
+		if err := r.Decode(&in); err != nil {
+			ipc.CloseAll(r.Files)
+			return nil, err
+		}
+		defer ipc.CloseAll(r.Files)
+		return read(in, r)
+	})
+	return peer.Run(ctx)
+}
+
+func read(in protocol.Read, r *rpc.Request) (any, error) {
+	files, err := in.Files.Take(r)
+	if err != nil {
+		return nil, err
+	}
+	mem, kernel, answer := files[protocol.FileMemory], files[protocol.FileKernel], files[protocol.FileAnswer]
+	if len(mem) != 1 || len(kernel) != 1 || len(answer) != 1 {
+		return nil, rpc.Errorf(rpc.Invalid, "inspector: other descriptors than memory, kernel and answer")
+	}
+	q := inspect.Question{What: in.Question.What, After: in.Question.After}
+	if in.Question.Layout != nil {
+		q.Layout = &layout.Layout{}
+		if err := json.Unmarshal(in.Question.Layout, q.Layout); err != nil {
+			return nil, rpc.Errorf(rpc.Invalid, "inspector: the kernel's layout: %v", err)
+		}
+	}
+	if err := q.Check(); err != nil {
+		return nil, rpc.Errorf(rpc.Invalid, "%v", err)
+	}
+	physical, err := memory.New(mem[0], in.Size, memory.Machine(in.Machine))
+	if err != nil {
+		return nil, rpc.Errorf(rpc.Invalid, "inspector: %v", err)
+	}
+	a, l, err := inspect.Ask(inspect.Guest{Memory: physical, Image: func() ([]byte, error) { return whole(kernel[0]) }}, q)
+	switch {
+	case errors.Is(err, inspect.ErrImage): // the guest has no part in that
+		return nil, rpc.Errorf(rpc.Invalid, "%v", err)
+	case err != nil:
+		return nil, rpc.Errorf(rpc.Unavailable, "%v", err)
+	}
+	b, err := a.Encode()
+	if err != nil {
+		return nil, err
+	}
+	if len(b) > protocol.MaxAnswer {
+		return nil, rpc.Errorf(rpc.Unavailable, "an answer of %d bytes: the most is %d", len(b), protocol.MaxAnswer)
+	}
+	if _, err := answer[0].WriteAt(b, 0); err != nil {
+		return nil, err
+	}
+	out := protocol.ReadOut{Size: len(b)}
+	if q.Layout == nil {
+		out.Layout, err = json.Marshal(l)
+	}
+	return out, err
+}
+
+func whole(f *os.File) ([]byte, error) {
+	st, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	return inspect.ReadImage(f, st.Size())
+}

@@ -1,0 +1,44 @@
+package protocol
+
+import "encoding/json"
+
+// Inspect asks what a running guest's memory says of its kernel.
+type Inspect struct {
+	UUID     string   `json:"uuid"`
+	Name     string   `json:"name"`
+	Question Question `json:"question"`
+	Caller   Caller   `json:"caller"`
+}
+
+// Question is package inspect's, which the Builder does not read: what is asked of one inspector.
+type Question struct {
+	What   []string        `json:"what"`
+	After  int             `json:"after,omitempty"`
+	Layout json.RawMessage `json:"layout,omitempty"` // of the guest's kernel, as an earlier inspector of the guest said
+}
+
+// Inspected says how long the answer is, in bytes: JSON, package inspect's Answer.
+type Inspected struct {
+	Size int `json:"size"`
+}
+
+// MaxAnswer bounds an answer, in bytes.
+const MaxAnswer = 32 << 20
+
+// MethodRead is the Builder's only call to an inspector, which leaves once it has answered. Files: FileMemory and FileKernel,
+// to read, and FileAnswer.
+const MethodRead = "read" // Read → ReadOut
+
+// Read is what an inspector is asked.
+type Read struct {
+	Machine  string   `json:"machine"` // how the guest's memory is laid out, of package memory
+	Size     uint64   `json:"size"`    // of it, in bytes
+	Question Question `json:"question"`
+	Files    Files    `json:"files"`
+}
+
+// ReadOut says how long the answer is, and what the kernel's layout is, where it was not known.
+type ReadOut struct {
+	Size   int             `json:"size"`
+	Layout json.RawMessage `json:"layout,omitempty"`
+}
