@@ -10,6 +10,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 
 	list "redoubt.dev/redoubt/attest/ima"
 	"redoubt.dev/redoubt/introspect/kernel"
@@ -31,6 +32,7 @@ const (
 	maxBanks     = 16
 	maxTemplates = 64
 	maxName      = 32 // of a template
+	maxHead      = 256
 )
 
 type layout struct {
@@ -61,6 +63,17 @@ func layoutOf(k *kernel.Kernel) (l layout, err error) {
 			return l, fmt.Errorf("structures of IMA: %+v", l)
 		}
 	}
+	// What is read at once: an entry up to its fields, and each of those.
+	for _, f := range []types.Field{l.pcr, l.size, l.digests, l.desc} {
+		if f.Offset+f.Size > l.data.Offset || l.data.Offset > maxHead {
+			return l, fmt.Errorf("structures of IMA: %+v", l)
+		}
+	}
+	for _, f := range []types.Field{l.value, l.length} {
+		if f.Offset+f.Size > l.field.Size || l.field.Size > maxHead {
+			return l, fmt.Errorf("structures of IMA: %+v", l)
+		}
+	}
 	return l, nil
 }
 
@@ -70,6 +83,8 @@ type reader struct {
 	l         layout
 	sha1      uint64 // offset of the SHA-1 among an entry's digests
 	templates map[uint64]template
+
+	head, fields, data []byte // room for an entry
 }
 
 type template struct {
@@ -99,6 +114,7 @@ func Read(k *kernel.Kernel, skip int, b []byte) (all []byte, count int, err erro
 	if err != nil {
 		return b, 0, fmt.Errorf("%w: its SHA-1: %w", ErrList, err)
 	}
+	r.head, r.fields = make([]byte, r.l.data.Offset), make([]byte, maxFields*r.l.field.Size)
 	r.sha1 = uint64(index)*r.l.bank.Size + r.l.digest.Offset
 	err = k.Items(head, Most, func(link uint64) error {
 		count++
@@ -122,49 +138,42 @@ func Read(k *kernel.Kernel, skip int, b []byte) (all []byte, count int, err erro
 	return b, count, err
 }
 
+// entry reads an entry, which is good until the next one is read.
 func (r *reader) entry(at uint64) (e list.Entry, err error) {
-	word := func(base uint64, f types.Field) uint64 {
-		if err != nil {
-			return 0
-		}
-		var v uint64
-		v, err = r.k.Word(base + f.Offset)
-		return v
-	}
-	half := func(base uint64, f types.Field) uint32 {
-		if err != nil {
-			return 0
-		}
-		var v uint32
-		v, err = r.k.Half(base + f.Offset)
-		return v
-	}
-	entry := word(at, r.l.entry)
-	e.PCR = half(entry, r.l.pcr)
-	digests, desc, size := word(entry, r.l.digests), word(entry, r.l.desc), half(entry, r.l.size)
-	if err == nil {
-		_, err = r.k.ReadAt(e.SHA1[:], int64(digests+r.sha1))
-	}
+	entry, err := r.k.Word(at + r.l.entry.Offset)
 	if err != nil {
 		return e, err
 	}
-	t, err := r.template(desc)
+	// Up to the fields, read at once; those follow.
+	head := r.head
+	if _, err := r.k.ReadAt(head, int64(entry)); err != nil {
+		return e, err
+	}
+	le := binary.LittleEndian
+	e.PCR = le.Uint32(head[r.l.pcr.Offset:])
+	size := le.Uint32(head[r.l.size.Offset:])
+	if _, err := r.k.ReadAt(e.SHA1[:], int64(le.Uint64(head[r.l.digests.Offset:])+r.sha1)); err != nil {
+		return e, fmt.Errorf("its digest: %w", err)
+	}
+	t, err := r.template(le.Uint64(head[r.l.desc.Offset:]))
 	if err != nil {
 		return e, err
 	}
-	e.Template = t.name
+	e.Template, e.Data = t.name, r.data[:0]
+	fields := r.fields[:t.fields*r.l.field.Size]
+	if _, err := r.k.ReadAt(fields, int64(entry+r.l.data.Offset)); err != nil {
+		return e, fmt.Errorf("its fields: %w", err)
+	}
 	for i := range t.fields {
-		field := entry + r.l.data.Offset + i*r.l.field.Size
-		value, length := word(field, r.l.value), half(field, r.l.length)
-		if err != nil {
-			return e, err
-		}
+		field := fields[i*r.l.field.Size:]
+		value, length := le.Uint64(field[r.l.value.Offset:]), le.Uint32(field[r.l.length.Offset:])
 		if uint64(len(e.Data))+4+uint64(length) > list.MaxData {
 			return e, fmt.Errorf("field %d: %d bytes", i, length)
 		}
-		e.Data = binary.LittleEndian.AppendUint32(e.Data, length)
+		e.Data = le.AppendUint32(e.Data, length)
 		from := len(e.Data)
-		e.Data = append(e.Data, make([]byte, length)...)
+		e.Data = slices.Grow(e.Data, int(length))[:from+int(length)]
+		r.data = e.Data
 		if _, err := r.k.ReadAt(e.Data[from:], int64(value)); err != nil {
 			return e, fmt.Errorf("field %d: %w", i, err)
 		}

@@ -138,7 +138,11 @@ func Ask(g Guest, q Question) (*Answer, *layout.Layout, error) {
 	if err != nil {
 		return nil, l, err
 	}
-	k.Anew = cache.Forget
+	k.Space.Keep()
+	k.Anew = func() {
+		cache.Forget()
+		k.Space.Keep()
+	}
 	a := &Answer{}
 	for _, w := range q.What {
 		switch w {

@@ -3,8 +3,8 @@ package memory
 import "io"
 
 const (
-	pageSize  = 4 << 10
-	cacheSize = 4 << 10 // pages: 16 MiB, and lists of 10,000 members fit
+	pageSize  = 16 << 10 // several of the guest's: what lies together is read together
+	cacheSize = 1 << 10  // pages: 16 MiB, and lists of 10,000 members fit
 )
 
 // A Cache reads each page of memory once while it has room for it: what is read twice is the same. It is for one

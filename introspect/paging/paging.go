@@ -43,6 +43,32 @@ type Space struct {
 	Memory io.ReaderAt // the guest's physical memory; an offset is an address
 	Root   uint64      // CR3; what it says beside the address is ignored
 	Levels int         // 4, or 5 where CR4.LA57 is set
+
+	kept *[keptPages]Mapping // found by earlier reads; see Keep
+}
+
+// keptPages are the pages that a Space keeps, each in the place that its address says.
+const keptPages = 256
+
+// Keep has ReadAt walk the tables once for what it reads often, for a Space that one goroutine uses, until the next call of
+// Keep.
+func (s *Space) Keep() { s.kept = new([keptPages]Mapping) }
+
+// page is Walk for ReadAt.
+func (s *Space) page(virtual uint64) (Mapping, error) {
+	if s.kept == nil {
+		return s.Walk(virtual)
+	}
+	// A page of 4 KiB, or a part of a larger one: those that lie together have places of their own.
+	slot := &s.kept[(virtual>>pageShift^virtual>>shift(2))%keptPages]
+	if virtual-slot.Virtual < slot.Size {
+		return *slot, nil
+	}
+	m, err := s.Walk(virtual)
+	if err == nil {
+		*slot = m
+	}
+	return m, err
 }
 
 // A Mapping is a page and what its tables allow: each of the rights only where all levels give it.
@@ -144,7 +170,7 @@ func (m *Mapping) descend(e uint64, level int) (leaf bool, err error) {
 func (s *Space) ReadAt(p []byte, off int64) (n int, err error) {
 	for n < len(p) {
 		at := uint64(off) + uint64(n)
-		m, err := s.Walk(at)
+		m, err := s.page(at)
 		if err != nil {
 			return n, err
 		}

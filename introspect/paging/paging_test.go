@@ -25,7 +25,7 @@ func (r *ram) set(at, e uint64) { binary.LittleEndian.PutUint64(r.b[at:], e) }
 
 // space is one with an empty root.
 func (r *ram) space(levels int) *Space {
-	return &Space{bytes.NewReader(r.b), r.table() | 0xfff, levels} // with a PCID
+	return &Space{Memory: bytes.NewReader(r.b), Root: r.table() | 0xfff, Levels: levels} // with a PCID
 }
 
 // put maps an address by an entry of a level, below tables that allow all.
@@ -132,7 +132,7 @@ func TestNotThere(t *testing.T) {
 	if _, err := s.ReadAt(make([]byte, 1), 0x3000); !errors.Is(err, io.ErrUnexpectedEOF) {
 		t.Errorf("a page beyond the memory: %v", err)
 	}
-	if _, err := (&Space{s.Memory, s.Root, 3}).Walk(0); err == nil {
+	if _, err := (&Space{Memory: s.Memory, Root: s.Root, Levels: 3}).Walk(0); err == nil {
 		t.Error("three levels")
 	}
 }
@@ -217,7 +217,7 @@ func FuzzWalk(f *testing.F) {
 	f.Add(r.b, s.Root, uint64(0x1000), false)
 	f.Add([]byte("short"), uint64(0), ^uint64(0), true)
 	f.Fuzz(func(t *testing.T, memory []byte, root, virtual uint64, five bool) {
-		s := &Space{bytes.NewReader(memory), root, 4}
+		s := &Space{Memory: bytes.NewReader(memory), Root: root, Levels: 4}
 		if five {
 			s.Levels = 5
 		}
@@ -239,4 +239,41 @@ func FuzzWalk(f *testing.F) {
 			t.Errorf("%d bytes and no error", n)
 		}
 	})
+}
+
+// TestKeep: with kept pages as without, the same is read; what has changed is found when they are to be kept anew.
+func TestKeep(t *testing.T) {
+	r := newRAM(4 << 20)
+	s := r.space(4)
+	const page, large = 0x7000_0000_0000, 0x7000_0020_0000
+	r.put(s, page, 1, 0x3000|present)
+	r.put(s, page+tableSize, 1, 0x5000|present)
+	at := r.put(s, large, 2, 0|present|1<<7)
+	copy(r.b[0x3ff8:], "the end")
+	copy(r.b[0x5000:], "the beginning")
+	read := func(virtual int64) string {
+		b := make([]byte, 16)
+		if n, err := s.ReadAt(b, virtual); err != nil {
+			t.Fatal(n, err)
+		}
+		return string(b)
+	}
+	want := []string{read(page + 0xff8), read(large + 0x5000), read(large + 0x3ff8)}
+	if want[0] != "the end\x00the begi" || want[1] != "the beginning\x00\x00\x00" {
+		t.Fatalf("%q", want)
+	}
+	s.Keep()
+	for range 2 {
+		if got := []string{read(page + 0xff8), read(large + 0x5000), read(large + 0x3ff8)}; !slices.Equal(got, want) {
+			t.Errorf("%q, not %q", got, want)
+		}
+	}
+	r.set(at, 0)
+	if got := read(large + 0x5000); got != want[1] {
+		t.Errorf("%q", got)
+	}
+	s.Keep()
+	if n, err := s.ReadAt(make([]byte, 8), large); err == nil {
+		t.Errorf("%d bytes of a page that is gone", n)
+	}
 }
