@@ -26,7 +26,8 @@ func Dial(socket string) redoubtv1connect.GuestServiceClient {
 		},
 	}
 	return redoubtv1connect.NewGuestServiceClient(&http.Client{Transport: t}, "http://redoubt",
-		connect.WithInterceptors(connect.UnaryInterceptorFunc(again)))
+		connect.WithInterceptors(connect.UnaryInterceptorFunc(again)),
+		connect.WithAcceptCompression("gzip", nil, nil)) // what it costs is more than a socket of this host does
 }
 
 // repeatable are the calls that may be made twice.
