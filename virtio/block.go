@@ -172,10 +172,8 @@ func (b *Block) work() {
 
 // finish carries a request out, if that was not done yet, and answers it.
 func (b *Block) finish(r *blkRequest) {
-	status, n := byte(blkOK), uint32(0)
-	if r.done {
-		n = uint32(Length(r.in))
-	} else {
+	status, n := byte(blkOK), uint32(Length(r.in))
+	if !r.done {
 		status, n = b.do(r)
 	}
 	r.status[0] = status
