@@ -114,11 +114,9 @@ func Run(ctx context.Context, cfg Config) error {
 		return fmt.Errorf("supervisor: %w", err)
 	}
 	defer b.kept.Close()
-	host, err := launch.Host()
-	if err != nil {
+	if b.procs, err = launch.Open(logs, cfg.Users, b.kept); err != nil {
 		return err
 	}
-	b.procs = launch.New(logs, cfg.Users, b.kept, host)
 	alive, err := b.inherit()
 	if err != nil {
 		return err

@@ -74,16 +74,16 @@ const (
 // LauncherProgram is what the Builder's processes pass through; it lies beside the Builder's program.
 const LauncherProgram = "redoubt-launcher"
 
-// Host is the launcher beside the running program, and this process's cgroup, looked for once. Where
-// there is none, each start that needs one says so.
-func Host() (sandbox.Host, error) {
+// Open is New with the launcher beside the running program, and with this process's cgroup, looked for
+// once. Where there is none, each start that needs one says so.
+func Open(logs string, base uint32, kept *fdstore.Store) (*Launcher, error) {
 	self, err := os.Executable()
 	if err != nil {
-		return sandbox.Host{}, err
+		return nil, err
 	}
 	h := sandbox.Host{Launcher: filepath.Join(filepath.Dir(self), LauncherProgram)}
 	h.Cgroup, _ = sandbox.FindCgroup()
-	return h, nil
+	return New(logs, base, kept, h), nil
 }
 
 // New makes a Launcher whose processes log into a directory; base is the first of 65536 user ids that
