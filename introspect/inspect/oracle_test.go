@@ -13,7 +13,6 @@ import (
 	"testing"
 
 	list "redoubt.dev/redoubt/attest/ima"
-	"redoubt.dev/redoubt/introspect/image"
 	"redoubt.dev/redoubt/introspect/integrity"
 	"redoubt.dev/redoubt/introspect/introspecttest"
 	"redoubt.dev/redoubt/introspect/kernel"
