@@ -192,6 +192,61 @@ func BenchmarkSocketEcho(b *testing.B) {
 	ends[1].Close()
 }
 
+// BenchmarkHandOvers is the floor of a read: three processes, client, state and worker, hand a message of
+// its size on as a read of the store does, by bare system calls, and do nothing with it.
+func BenchmarkHandOvers(b *testing.B) {
+	pair := func(kind int) [2]*os.File {
+		fds, err := unix.Socketpair(unix.AF_UNIX, kind|unix.SOCK_CLOEXEC, 0)
+		must(b, err)
+		return [2]*os.File{os.NewFile(uintptr(fds[0]), "near"), os.NewFile(uintptr(fds[1]), "far")}
+	}
+	client, worker := pair(unix.SOCK_STREAM), pair(unix.SOCK_SEQPACKET)
+	for role, files := range map[string][]*os.File{"relay": {client[1], worker[0]}, "echo": {worker[1]}} {
+		cmd := exec.Command("/proc/self/exe")
+		cmd.Env = []string{"STORE_TEST_ROLE=" + role}
+		cmd.ExtraFiles = files
+		must(b, cmd.Start())
+		defer func() { must(b, cmd.Wait()) }() // they end with their sockets
+	}
+	for _, f := range []*os.File{client[1], worker[0], worker[1]} {
+		must(b, f.Close())
+	}
+	defer client[0].Close()
+	fd := int(client[0].Fd())
+	m := wire.Message{Type: wire.Read, Payload: wire.Join("/bench/node")}.Append(nil)
+	buf := make([]byte, len(m))
+	b.ResetTimer()
+	for range b.N {
+		_, err := unix.Write(fd, m)
+		must(b, err)
+		_, err = unix.Read(fd, buf)
+		must(b, err)
+	}
+	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "reads/s")
+}
+
+// relay hands on what comes from one socket to the next and back, or back at once, until the end.
+func relay(from, to int) {
+	buf := make([]byte, 4096)
+	for {
+		n, err := unix.Read(from, buf)
+		if err != nil || n == 0 {
+			return
+		}
+		if to >= 0 {
+			if _, err = unix.Write(to, buf[:n]); err == nil {
+				n, err = unix.Read(to, buf)
+			}
+		}
+		if err == nil {
+			_, err = unix.Write(from, buf[:n])
+		}
+		if err != nil || n == 0 {
+			return
+		}
+	}
+}
+
 // BenchmarkWorkerStart: from nothing to a worker's first answer, what a replacement costs; and
 // the same of the smallest C program there is on every host, for comparison.
 func BenchmarkWorkerStart(b *testing.B) {

@@ -25,6 +25,12 @@ func TestMain(m *testing.M) {
 	case "store":
 		child()
 		os.Exit(0)
+	case "relay":
+		relay(3, 4)
+		os.Exit(0)
+	case "echo":
+		relay(3, -1)
+		os.Exit(0)
 	}
 	code := m.Run()
 	if built != "" {
