@@ -59,7 +59,11 @@ func (v *verifier) stepIMA() (string, error) {
 	}
 	l := v.e.IMA
 	quoted := v.e.PCRs[ima.PCR]
+	booted, only := onlyBooted(v.e)
 	switch {
+	case l == nil && only:
+		v.vouch(booted, allow)
+		return "1 entry gives PCR 10: that of the boot, and nothing was measured since", nil
 	case l == nil:
 		return none("the evidence has none")
 	case l.After == 0 && len(l.List) == 0 && bytes.Equal(quoted, make([]byte, len(quoted))):
@@ -106,11 +110,40 @@ func (v *verifier) stepIMA() (string, error) {
 		}
 		text += "; all are allowed"
 	}
+	v.vouch(prefix, allow)
+	return text, nil
+}
+
+// vouch has the report say what is vouched for.
+func (v *verifier) vouch(p ima.Prefix, allow *ima.Allowlist) {
 	v.report.IMA = &KnownIMA{
-		Prefix: prefix, EK: v.report.EK, Allow: allow.ID(),
+		Prefix: p, EK: v.report.EK, Allow: allow.ID(),
 		Resets: v.quote.ClockInfo.ResetCount, Restarts: v.quote.ClockInfo.RestartCount,
 	}
-	return text, nil
+}
+
+// NeedsIMA reports whether the IMA list must be read to know what the guest has measured: not where PCR 10 is as it must be of a
+// kernel that has measured nothing, or nothing but its boot.
+func NeedsIMA(e *Evidence) bool {
+	if len(e.PCRs) != PCRCount {
+		return false // which fails before the list counts
+	}
+	_, booted := onlyBooted(e)
+	return !booted && !bytes.Equal(e.PCRs[ima.PCR], make([]byte, sha256.Size))
+}
+
+// onlyBooted is the list of a guest that has measured nothing but its boot.
+func onlyBooted(e *Evidence) (ima.Prefix, bool) {
+	h := sha256.New()
+	for _, p := range e.PCRs[:ima.PCR] {
+		h.Write(p)
+	}
+	for _, entry := range ima.Booted(h.Sum(nil)) {
+		if p, err := ima.Match([]ima.Entry{entry}, ima.Prefix{}, e.PCRs[ima.PCR]); err == nil && p.Count == 1 {
+			return p, true
+		}
+	}
+	return ima.Prefix{}, false
 }
 
 // ErrUnknown says that evidence leaves out entries of the IMA list that are not known: it is to be asked for whole.

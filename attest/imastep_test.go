@@ -197,6 +197,45 @@ func TestIMANotThere(t *testing.T) {
 	}
 }
 
+// TestOnlyBooted: a guest that has measured nothing but its boot needs no list; one that has measured more does.
+func TestOnlyBooted(t *testing.T) {
+	l := newLab(t)
+	e := l.boot(t, bootEvents(t, "kernel", "ro"))
+	o := l.options()
+	o.Allow = allowlist(t, strings.Repeat("00", 32))
+	sum := sha256.New()
+	for _, p := range e.PCRs[:10] {
+		sum.Write(p)
+	}
+	all := ima.Booted(sum.Sum(nil))
+	if len(all) != 8 || !bytes.Equal(all[1].Data, aggregateOf(e.PCRs).Data) {
+		t.Fatalf("%+v", all)
+	}
+	for _, entry := range all {
+		if f, err := entry.File(); err != nil || !f.Aggregate() || f.Algorithm != "sha256" || !entry.Sound() {
+			t.Errorf("%+v, %v", f, err)
+		}
+		l.remeasure(t, e, entry)
+		e.IMA = nil
+		if r := Verify(e, o); !r.OK || imaStep(r).Status != Passed || r.IMA.Count != 1 || NeedsIMA(e) {
+			t.Errorf("%s: %+v", entry.Template, imaStep(r))
+		}
+	}
+	l.remeasure(t, e, all[0], fileOf("/bin/sh", "shell"))
+	e.IMA = nil
+	if r := Verify(e, o); r.OK || imaStep(r).Status != Failed || !NeedsIMA(e) {
+		t.Errorf("with one file more: %+v", imaStep(r))
+	}
+	l.remeasure(t, e)
+	if NeedsIMA(e) {
+		t.Error("a guest that has measured nothing needs its list to be read")
+	}
+	e.PCRs = e.PCRs[:9]
+	if NeedsIMA(e) {
+		t.Error("nonsense needs a list")
+	}
+}
+
 // TestPolicyIMA: lines of an allowlist in a policy are read, written and refused.
 func TestPolicyIMA(t *testing.T) {
 	line := "sha256:" + strings.Repeat("ab", 32) + "  /bin/sh"

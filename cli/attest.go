@@ -99,16 +99,21 @@ func (a *app) attest(ctx context.Context, name string, o attestOptions) error {
 		return err
 	}
 	c := a.client()
-	get := func(after int) (*attest.Evidence, error) {
+	get := func(list bool, after int) (*attest.Evidence, error) {
 		a.progress("asking %s's vTPM for a quote", name)
 		defer a.progressEnd()
-		res, err := c.Quote(ctx, &v1.QuoteRequest{Name: name, Nonce: nonce, Ima: true, ImaAfter: uint32(after)})
+		res, err := c.Quote(ctx, &v1.QuoteRequest{Name: name, Nonce: nonce, Ima: list, ImaAfter: uint32(after)})
 		if err != nil {
 			return nil, err
 		}
 		return attest.DecodeEvidence(bytes.NewReader(res.Evidence))
 	}
-	evidence, err := get(opt.Known.Known())
+	// A guest that measures nothing beside its boot needs no list to show that.
+	list := opt.Known != nil || o.saveAllow != ""
+	evidence, err := get(list, opt.Known.Known())
+	if err == nil && !list && attest.NeedsIMA(evidence) {
+		evidence, err = get(true, 0)
+	}
 	if err != nil {
 		return err
 	}
@@ -128,7 +133,7 @@ func (a *app) attest(ctx context.Context, name string, o attestOptions) error {
 	if f := report.Failed(); f != nil && f.Name == attest.StepIMA && opt.Known.Known() > 0 {
 		// What was known is not this list's, or was held against another allowlist: the whole list decides.
 		log := evidence.GuestLog
-		if evidence, err = get(0); err != nil {
+		if evidence, err = get(true, 0); err != nil {
 			return err
 		}
 		evidence.GuestLog, opt.Known = log, nil

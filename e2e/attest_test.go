@@ -25,12 +25,12 @@ func attestation(t *testing.T, emulator string) {
 	h := newHost(t)
 	policy := h.path("policy.yaml")
 	boot := func(kernel, cmdline string) {
-		h.start(start{emulator: emulator, kernel: kernel, what: "wait", cmdline: strings.TrimSpace("measured " + cmdline)})
+		h.start(start{emulator: emulator, kernel: kernel, what: "wait", cmdline: cmdline})
 		h.await("guest", "READY", bootTime)
 	}
 	stop := func() { h.must("stop", "guest", "--grace", "0s") }
 
-	boot("6.1", "")
+	boot("6.1", "measured")
 	h.must("attest", "guest", "--save-policy", policy)
 	out := h.must("attest", "guest", "--policy", policy, "--out", h.path("evidence"), "--nonce", strings.Repeat("5a", 32))
 	t.Log("\n" + out)
@@ -76,7 +76,7 @@ func attestation(t *testing.T, emulator string) {
 
 	for _, c := range []struct{ name, kernel, cmdline, pcr string }{
 		{"command line", "6.1", "init=/bin/sh.evil", "PCR 8"},
-		{"kernel", "6.1-cloud", "", "PCR 4"},
+		{"kernel", "6.1-cloud", "measured", "PCR 4"},
 	} {
 		boot(c.kernel, c.cmdline)
 		r := h.run("attest", "guest", "--policy", policy)

@@ -12,6 +12,7 @@ import (
 
 	"redoubt.dev/redoubt/audit"
 	"redoubt.dev/redoubt/introspect/inspect"
+	"redoubt.dev/redoubt/lab"
 	"redoubt.dev/redoubt/services"
 )
 
@@ -117,6 +118,9 @@ func inspected(h *host, console, policy string) {
 		h.t.Errorf("a program that is not allowed: exit status %d\n%s%s", r.status, r.out, r.err)
 	}
 
+	if os.Getenv(lab.InLab) != "" { // a dump is read without KVM, and there it takes long
+		return
+	}
 	kernel, err := h.cache.Vmlinuz("6.1")
 	if err != nil {
 		h.t.Fatal(err)

@@ -148,6 +148,25 @@ func (r *reader) entry() (e Entry, ok bool) {
 	return e, ok
 }
 
+// Booted are the lists, of one entry, of a kernel that has measured no more than its boot: the entry stands for registers
+// whose SHA-256 is sum, by each of the kernel's names for it and each of its templates.
+func Booted(sum []byte) (all []Entry) {
+	for _, name := range aggregates {
+		for _, t := range []struct{ template, kind, more string }{
+			{"ima-sig", "", "\x00\x00\x00\x00"}, {"ima-ng", "", ""}, {"ima-sigv2", "ima:", "\x00\x00\x00\x00"}, {"ima-ngv2", "ima:", ""},
+		} {
+			e := Entry{PCR: PCR, Template: t.template}
+			for _, f := range []string{t.kind + "sha256:\x00" + string(sum), name + "\x00"} {
+				e.Data = append(binary.LittleEndian.AppendUint32(e.Data, uint32(len(f))), f...)
+			}
+			e.Data = append(e.Data, t.more...) // a signature that is not there
+			e.SHA1 = sha1.Sum(e.Data)          //nolint:gosec // the format's
+			all = append(all, e)
+		}
+	}
+	return all
+}
+
 // fields splits the data.
 func (e *Entry) fields() (all [][]byte, ok bool) {
 	for r := (reader{b: e.Data}); r.at < len(e.Data); {
