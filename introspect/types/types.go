@@ -76,7 +76,7 @@ func member(t btf.Type, name string, depth int) (m btf.Member, offset uint32, ok
 		all = t.Members
 	}
 	for _, m := range all {
-		if m.Name == name && m.BitfieldSize == 0 {
+		if name != "" && m.Name == name && m.BitfieldSize == 0 {
 			return m, m.Offset.Bytes(), true
 		}
 		if m.Name != "" || depth == maxDepth {
