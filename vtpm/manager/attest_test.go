@@ -44,7 +44,11 @@ func TestEvidenceVerifies(t *testing.T) {
 		})
 	}
 	for _, s := range verify(m).Steps {
-		if s.Status != attest.Passed {
+		want := attest.Passed
+		if s.Name == attest.StepIMA { // no kernel runs here that measures
+			want = attest.Skipped
+		}
+		if s.Status != want {
 			t.Errorf("%+v", s)
 		}
 	}
