@@ -151,7 +151,12 @@ func (d *demo) load(ctx context.Context) error {
 	}
 	defer end()
 	var unharmed, harmed ioSeconds
-	if err := new(ioSeconds).read(console, 1); err != nil { // the first is not a whole one
+	// What was printed while other steps went on is over; the second after it is not a whole one.
+	old, err := d.redoubt(ctx, "logs", stored)
+	if err != nil {
+		return err
+	}
+	if err := new(ioSeconds).read(console, strings.Count(old, "IO ")+1); err != nil {
 		return err
 	}
 	if err := unharmed.read(console, unharmedFor); err != nil {
