@@ -153,7 +153,7 @@ func qemuSink(b *testing.B, h *host, features string) *sink {
 	if err != nil {
 		b.Fatal(err)
 	}
-	kernel, err := h.cache.Vmlinuz("6.1")
+	kernel, err := h.cache.Vmlinuz(usualKernel)
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -168,7 +168,7 @@ func qemuSink(b *testing.B, h *host, features string) *sink {
 	console, itsConsole := consolePair(b)
 	_, itsQMP := consolePair(b)
 	files := []*os.File{memory, itsConsole, itsQMP, tap.File}
-	for path, mode := range map[string]int{kernel: os.O_RDONLY, initrd(b, h.cache, "6.1", true): os.O_RDONLY, s.disk: os.O_RDWR} {
+	for path, mode := range map[string]int{kernel: os.O_RDONLY, initrd(b, h.cache, usualKernel, true): os.O_RDONLY, s.disk: os.O_RDWR} {
 		f, err := os.OpenFile(path, mode, 0)
 		if err != nil {
 			b.Fatal(err)
@@ -182,7 +182,7 @@ func qemuSink(b *testing.B, h *host, features string) *sink {
 	args, err := qemu.Args(qemu.Config{
 		Name: "peer", Memory: 256 << 20, CPUs: 1, Accel: accel, TPM: qemu.NoTPM, CommandLine: "console=ttyS0 quiet e2e=sink",
 	}, qemu.FDs{
-		RAM: 3, Console: 4, QMP: 5, Kernel: fd(kernel), Initrd: fd(initrd(b, h.cache, "6.1", true)), Disks: []qemu.DiskFD{{FD: fd(s.disk)}},
+		RAM: 3, Console: 4, QMP: 5, Kernel: fd(kernel), Initrd: fd(initrd(b, h.cache, usualKernel, true)), Disks: []qemu.DiskFD{{FD: fd(s.disk)}},
 	}, qemu.DataDirs()...)
 	if err != nil {
 		b.Fatal(err)

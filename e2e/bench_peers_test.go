@@ -54,11 +54,11 @@ func gokvmPeer(ctx context.Context, root *debian.Root, kernel, initrd string) (*
 // says that it runs the first program.
 func (p peerMonitor) prepare(b *testing.B, h *host) func() time.Duration {
 	b.Helper()
-	kernel, err := h.cache.Vmlinuz("6.1")
+	kernel, err := h.cache.Vmlinuz(usualKernel)
 	if err != nil {
 		b.Fatal(err)
 	}
-	image := initrd(b, h.cache, "6.1", false)
+	image := initrd(b, h.cache, usualKernel, false)
 	return func() time.Duration {
 		b.Helper()
 		ctx, cancel := context.WithTimeout(context.Background(), 2*bootTime)

@@ -192,7 +192,7 @@ func qemuUnderLoad(b *testing.B, workload string, seconds int) []second {
 	b.Setenv("REDOUBT_TOOLS", h.cache.Tools())
 	disk := h.path("disk.img")
 	h.must("disk", "create", disk, "64MiB")
-	vmlinuz, err := h.cache.Vmlinuz("6.1")
+	vmlinuz, err := h.cache.Vmlinuz(usualKernel)
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -201,7 +201,7 @@ func qemuUnderLoad(b *testing.B, workload string, seconds int) []second {
 		to   **os.File
 		path string
 		mode int
-	}{{&files.Kernel, vmlinuz, os.O_RDONLY}, {&files.Initrd, initrd(b, h.cache, "6.1", true), os.O_RDONLY}} {
+	}{{&files.Kernel, vmlinuz, os.O_RDONLY}, {&files.Initrd, initrd(b, h.cache, usualKernel, true), os.O_RDONLY}} {
 		if *f.to, err = os.OpenFile(f.path, f.mode, 0); err != nil {
 			b.Fatal(err)
 		}

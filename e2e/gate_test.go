@@ -24,7 +24,7 @@ func TestGateNative(t *testing.T) {
 
 func gateDelays(t *testing.T, emulator string) {
 	h := newHost(t)
-	kernels := []string{"6.1", "6.12"}
+	kernels := []string{usualKernel, "6.12"}
 	name := func(kernel string, delay time.Duration) string {
 		return strings.ReplaceAll(fmt.Sprintf("g-%s-%d", kernel, delay.Milliseconds()), ".", "-")
 	}
@@ -99,7 +99,7 @@ func gateUnderLoad(t *testing.T, emulator string) {
 		}
 		defer func() { cancel(); _ = c.Wait() }()
 	}
-	h.late("loaded", emulator, "6.1", 20*time.Second)
+	h.late("loaded", emulator, usualKernel, 20*time.Second)
 	h.gated("loaded", 20*time.Second)
 }
 

@@ -17,12 +17,12 @@ import (
 
 func (h *host) writeSpec(path, name, emulator, what, more string) {
 	h.t.Helper()
-	kernel, err := h.cache.Vmlinuz("6.1")
+	kernel, err := h.cache.Vmlinuz(usualKernel)
 	if err != nil {
 		h.t.Fatal(err)
 	}
 	doc := fmt.Sprintf("name: %s\nemulator: %s\nmemory: 256MiB\nboot:\n  kernel: %s\n  initrd: %s\n  cmdline: console=ttyS0 e2e=%s\n%s",
-		name, emulator, kernel, initrd(h.t, h.cache, "6.1", false), what, more)
+		name, emulator, kernel, initrd(h.t, h.cache, usualKernel, false), what, more)
 	if err := os.WriteFile(path, []byte(doc), 0o600); err != nil {
 		h.t.Fatal(err)
 	}

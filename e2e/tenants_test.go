@@ -34,11 +34,11 @@ func (h *host) makeTenant(name string, args ...string) (pool string) {
 	if err := os.Mkdir(pool, 0o755); err != nil {
 		h.t.Fatal(err)
 	}
-	kernel, err := h.cache.Vmlinuz("6.1")
+	kernel, err := h.cache.Vmlinuz(usualKernel)
 	if err != nil {
 		h.t.Fatal(err)
 	}
-	for to, from := range map[string]string{"kernel": kernel, "initrd": initrd(h.t, h.cache, "6.1", false)} {
+	for to, from := range map[string]string{"kernel": kernel, "initrd": initrd(h.t, h.cache, usualKernel, false)} {
 		copyFile(h.t, filepath.Join(pool, to), from)
 	}
 	h.must("disk", "create", filepath.Join(pool, "disk"), "1MiB")

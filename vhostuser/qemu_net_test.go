@@ -198,11 +198,11 @@ func newNetGuest(t testing.TB, tun *os.File, init string) *netGuest {
 	if err != nil {
 		t.Fatal(err)
 	}
-	kernel, err := root.Vmlinuz("6.1")
+	kernel, err := root.Vmlinuz("6.1-cloud")
 	if err != nil {
 		t.Fatal(err)
 	}
-	tree, err := root.Modules("6.1")
+	tree, err := root.Modules("6.1-cloud")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -50,11 +50,11 @@ func TestQEMUGuestSurvivesKills(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	kernel, err := root.Vmlinuz("6.1")
+	kernel, err := root.Vmlinuz("6.1-cloud")
 	if err != nil {
 		t.Fatal(err)
 	}
-	tree, err := root.Modules("6.1")
+	tree, err := root.Modules("6.1-cloud")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -40,6 +40,16 @@ var toolPackages = []string{
 	"busybox-static", "syslinux", "syslinux-common", "mtools", "systemd-boot-efi",
 }
 
+// labPackages are the lab's machine where it has several processors: a newer QEMU than the one that the
+// product is tested with, which emulates nested SVM with races (package lab tells which).
+var labPackages = []string{"qemu-system-x86", "seabios"}
+
+const (
+	labSuite = "bookworm-backports"
+	// labSet is the directory they are unpacked into.
+	labSet = "lab"
+)
+
 // storePackages are XenStore's own clients, which the store's tests run; of what they depend on
 // the host has all but storeLibraries.
 var (
@@ -69,6 +79,7 @@ var Kernels = []Kernel{
 func List() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "Debian 12 (bookworm), as root, with: %s\n", strings.Join(toolPackages, " "))
+	fmt.Fprintf(&b, "the lab's machine: %s\n", labLabel())
 	fmt.Fprintf(&b, "the store's clients: %s\n", storeLabel())
 	for _, k := range Kernels {
 		fmt.Fprintf(&b, "kernel %s: %s from %s\n", k.Name, k.meta, k.suite)
@@ -119,10 +130,18 @@ func Fetch(ctx context.Context, log io.Writer) (*Root, error) {
 		return nil, err
 	}
 	if slices.Contains(missing, toolsLabel()) {
-		if err := a.unpackClosure(ctx, toolPackages, r.dir, "root", log); err != nil {
+		if err := a.unpackClosure(ctx, "", toolPackages, r.dir, "root", log); err != nil {
 			return nil, err
 		}
 		if err := stamp(r.dir, "root", toolsLabel()); err != nil {
+			return nil, err
+		}
+	}
+	if slices.Contains(missing, labLabel()) {
+		if err := a.unpackClosure(ctx, labSuite, labPackages, r.dir, labSet, log); err != nil {
+			return nil, err
+		}
+		if err := stamp(r.dir, labSet, labLabel()); err != nil {
 			return nil, err
 		}
 	}
@@ -149,6 +168,7 @@ func Fetch(ctx context.Context, log io.Writer) (*Root, error) {
 }
 
 func toolsLabel() string { return strings.Join(toolPackages, " ") }
+func labLabel() string   { return strings.Join(labPackages, " ") + " (" + labSuite + ")" }
 func storeLabel() string {
 	return strings.Join(slices.Concat(storePackages, storeLibraries), " ")
 }
@@ -174,6 +194,9 @@ func (r *Root) missing() []string {
 	var m []string
 	if !stamped(r.dir, "root", toolsLabel()) {
 		m = append(m, toolsLabel())
+	}
+	if !stamped(r.dir, labSet, labLabel()) {
+		m = append(m, labLabel())
 	}
 	if !stamped(r.dir, storeSet, storeLabel()) {
 		m = append(m, storeLabel())
@@ -365,8 +388,8 @@ func unpack(ctx context.Context, debs []string, dir, set string, log io.Writer) 
 	return os.Rename(fresh, old)
 }
 
-func (a *apt) unpackClosure(ctx context.Context, names []string, dir, set string, log io.Writer) error {
-	debs, err := a.download(ctx, "", names, func(string) bool { return true })
+func (a *apt) unpackClosure(ctx context.Context, suite string, names []string, dir, set string, log io.Writer) error {
+	debs, err := a.download(ctx, suite, names, func(string) bool { return true })
 	if err != nil {
 		return err
 	}

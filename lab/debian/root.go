@@ -39,24 +39,38 @@ func (r *Root) Scratch() (string, error) {
 }
 
 // Env is the environment that lets a program of the root find its libraries.
-func (r *Root) Env() []string {
-	return append(os.Environ(), "LD_LIBRARY_PATH="+strings.Join([]string{
-		r.Path("usr/lib/x86_64-linux-gnu"), r.Path("lib/x86_64-linux-gnu"),
-		r.Path("usr/lib/x86_64-linux-gnu/swtpm"),
-	}, ":"))
-}
+func (r *Root) Env() []string { return r.env("root") }
 
 // Command runs a program of the root, named without its directory.
 func (r *Root) Command(ctx context.Context, name string, args ...string) *exec.Cmd {
-	path := r.Path("usr/bin/" + name)
-	for _, d := range []string{"bin/", "usr/sbin/", "sbin/"} {
+	return r.command(ctx, "root", name, args)
+}
+
+// Lab runs the QEMU that the lab's machine is, with its own firmware.
+func (r *Root) Lab(ctx context.Context, args ...string) *exec.Cmd {
+	share := filepath.Join(r.dir, labSet, "usr/share")
+	args = append([]string{"-L", filepath.Join(share, "seabios"), "-L", filepath.Join(share, "qemu")}, args...)
+	return r.command(ctx, labSet, "qemu-system-x86_64", args)
+}
+
+func (r *Root) env(set string) []string {
+	var path []string
+	for _, lib := range []string{"usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu/swtpm"} {
+		path = append(path, filepath.Join(r.dir, set, lib))
+	}
+	return append(os.Environ(), "LD_LIBRARY_PATH="+strings.Join(path, ":"))
+}
+
+func (r *Root) command(ctx context.Context, set, name string, args []string) *exec.Cmd {
+	var path string
+	for _, d := range []string{"usr/bin", "bin", "usr/sbin", "sbin"} {
+		path = filepath.Join(r.dir, set, d, name)
 		if _, err := os.Stat(path); err == nil {
 			break
 		}
-		path = r.Path(d + name)
 	}
 	cmd := exec.CommandContext(ctx, path, args...)
-	cmd.Env = r.Env()
+	cmd.Env = r.env(set)
 	return cmd
 }
 
