@@ -26,6 +26,10 @@ const (
 	kvmSetSregs            = 0x4138ae84
 	kvmGetMSRs             = 0xc008ae88
 	kvmSetMSRs             = 0x4008ae89
+	kvmEnableCap           = 0x4068aea3
+	kvmGetXCRS             = 0x8188aea6
+	kvmSetXCRS             = 0x4188aea7
+	kvmSetMSRFilter        = 0x4188aec6
 	kvmSetCPUID2           = 0x4008ae90
 	kvmClockCtrl           = 0xaead
 	kvmSetDeviceAttr       = 0x4018aee1
@@ -59,6 +63,27 @@ type (
 		gsi, kind, flags, _ uint32
 		u                   [8]uint32 // MSI: address low, high, data; chip: chip, pin
 	}
+	enableCap struct {
+		id, flags uint32
+		args      [4]uint64
+		_         [64]byte
+	}
+	xcrs struct {
+		n, flags uint32
+		list     [16]struct {
+			index, _ uint32
+			value    uint64
+		}
+		_ [16]uint64
+	}
+	// msrFilter is what KVM_X86_SET_MSR_FILTER takes.
+	msrFilter struct {
+		flags, _ uint32
+		ranges   [16]struct {
+			flags, n, base, _ uint32
+			bitmap            uintptr
+		}
+	}
 	deviceAttr struct {
 		_, group   uint32 // flags
 		attr, addr uint64
@@ -91,6 +116,9 @@ const (
 	coalescedPageOffset = 2 // pages from the start of the shared mapping
 	coalescedEntrySize  = 24
 	coalescedMax        = (4096 - 8) / coalescedEntrySize
+
+	msrFilterDefaultDeny = 1
+	msrFilterReadWrite   = 1 | 2 // of a range
 
 	// vCPU attribute group and attribute (Documentation/virt/kvm/devices/vcpu.rst §4).
 	attrGroupTSC  = 0

@@ -41,6 +41,8 @@ var (
 	CoalescedMMIO    = Feature{"coalesced MMIO", 15, "2.6.28"}
 	CoalescedPIO     = Feature{"coalesced port writes", 162, "4.20"}
 	MaxVCPUs         = Feature{"number of vCPUs", 66, "3.1"}
+	MSRFilter        = Feature{"MSR filter", 189, "5.10"}
+	EmulationFailure = Feature{"exit on emulation failure", 204, "5.14"}
 )
 
 // API is the only version of the interface that exists (api.rst 4.1).

@@ -183,6 +183,15 @@ func (c *VCPU) SetSregs(s Sregs) error {
 	return c.call("KVM_SET_SREGS", kvmSetSregs, unsafe.Pointer(&s))
 }
 
+// CopyXCRs gives the vCPU the extended control registers of another one, which say what XSAVE covers.
+func (c *VCPU) CopyXCRs(from *VCPU) error {
+	var x xcrs
+	if err := from.call("KVM_GET_XCRS", kvmGetXCRS, unsafe.Pointer(&x)); err != nil {
+		return err
+	}
+	return c.call("KVM_SET_XCRS", kvmSetXCRS, unsafe.Pointer(&x))
+}
+
 // msrList is struct kvm_msrs.
 type msrList struct {
 	n, _    uint32

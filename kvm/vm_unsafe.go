@@ -87,6 +87,34 @@ func (vm *VM) SetMemory(slot uint32, flags MemoryFlags, gpa uint64, memory []byt
 	return nil
 }
 
+// ExitOnEmulationFailure makes Run come back with ExitInternalError, and nothing queued for the guest, where KVM
+// cannot carry out an instruction: among them each whose own address has no memory (api.rst 7.19,
+// KVM_CAP_EXIT_ON_EMULATION_FAILURE).
+func (vm *VM) ExitOnEmulationFailure() error {
+	c := enableCap{id: uint32(EmulationFailure.id), args: [4]uint64{1}}
+	if err := call(vm.file.Fd(), kvmEnableCap, &c); err != nil {
+		return fmt.Errorf("kvm: KVM_ENABLE_CAP(%s): %w", EmulationFailure.Name, err)
+	}
+	return nil
+}
+
+// DenyMSRs makes every access to a model-specific register by the machine's code a #GP (api.rst 4.97), but for
+// those of the x2APIC, which no filter covers.
+func (vm *VM) DenyMSRs() error {
+	// A filter that denies by default must have a range: this one denies, too.
+	bitmap := new(uint64)
+	var pin runtime.Pinner
+	pin.Pin(bitmap)
+	defer pin.Unpin()
+	f := msrFilter{flags: msrFilterDefaultDeny}
+	f.ranges[0].flags, f.ranges[0].n = msrFilterReadWrite, 1
+	f.ranges[0].bitmap = uintptr(unsafe.Pointer(bitmap))
+	if err := call(vm.file.Fd(), kvmSetMSRFilter, &f); err != nil {
+		return fmt.Errorf("kvm: KVM_X86_SET_MSR_FILTER: %w", err)
+	}
+	return nil
+}
+
 // SetPrivatePages tells where KVM may put its own four pages (api.rst 4.8, 4.9): a hole of the
 // guest's address space. Intel needs it; before the first vCPU.
 func (vm *VM) SetPrivatePages(identityMap, tss uint64) error {

@@ -68,8 +68,7 @@ const (
 
 // Memory slots.
 const (
-	slotLowRAM = iota
-	slotHighRAM
-	slotECAM
+	slotECAM = iota
 	slotTPM
+	firstRAM // and those that follow: pieces of RAM
 )

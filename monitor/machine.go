@@ -8,6 +8,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"redoubt.dev/redoubt/isolate"
 	"redoubt.dev/redoubt/kvm"
 	"redoubt.dev/redoubt/monitor/serial"
 	"redoubt.dev/redoubt/pci"
@@ -28,10 +29,14 @@ type Machine struct {
 	irqs   *interrupts
 	bus    *pci.Bus
 	serial *serial.Port
-	tpm    *crb.Device // nil: none
+	tpm    *crb.Device        // nil: none
+	fence  *isolate.Isolation // nil: none
 
 	coalesced bool       // console writes may wait in the kernel's ring
 	ring      sync.Mutex // over draining it
+
+	pieces map[piece]uint32 // RAM, and its memory slots
+	free   []uint32         // slots below the highest that was used
 
 	events [numEvents]atomic.Bool
 
@@ -50,7 +55,7 @@ type Machine struct {
 // New builds the machine and loads the kernel; no vCPU runs yet. Its errors name the part of
 // cfg that does not fit; after one, Devices that were attached are closed.
 func New(cfg Config) (m *Machine, err error) {
-	m = &Machine{cfg: cfg}
+	m = &Machine{cfg: cfg, pieces: map[piece]uint32{}}
 	m.changed = sync.NewCond(&m.mu)
 	defer func() {
 		if err != nil {
@@ -92,7 +97,10 @@ func New(cfg Config) (m *Machine, err error) {
 	if err != nil {
 		return m, err
 	}
-	return m, m.makeVCPUs(sys, entry)
+	if err := m.makeVCPUs(sys, entry); err != nil {
+		return m, err
+	}
+	return m, m.makeFence(sys)
 }
 
 func (m *Machine) check() error {
@@ -104,6 +112,8 @@ func (m *Machine) check() error {
 		return fmt.Errorf("%d vCPUs: want 1 to %d", c.VCPUs, MaxVCPUs)
 	case c.MemoryBytes < MinMemory || c.MemoryBytes > MaxMemory || c.MemoryBytes%(2<<20) != 0:
 		return fmt.Errorf("memory of %d bytes: want a multiple of 2 MiB from 128 MiB to 1 TiB", c.MemoryBytes)
+	case c.Modules != nil && (c.VCPUs > 1 || c.TPM == nil):
+		return errors.New("modules can be isolated only in a guest with one vCPU and a TPM")
 	}
 	if c.ConsoleOut == nil {
 		c.ConsoleOut = io.Discard
@@ -122,13 +132,7 @@ func (m *Machine) mapRegions() error {
 	if m.tpmRAM, err = anonymous(crb.BufferSize); err != nil {
 		return err
 	}
-	err = errors.Join(
-		m.vm.SetMemory(slotLowRAM, 0, 0, m.mem.low),
-		m.vm.SetMemory(slotECAM, kvm.ReadOnly, ecamBase, m.ecam),
-	)
-	if len(m.mem.high) > 0 {
-		err = errors.Join(err, m.vm.SetMemory(slotHighRAM, 0, highRAMBase, m.mem.high))
-	}
+	err = errors.Join(m.punch(nil), m.vm.SetMemory(slotECAM, kvm.ReadOnly, ecamBase, m.ecam))
 	if m.cfg.TPM != nil {
 		err = errors.Join(err, m.vm.SetMemory(slotTPM, 0, crb.Buffer, m.tpmRAM))
 	}
@@ -278,6 +282,9 @@ func (m *Machine) Close() error {
 	m.closed = true
 	m.mu.Unlock()
 	var errs []error
+	if m.fence != nil {
+		errs = append(errs, m.fence.Close())
+	}
 	if m.bus != nil {
 		errs = append(errs, m.bus.Close())
 	}
@@ -332,6 +339,11 @@ func (m *Machine) tpmAccessed() {
 	m.event(EventTPMAccess)
 	if m.cfg.OnTPMAccess != nil {
 		m.cfg.OnTPMAccess()
+	}
+	if m.fence != nil {
+		if err := m.fence.Plant(); err != nil { // what was to be fenced does not run without
+			m.end(Outcome{Crash, err.Error()})
+		}
 	}
 }
 

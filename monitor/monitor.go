@@ -20,6 +20,7 @@ import (
 	"io"
 	"os"
 
+	"redoubt.dev/redoubt/isolate"
 	"redoubt.dev/redoubt/pci"
 	"redoubt.dev/redoubt/vtpm/crb"
 )
@@ -51,6 +52,11 @@ type Config struct {
 	// ends the machine (Crash). If it is an io.Closer it is closed when the machine stops, so
 	// that a vCPU waiting in Execute comes back.
 	TPM crb.Transport
+	// Modules fences the kernel's modules (package isolate); nil: they are the kernel's. It needs a TPM, whose first
+	// access is when the kernel is up and no module is in, and one vCPU.
+	Modules *isolate.Modules
+	// OnModule is told what a fenced module did that was refused or noted; it must return at once.
+	OnModule func(isolate.Event)
 	// OnTPMAccess is called once, at the guest's first access to the TPM's registers.
 	OnTPMAccess func()
 	// OnEvent is told the machine's timeline. It is called from the machine's goroutines and

@@ -12,11 +12,12 @@ const (
 	areaTPM
 	areaConfig
 	areaBAR
+	areaFenced
 	areaOtherMemory
 	numAreas
 )
 
-var areaNames = [numAreas]string{"serial", "acpi", "other ports", "tpm", "pci config", "pci bars", "other memory"}
+var areaNames = [numAreas]string{"serial", "acpi", "other ports", "tpm", "pci config", "pci bars", "modules' code", "other memory"}
 
 // Stats counts what the guest cost since the start.
 type Stats struct {

@@ -88,6 +88,11 @@ func (c *vcpu) handle(reason kvm.Reason) error {
 		if err != nil {
 			return err
 		}
+		if c.m.fence != nil && x.Out {
+			if ours, err := c.m.fence.Probed(x.Port); ours || err != nil {
+				return err
+			}
+		}
 		return c.port(x)
 	case kvm.ExitMMIO:
 		return c.mmio(c.MMIO())
@@ -97,6 +102,11 @@ func (c *vcpu) handle(reason kvm.Reason) error {
 	case kvm.ExitHalt, kvm.ExitInterrupted:
 		return nil
 	case kvm.ExitInternalError, kvm.ExitFailEntry:
+		if c.m.fence != nil && reason == kvm.ExitInternalError {
+			if ours, err := c.m.fence.Fetched(); ours || err != nil {
+				return err
+			}
+		}
 		return errors.New(c.Failure())
 	}
 	return fmt.Errorf("unexpected exit %v", reason)
@@ -178,6 +188,8 @@ func (c *vcpu) mmio(x kvm.MMIO) error {
 		} else {
 			c.m.bus.Read(a, x.Data)
 		}
+	case c.m.fence != nil && c.m.fence.Touched(a, x.Data, x.Write):
+		c.areas[areaFenced].Add(1)
 	default:
 		c.areas[areaOtherMemory].Add(1)
 		if !x.Write {

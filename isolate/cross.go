@@ -1,0 +1,344 @@
+package isolate
+
+import (
+	"errors"
+	"fmt"
+	"time"
+
+	"redoubt.dev/redoubt/isolate/frames"
+	"redoubt.dev/redoubt/isolate/policy"
+	layout "redoubt.dev/redoubt/isolate/view"
+	"redoubt.dev/redoubt/kvm"
+)
+
+// flags that a module may leave changed: arithmetic, direction, interrupts, alignment check (which SMAP uses).
+const (
+	flagsOfModule = 0x40ed5
+	flagsFixed    = 1 << 1
+	flagIF        = 1 << 9
+	flagTF        = 1 << 8
+	flagNT        = 1 << 14
+	flagRF        = 1 << 16
+)
+
+// enter runs a module from where the kernel came to its code, until the kernel is to go on.
+func (i *Isolation) enter(v *view, r *kvm.Regs) error {
+	s, err := i.stackOf(r.RSP)
+	if err != nil {
+		return i.kill(v, r, r.RIP, Event{Kind: Stack, Detail: err.Error()})
+	}
+	top, err := i.bytes(r.RSP&^7, 8)
+	if err != nil {
+		return i.kill(v, r, r.RIP, Event{Kind: Stack, Detail: err.Error()})
+	}
+	name, begins := v.begins[r.RIP]
+	kind, err := v.frames.Enter(s.from, r.RIP, r.RSP, word(top), begins)
+	if err != nil {
+		return i.kill(v, r, r.RIP, Event{Kind: Entry, Address: r.RIP, Detail: err.Error()})
+	}
+	i.account(v.name, func(a *Account) {
+		if kind == frames.Call {
+			count(a.Entries, name)
+		} else if kind == frames.Resume {
+			a.Resumed++
+		}
+	})
+	if kind == frames.Return {
+		v.objects.made(s.from, r.RSP-8, r.RAX)
+	}
+	if err := i.showStack(v, s, r.RSP); err != nil {
+		return err
+	}
+	if err := i.resume(v, *r); err != nil {
+		return err
+	}
+	return i.run(v)
+}
+
+// resume makes the view go on with registers.
+func (i *Isolation) resume(v *view, r kvm.Regs) error {
+	if v.stale {
+		v.layout.SetEntry(r.RIP, r.RAX)
+		r.RIP, v.stale = layout.Entry, false
+	}
+	return v.vcpu.SetRegs(r)
+}
+
+// run runs the view until the kernel is to go on.
+func (i *Isolation) run(v *view) error {
+	if i.timer == nil {
+		i.timer = time.AfterFunc(slice, func() {})
+	}
+	for {
+		i.timer.Stop()
+		i.timer = time.AfterFunc(slice, v.vcpu.Kick)
+		reason, err := v.vcpu.Run()
+		i.timer.Stop()
+		if errors.Is(err, kvm.ErrInterrupted) {
+			v.vcpu.ClearKick()
+			done, err := i.yield(v)
+			if done || err != nil {
+				return err
+			}
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		done, err := i.exit(v, reason)
+		if done || err != nil {
+			return err
+		}
+	}
+}
+
+// exit serves one exit of a view; done: the kernel is to go on.
+func (i *Isolation) exit(v *view, reason kvm.Reason) (done bool, err error) {
+	switch reason {
+	case kvm.ExitIO:
+		x, err := v.vcpu.IO()
+		if err != nil {
+			return false, err
+		}
+		if x.Out && x.Port == layout.TrapPort && x.Size == 1 && x.Count == 1 {
+			if r, err := v.vcpu.Regs(); err != nil || inStubs(r.RIP) {
+				if err != nil {
+					return false, err
+				}
+				return i.trapped(v, r)
+			}
+		}
+		i.refused(v, Event{Kind: Device, Symbol: fmt.Sprintf("port %#x", x.Port)})
+		if !x.Out {
+			for n := range x.Data {
+				x.Data[n] = 0xff
+			}
+		}
+		return false, nil
+	case kvm.ExitMMIO:
+		return i.accessed(v, v.vcpu.MMIO())
+	case kvm.ExitInternalError, kvm.ExitHalt:
+		r, err := v.vcpu.Regs()
+		if err != nil {
+			return false, err
+		}
+		if reason == kvm.ExitHalt { // of a page of thunks, behind which the processor stands; or of the module's own
+			r.RIP--
+		}
+		if v.hasCode(r.RIP) {
+			what := Event{Kind: Opaque, Detail: "an instruction that cannot be judged"}
+			if reason == kvm.ExitHalt {
+				what.Detail = "the processor was halted"
+			}
+			return true, i.kill(v, &r, r.RIP, what)
+		}
+		return i.left(v, r)
+	case kvm.ExitShutdown, kvm.ExitFailEntry:
+		r, err := v.vcpu.Regs()
+		if err != nil {
+			return false, err
+		}
+		return true, i.kill(v, &r, 0, Event{Kind: Control, Detail: "the view's processor shut down"})
+	}
+	return false, fmt.Errorf("module %s: unexpected exit %v", v.name, reason)
+}
+
+func inStubs(rip uint64) bool {
+	return rip >= layout.Virtual && rip < layout.Virtual+layout.RWSize+layout.ROSize
+}
+
+// drain finishes the access that the last exit was for, so that the registers are what they are after it.
+func (v *view) drain() error {
+	v.vcpu.Kick()
+	_, err := v.vcpu.Run()
+	v.vcpu.ClearKick()
+	if err == nil || errors.Is(err, kvm.ErrInterrupted) {
+		return nil
+	}
+	return err
+}
+
+// yield lets the kernel go on where the module was interrupted.
+func (i *Isolation) yield(v *view) (done bool, err error) {
+	r, err := v.vcpu.Regs()
+	if err != nil {
+		return false, err
+	}
+	if inStubs(r.RIP) { // a few instructions of the monitor's
+		return false, nil
+	}
+	if !v.hasCode(r.RIP) && !i.kernel.thunks.has(r.RIP) {
+		// About to leave: it will.
+		return false, nil
+	}
+	if i.kernel.thunks.has(r.RIP) {
+		// The kernel has the same instructions there: but nobody would bring it back. A few of them remain.
+		return false, nil
+	}
+	s := v.stack
+	base, _ := v.frames.Base(s.from)
+	if err := v.frames.Interrupt(s.from, r.RIP, r.RSP); err != nil {
+		return true, i.kill(v, &r, r.RIP, Event{Kind: Stack, Detail: err.Error()})
+	}
+	return true, i.toKernel(v, r, base)
+}
+
+// left judges a module's going on at an address that is not its own.
+func (i *Isolation) left(v *view, r kvm.Regs) (done bool, err error) {
+	s := v.stack
+	base, ok := v.frames.Base(s.from)
+	if !ok || r.RSP < s.from || r.RSP > s.to-8 {
+		return true, i.kill(v, &r, 0, Event{Kind: Stack, Detail: fmt.Sprintf("the stack pointer is %#x", r.RSP)})
+	}
+	if e := i.insane(v); e != nil {
+		return true, i.kill(v, &r, 0, *e)
+	}
+	back, err := v.frames.Returns(s.from, r.RIP, r.RSP)
+	if err != nil {
+		return true, i.kill(v, &r, 0, Event{Kind: Stack, Address: r.RIP, Symbol: i.describe(r.RIP), Detail: err.Error()})
+	}
+	if back {
+		return true, i.toKernel(v, r, base)
+	}
+	ret := word(v.shown(r.RSP))
+	from := v.describe(ret)
+	names := i.called(r.RIP)
+	if len(names) == 0 {
+		return true, i.kill(v, &r, ret, Event{Kind: Call, Symbol: i.describe(r.RIP), Address: r.RIP, At: from, Detail: "no function begins there"})
+	}
+	name, allowed := i.mayCall(v, names)
+	e := Event{Kind: Call, Symbol: name, Address: r.RIP, At: from, Allowed: true}
+	switch {
+	case allowed:
+	case i.cfg.Modules.Mode == policy.Monitor:
+		i.event(v.named(e))
+	case i.cfg.Modules.Mode == policy.Learn && !policy.Never(name):
+		v.profile.LearnCall(name)
+	default:
+		e.Allowed = false
+		return true, i.kill(v, &r, ret, e)
+	}
+	if e := i.judgeArguments(v, name, &r); e != nil {
+		e.At = from
+		if i.cfg.Modules.Mode != policy.Monitor {
+			return true, i.kill(v, &r, ret, *e)
+		}
+		e.Allowed = true
+		i.event(v.named(*e))
+	}
+	if err := v.frames.Calls(s.from, r.RSP, ret, v.hasCode(ret)); err != nil {
+		return true, i.kill(v, &r, ret, Event{Kind: Stack, Symbol: name, At: from, Detail: err.Error()})
+	}
+	i.account(v.name, func(a *Account) { count(a.Calls, name) })
+	v.objects.asked(s.from, name, &r)
+	return true, i.toKernel(v, r, base)
+}
+
+// called is what the function that begins at an address is called: one of the kernel's, or of another module.
+func (i *Isolation) called(at uint64) []string {
+	if names := i.kernel.functions(at); names != nil {
+		return names
+	}
+	for _, v := range i.views {
+		if n, ok := v.begins[at]; ok {
+			return []string{n}
+		}
+	}
+	return nil
+}
+
+func (i *Isolation) mayCall(v *view, names []string) (string, bool) {
+	for _, n := range names {
+		if policy.Never(n) {
+			return n, false
+		}
+	}
+	for _, n := range names {
+		if v.profile.Allows(n) {
+			return n, true
+		}
+	}
+	return names[0], false
+}
+
+func (i *Isolation) describe(at uint64) string {
+	for _, v := range i.views {
+		if v.has(at) {
+			return v.describe(at)
+		}
+	}
+	return i.kernel.describe(at)
+}
+
+func (v *view) named(e Event) Event {
+	e.Module = v.name
+	return e
+}
+
+func (i *Isolation) refused(v *view, e Event) { i.event(v.named(e)) }
+
+// insane says which register that nothing may change was changed.
+func (i *Isolation) insane(v *view) *Event {
+	s, err := v.vcpu.Sregs()
+	if err != nil {
+		return &Event{Kind: Control, Detail: err.Error()}
+	}
+	for _, c := range []struct {
+		name     string
+		got, was uint64
+	}{
+		{"CR0", s.CR0, v.sane.CR0}, {"CR3", s.CR3, v.sane.CR3}, {"CR4", s.CR4, v.sane.CR4}, {"EFER", s.EFER, v.sane.EFER},
+		{"IDTR", s.IDT.Base, v.sane.IDT.Base}, {"IDTR's limit", uint64(s.IDT.Limit), uint64(v.sane.IDT.Limit)},
+		{"GDTR", s.GDT.Base, v.sane.GDT.Base}, {"TR", s.TR.Base, v.sane.TR.Base}, {"CS", uint64(s.CS.Selector), uint64(v.sane.CS.Selector)},
+		{"GS", s.GS.Base, v.sane.GS.Base},
+	} {
+		if c.got != c.was {
+			return &Event{Kind: Control, Symbol: c.name, Detail: fmt.Sprintf("%#x in the place of %#x", c.got, c.was)}
+		}
+	}
+	return nil
+}
+
+// toKernel makes the kernel go on with the module's registers.
+func (i *Isolation) toKernel(v *view, r kvm.Regs, base uint64) error {
+	i.writeBack(v, r.RSP, base)
+	r.RFLAGS = r.RFLAGS&flagsOfModule | flagsFixed
+	return i.cfg.Kernel.SetRegs(r)
+}
+
+// kill ends what the module was doing: the kernel finds an invalid instruction where it was, and makes an oops of that, which
+// ends the process. at is where: 0 is the function that was entered.
+func (i *Isolation) kill(v *view, r *kvm.Regs, at uint64, e Event) error {
+	if e.At == "" && at != 0 {
+		e.At = v.describe(at)
+	}
+	i.refused(v, e)
+	dead := *r
+	if v.stack != nil {
+		if base, ok := v.frames.Base(v.stack.from); ok {
+			dead.RSP = base
+			if at == 0 || !v.hasCode(at) {
+				at = 0
+				if b, err := i.bytes(base, 8); err == nil {
+					at = word(b) // its caller
+				}
+			}
+		}
+		v.frames.Drop(v.stack.from)
+	}
+	if err := v.reset(); err != nil {
+		return err
+	}
+	dead.RIP = at
+	dead.RFLAGS = dead.RFLAGS&flagsOfModule | flagsFixed
+	return i.raise(dead, invalidOpcode, 0)
+}
+
+// reset gives the view's processor its registers again.
+func (v *view) reset() error {
+	v.stale = true
+	if err := v.drain(); err != nil {
+		return err
+	}
+	return v.vcpu.SetSregs(v.sane)
+}

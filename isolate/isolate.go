@@ -1,0 +1,256 @@
+// Package isolate fences the untrusted modules of a guest's kernel, from outside and on an unmodified host (the second half
+// of system D): the module's code leaves the kernel's view of memory and runs in a view of its own, a second virtual machine
+// over the same memory, in which there is nothing but what it was granted. Every crossing between the two is judged.
+//
+// The flow:
+//
+//	the kernel loads a module ── probe (do_init_module) ──▶ load: symbols of the module, a view, its code leaves the kernel's view
+//	the kernel calls it ──────── no code there: exit ─────▶ enter: is this where a function begins? its stack is shown to the view
+//	the module runs in its view ─ touches data ───────────▶ access: its own pages are there; the kernel's can be read; else judged
+//	                            ─ calls, returns ─────────▶ leave: may it call that? did it leave the stack alone?
+//	                            ─ raises an exception ────▶ trap: the kernel's own handler gets it
+//	                            ─ a millisecond passes ───▶ the kernel's view goes on, so that its interrupts are taken
+//	the kernel frees its code ── probe (module_memfree) ──▶ unload: the pages come back
+//
+// Rule one: a view's memory slots are its only boundary. What runs there has the kernel's privilege, loads control
+// registers as it likes and no exit tells: so whatever it can write is its word, its page tables and the stack of
+// exceptions included, and each judgement is by guest-physical address, or by registers at an exit.
+//
+// Trusted is the guest's kernel as it was measured: what is read of its memory (symbols, types, where a module lies) is read
+// before any module has run, or is written by the kernel's own code in pages that no module was granted.
+//
+// Limits: one vCPU. What lies in an operations table that a module passed once is not judged again. A sub-page object that a
+// module allocated and somebody else freed stays writable to it. Extended registers (AVX) do not cross: a module that uses
+// them between kernel_fpu_begin and kernel_fpu_end calls nothing meanwhile that would miss them.
+//
+// Concurrency: an Isolation is its vCPU's. All methods but Report are called by the vCPU's goroutine, between two runs.
+package isolate
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"time"
+
+	"redoubt.dev/redoubt/introspect/paging"
+	"redoubt.dev/redoubt/isolate/policy"
+	"redoubt.dev/redoubt/isolate/probe"
+	"redoubt.dev/redoubt/kvm"
+)
+
+// slice is how long a module runs before the kernel's view has a turn: interrupts wait there.
+const slice = time.Millisecond
+
+// Bounds of what a guest can make an Isolation hold.
+const (
+	maxModules = 64
+	maxPages   = 1 << 13 // of code, of all isolated modules
+	maxObjects = 1 << 16 // that a module has allocated
+	maxGrants  = 1 << 14 // pages of the kernel's that a view has
+	maxEvents  = 256     // kept for Report
+)
+
+// Memory is the guest's RAM by guest-physical address.
+type Memory interface {
+	// Slice is n bytes at gpa, or an error where not all of it is RAM.
+	Slice(gpa, n uint64) ([]byte, error)
+}
+
+// Config is what an Isolation is made of. All of it stays the caller's.
+type Config struct {
+	System *kvm.System
+	Kernel *kvm.VCPU        // the guest's only vCPU
+	CPUID  []kvm.CPUIDEntry // the vCPU's
+	Memory Memory
+	// Punch takes pages out of the guest's own view, by guest-physical address; all others are there.
+	Punch func(pages []uint64) error
+	// Modules is what is done about modules.
+	Modules Modules
+	// OnEvent is told what was refused or noted; it must return at once.
+	OnEvent func(Event)
+}
+
+// Modules is the policy of a guest's modules.
+type Modules struct {
+	Default  Verdict
+	Trusted  []string // names of modules that are not isolated, if the kernel found their signature valid
+	Mode     policy.Mode
+	Profiles []policy.Profile
+}
+
+// Verdict is what becomes of a module.
+type Verdict string
+
+// Verdicts.
+const (
+	Isolate Verdict = "isolate"
+	Trust   Verdict = "trust"
+	Refuse  Verdict = "refuse"
+)
+
+// An Isolation is the fence around one guest's modules.
+type Isolation struct {
+	cfg    Config
+	kernel *kernel // nil before Plant
+	probes map[uint64]func(*Isolation, *kvm.Regs) error
+	views  []*view
+	text   map[uint64]*view // by page of code, virtual
+	stacks map[uint64]*stack
+	timer  *time.Timer
+
+	mu     sync.Mutex // over the rest, which Report reads
+	report Report
+}
+
+// ErrConfig says that an Isolation cannot be made of a Config.
+var ErrConfig = errors.New("isolation of modules")
+
+// New makes an Isolation. Nothing is isolated before Plant.
+func New(cfg Config) (*Isolation, error) {
+	if err := cfg.System.Require(kvm.EmulationFailure, kvm.MSRFilter, kvm.ReadOnlyMemory, kvm.ImmediateExit); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrConfig, err)
+	}
+	i := &Isolation{
+		cfg: cfg, text: map[uint64]*view{}, stacks: map[uint64]*stack{},
+		probes: map[uint64]func(*Isolation, *kvm.Regs) error{},
+	}
+	i.report.Modules = map[string]*Account{}
+	return i, nil
+}
+
+// Close gives all views up. The vCPU no longer runs.
+func (i *Isolation) Close() error {
+	var errs []error
+	for _, v := range i.views {
+		errs = append(errs, v.close())
+	}
+	i.views = nil
+	return errors.Join(errs...)
+}
+
+// Planted says whether Plant has succeeded.
+func (i *Isolation) Planted() bool { return i.kernel != nil }
+
+// Plant reads the guest's kernel from its memory and puts the probes into it. It is to be called when the kernel runs and no
+// module is in: at the guest's first access to its TPM.
+func (i *Isolation) Plant() error {
+	if i.kernel != nil {
+		return nil
+	}
+	s, err := i.cfg.Kernel.Sregs()
+	if err != nil {
+		return err
+	}
+	k, err := readKernel(i.cfg.Memory, &s)
+	if err != nil {
+		return fmt.Errorf("%w: the guest's kernel: %w", ErrConfig, err)
+	}
+	for _, p := range []struct {
+		names []string // one of them
+		do    func(*Isolation, *kvm.Regs) error
+	}{
+		{[]string{"do_init_module"}, (*Isolation).loaded},
+		{[]string{"execmem_free", "module_memfree"}, (*Isolation).freed},
+		{[]string{"flush_tlb_kernel_range"}, (*Isolation).flushed},
+	} {
+		at, err := k.plant(p.names)
+		if err != nil {
+			return fmt.Errorf("%w: %w", ErrConfig, err)
+		}
+		i.probes[at] = p.do
+	}
+	i.kernel = k
+	return nil
+}
+
+// Probed serves a write of the vCPU to a port, if it was one of the probes.
+func (i *Isolation) Probed(port uint16) (bool, error) {
+	if port != probe.Port || i.kernel == nil {
+		return false, nil
+	}
+	r, err := i.cfg.Kernel.Regs()
+	if err != nil {
+		return false, err
+	}
+	do := i.probes[r.RIP]
+	if do == nil {
+		return false, nil
+	}
+	return true, do(i, &r)
+}
+
+// Fetched serves an exit of the vCPU that KVM could not carry out an instruction of, if that was a module's.
+func (i *Isolation) Fetched() (bool, error) {
+	if len(i.text) == 0 {
+		return false, nil
+	}
+	r, err := i.cfg.Kernel.Regs()
+	if err != nil {
+		return false, err
+	}
+	v := i.text[page(r.RIP)]
+	if v == nil {
+		return false, nil
+	}
+	return true, i.enter(v, &r)
+}
+
+// Touched serves an access of the kernel's to a module's code as data: a read in p, or a write of it.
+func (i *Isolation) Touched(gpa uint64, p []byte, write bool) bool {
+	if len(i.text) == 0 {
+		return false
+	}
+	b, err := i.cfg.Memory.Slice(gpa, uint64(len(p)))
+	if err != nil {
+		return false
+	}
+	if write {
+		copy(b, p)
+	} else {
+		copy(p, b)
+	}
+	return true
+}
+
+func page(a uint64) uint64 { return a &^ (pageSize - 1) }
+
+const pageSize = 4096
+
+// reader is the guest's memory as an io.ReaderAt.
+type reader struct{ m Memory }
+
+func (r reader) ReadAt(p []byte, off int64) (int, error) {
+	b, err := r.m.Slice(uint64(off), uint64(len(p)))
+	if err != nil {
+		return 0, err
+	}
+	return copy(p, b), nil
+}
+
+var _ io.ReaderAt = reader{}
+
+// place is where an address of the kernel's half lies, or of the process that runs.
+func (i *Isolation) place(virtual uint64) (paging.Mapping, error) {
+	if virtual>>63 != 0 {
+		return i.kernel.space.Walk(virtual)
+	}
+	s, err := i.cfg.Kernel.Sregs()
+	if err != nil {
+		return paging.Mapping{}, err
+	}
+	user := paging.Space{Memory: reader{i.cfg.Memory}, Root: s.CR3, Levels: 4}
+	return user.Walk(virtual)
+}
+
+// bytes are n bytes of the kernel's memory, at an address and up to its page's end at most.
+func (i *Isolation) bytes(virtual, n uint64) ([]byte, error) {
+	m, err := i.place(virtual)
+	if err != nil {
+		return nil, err
+	}
+	if left := pageSize - virtual&(pageSize-1); n > left {
+		return nil, fmt.Errorf("%d bytes at %#x cross a page", n, virtual)
+	}
+	return i.cfg.Memory.Slice(m.Physical+virtual-m.Virtual, n)
+}

@@ -1,0 +1,215 @@
+package isolate
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	"redoubt.dev/redoubt/introspect/symbols"
+	"redoubt.dev/redoubt/kvm"
+)
+
+// notAllowed is why a write is refused that a profile could allow.
+const notAllowed = "its profile does not allow it"
+
+// judgeWrite says of which object of the kernel's n bytes at an address are, and why a module may not write them: "" where it
+// may.
+func (i *Isolation) judgeWrite(v *view, at, n uint64, seen bool) (object string, off uint64, why string) {
+	switch {
+	case !seen:
+		return "", 0, "by tables that are not the view's"
+	case i.kernel.fixed.has(at) || i.kernel.fixed.has(at+n-1):
+		return i.describe(at), 0, "the kernel's code and constants"
+	case v.has(at) && v.has(at+n-1):
+		return v.name, 0, ""
+	case i.foreign(v, at) || i.foreign(v, at+n-1):
+		return i.describe(at), 0, "another isolated module's"
+	case v.objects.has(at, n):
+		return "its own objects", 0, ""
+	}
+	object, off = i.object(at)
+	switch {
+	case object == i.kernel.counter && off >= i.kernel.counts.Offset && off+n <= i.kernel.counts.Offset+i.kernel.counts.Size:
+		return object, off, "" // preempt_disable and preempt_enable, which compilers put into modules
+	case v.profile.Writable(object, off, n):
+		return object, off, ""
+	}
+	return object, off, notAllowed
+}
+
+// object names what lies at an address: a variable of the kernel's, or of its per-CPU ones, else the page.
+func (i *Isolation) object(at uint64) (string, uint64) {
+	if s, ok := i.kernel.variable(at); ok {
+		return s.Name, at - s.Address
+	}
+	if base := i.perCPU(); at >= base && at < base+i.kernel.perCPU.to-i.kernel.perCPU.from {
+		if s, ok := i.kernel.symbols.At(i.kernel.perCPU.from + at - base); ok {
+			return s.Name, i.kernel.perCPU.from + at - base - s.Address
+		}
+	}
+	return "heap", at & (pageSize - 1)
+}
+
+// perCPU is where the vCPU's copy of the per-CPU variables lies: what the kernel's GS points to.
+func (i *Isolation) perCPU() uint64 {
+	for _, v := range i.views {
+		return v.sane.GS.Base
+	}
+	return 0
+}
+
+func (k *kernel) variable(at uint64) (symbols.Symbol, bool) {
+	if at < k.fixed.to || at >= k.end {
+		return symbols.Symbol{}, false
+	}
+	return k.symbols.At(at)
+}
+
+// A writer is a function that writes memory for its caller: which argument says where, and which how much.
+type writer struct{ to, size int }
+
+// writers of the kernel's that modules may be allowed to call, with what they write judged at the call.
+var writers = map[string]writer{
+	"memcpy": {0, 2}, "__memcpy": {0, 2}, "memmove": {0, 2}, "__memmove": {0, 2}, "memset": {0, 2}, "__memset": {0, 2},
+	"strncpy": {0, 2}, "strlcpy": {0, 2}, "strscpy": {0, 2}, "strscpy_pad": {0, 2}, "snprintf": {0, 1}, "scnprintf": {0, 1}, "vsnprintf": {0, 1},
+	"strcpy": {0, -1}, "strcat": {0, -1}, "sprintf": {0, -1}, "_copy_from_user": {0, 2}, "__copy_user_nocache": {0, 2},
+	"copy_user_generic_unrolled": {0, 2}, "copy_from_kernel_nofault": {0, 2}, "get_random_bytes": {0, 1}, "memcpy_fromio": {0, 2},
+	"memzero_explicit": {0, 1}, "__copy_from_user_inatomic_nocache": {0, 2}, "copy_mc_to_kernel": {0, 2}, "hex2bin": {0, 2},
+}
+
+func argument(r *kvm.Regs, n int) uint64 {
+	return [...]uint64{r.RDI, r.RSI, r.RDX, r.RCX, r.R8, r.R9}[n]
+}
+
+// judgeArguments judges what a function of the kernel's would write for the module.
+func (i *Isolation) judgeArguments(v *view, name string, r *kvm.Regs) *Event {
+	w, ok := writers[name]
+	if !ok {
+		return nil
+	}
+	to, n := argument(r, w.to), uint64(1)
+	if w.size >= 0 {
+		n = argument(r, w.size)
+	}
+	if n == 0 {
+		return nil
+	}
+	if to+n < to {
+		return &Event{Kind: WriteData, Address: to, Symbol: i.describe(to), Detail: fmt.Sprintf("%d bytes by %s", n, name)}
+	}
+	if base, ok := v.frames.Base(v.stack.from); ok && to >= v.stack.from && to+n <= base {
+		return nil // its own frames
+	}
+	if v.stack.has(to) && to+n <= v.stack.to { // of its callers': what they gave it the address of
+		for at := to &^ 7; at < to+n; at += 8 {
+			if i.leadsToCode(word(v.stack.word(at))) {
+				return &Event{Kind: Stack, Address: at, Detail: "a return address of the kernel's, by " + name}
+			}
+		}
+		return nil
+	}
+	if object, off, why := i.judgeWrite(v, to, n, true); why != "" {
+		return &Event{Kind: WriteData, Address: to, Symbol: object, Detail: fmt.Sprintf("%d bytes at %#x by %s: %s", n, off, name, why)}
+	}
+	return nil
+}
+
+// An object is memory that a module has allocated.
+type object struct{ at, size uint64 }
+
+// objects are a module's, by address.
+type objects struct {
+	all     []object
+	pending map[[2]uint64]uint64 // sizes that were asked for, by stack and where the return address lies
+}
+
+// An allocator is a function that gives its caller memory: which argument says how much.
+type allocator struct {
+	size  int
+	pages bool // the argument is an order
+}
+
+var allocators = map[string]allocator{
+	"__kmalloc": {0, false}, "__kmalloc_node": {0, false}, "kmalloc_trace": {2, false}, "kmalloc_node_trace": {3, false}, "kmem_cache_alloc_trace": {2, false},
+	"kmalloc_large": {0, false}, "kmalloc_large_node": {0, false}, "__kmalloc_node_track_caller": {0, false}, "kvmalloc_node": {0, false},
+	"vmalloc": {0, false}, "vzalloc": {0, false}, "vmalloc_node": {0, false}, "vzalloc_node": {0, false}, "__vmalloc": {0, false},
+	"__get_free_pages": {1, true}, "get_zeroed_page": {-1, true}, "devm_kmalloc": {1, false},
+	"__kmalloc_cache": {2, false}, "__kmalloc_cache_node": {3, false}, "__kmalloc_large": {0, false}, "__kvmalloc_node": {0, false},
+}
+
+var deallocators = map[string]int{"kfree": 0, "kvfree": 0, "vfree": 0, "kfree_sensitive": 0, "kmem_cache_free": 1, "free_pages": 0, "devm_kfree": 1}
+
+// asked notes a call of the module's that allocates or frees.
+func (o *objects) asked(stack uint64, name string, r *kvm.Regs) {
+	name = strings.TrimSuffix(name, "_noprof")
+	if n, ok := deallocators[name]; ok {
+		if k, found := o.find(argument(r, n)); found {
+			o.all = slices.Delete(o.all, k, k+1)
+		}
+		return
+	}
+	a, ok := allocators[name]
+	if !ok || len(o.pending) >= maxObjects {
+		return
+	}
+	size := uint64(0)
+	if a.size >= 0 {
+		size = argument(r, a.size)
+	}
+	if a.pages {
+		size = pageSize << min(size, 10)
+	}
+	if o.pending == nil {
+		o.pending = map[[2]uint64]uint64{}
+	}
+	o.pending[[2]uint64{stack, r.RSP}] = size
+}
+
+// made notes what a call returned.
+func (o *objects) made(stack, slot, at uint64) {
+	key := [2]uint64{stack, slot}
+	size, ok := o.pending[key]
+	if !ok {
+		return
+	}
+	delete(o.pending, key)
+	const errors = ^uint64(4095)
+	if at <= 16 || at >= errors || size == 0 || at+size < at || len(o.all) >= maxObjects { // ZERO_SIZE_PTR, ERR_PTR
+		return
+	}
+	k, found := o.find(at)
+	if found {
+		o.all[k].size = size
+		return
+	}
+	o.all = slices.Insert(o.all, k, object{at, size})
+}
+
+// find is where an object that begins at an address is, or would be.
+func (o *objects) find(at uint64) (int, bool) {
+	return slices.BinarySearchFunc(o.all, at, func(x object, at uint64) int {
+		switch {
+		case x.at < at:
+			return -1
+		case x.at > at:
+			return 1
+		}
+		return 0
+	})
+}
+
+// has says whether n bytes are of one object.
+func (o *objects) has(at, n uint64) bool {
+	k, found := o.find(at)
+	if !found {
+		if k == 0 {
+			return false
+		}
+		k--
+	}
+	x := o.all[k]
+	return at-x.at < x.size && n <= x.size-(at-x.at)
+}
+
+// whole says whether a page is.
+func (o *objects) whole(at uint64) bool { return o.has(at, pageSize) }

@@ -1,0 +1,557 @@
+package isolate
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"slices"
+
+	"golang.org/x/sys/unix"
+
+	"redoubt.dev/redoubt/isolate/frames"
+	"redoubt.dev/redoubt/isolate/policy"
+	layout "redoubt.dev/redoubt/isolate/view"
+	"redoubt.dev/redoubt/kvm"
+)
+
+// view is one isolated module and the machine that it runs in.
+type view struct {
+	name    string
+	profile *policy.Profile
+	regions []region
+	begins  map[uint64]string // functions, by address
+
+	vm     *kvm.VM
+	vcpu   *kvm.VCPU
+	layout *layout.View
+	memory [2][]byte // the layout's
+	sane   kvm.Sregs // the registers that nothing may change
+
+	slots  map[uint64]uint32 // pages of the guest's that the view has, by guest-physical address
+	seen   map[uint64]uint64 // where they were mapped last
+	next   uint32
+	frames frames.Frames
+	stack  *stack // that is mapped
+	stale  bool   // what the processor has kept of its tables is to be dropped
+
+	objects objects
+}
+
+// region is a part of a module's memory.
+type region struct {
+	span
+	code span // within it
+}
+
+// Slots of a view's machine.
+const (
+	slotRW = iota
+	slotRO
+	firstGrant
+
+	maxSlots = 32_000 // of KVM's
+)
+
+// loaded is called where the kernel is about to run a module's first function: do_init_module(mod).
+func (i *Isolation) loaded(r *kvm.Regs) error {
+	m := r.RDI
+	name, err := i.text256(m + i.kernel.module.name.Offset)
+	if err != nil {
+		return i.refuseLoad(m, "?", err.Error())
+	}
+	verdict := i.cfg.Modules.Default
+	if f := i.kernel.module.signed; f.Size == 1 && slices.Contains(i.cfg.Modules.Trusted, name) {
+		if b, err := i.bytes(m+f.Offset, 1); err == nil && b[0] == 1 {
+			verdict = Trust
+		}
+	}
+	switch verdict {
+	case Trust:
+		i.account(name, func(a *Account) { *a = *fresh(Trust, 0) })
+		i.event(Event{Kind: Loaded, Module: name, Detail: "trusted", Allowed: true})
+		return nil
+	case Refuse:
+		return i.refuseLoad(m, name, "the policy refuses it")
+	}
+	v, err := i.isolate(m, name)
+	if err != nil { // fail closed: what cannot be fenced does not run
+		return i.refuseLoad(m, name, err.Error())
+	}
+	pages := 0
+	for _, r := range v.regions {
+		pages += int(pagesOf(r.code) / pageSize)
+	}
+	i.account(name, func(a *Account) { *a = *fresh(Isolate, pages) })
+	i.event(Event{Kind: Loaded, Module: name, Detail: fmt.Sprintf("isolated: %d pages of code", pages), Allowed: true})
+	return nil
+}
+
+func fresh(v Verdict, pages int) *Account {
+	return &Account{Verdict: v, Pages: pages, Entries: map[string]uint64{}, Calls: map[string]uint64{}, Writes: map[string]uint64{}}
+}
+
+// refuseLoad makes the kernel give a module up: its first function becomes one that only fails.
+func (i *Isolation) refuseLoad(m uint64, name, why string) error {
+	b, err := i.bytes(m+i.kernel.module.init.Offset, 8)
+	if err != nil {
+		return fmt.Errorf("module %s: cannot be refused (%s): %w", name, why, err)
+	}
+	binary.LittleEndian.PutUint64(b, i.kernel.refusal)
+	i.account(name, func(a *Account) { *a = *fresh(Refuse, 0) })
+	i.event(Event{Kind: Loaded, Module: name, Detail: "refused: " + why})
+	return nil
+}
+
+// text256 reads a text that ends with a zero within 256 bytes.
+func (i *Isolation) text256(at uint64) (string, error) {
+	var out []byte
+	for len(out) < 256 {
+		b, err := i.bytes(at+uint64(len(out)), min(16, pageSize-(at+uint64(len(out)))&(pageSize-1)))
+		if err != nil {
+			return "", err
+		}
+		if n := bytes.IndexByte(b, 0); n >= 0 {
+			return string(append(out, b[:n]...)), nil
+		}
+		out = append(out, b...)
+	}
+	return "", fmt.Errorf("a text at %#x has no end", at)
+}
+
+func pagesOf(s span) uint64 {
+	if s.to <= s.from {
+		return 0
+	}
+	return page(s.to+pageSize-1) - page(s.from)
+}
+
+// isolate makes a view of a module and takes its code out of the kernel's.
+func (i *Isolation) isolate(m uint64, name string) (v *view, err error) {
+	if len(i.views) >= maxModules {
+		return nil, fmt.Errorf("%d modules are isolated already", maxModules)
+	}
+	v = &view{name: name, slots: map[uint64]uint32{}, seen: map[uint64]uint64{}, next: firstGrant, begins: map[uint64]string{}}
+	v.profile = i.profile(name)
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, v.close())
+		}
+	}()
+	if v.regions, err = i.regions(m); err != nil {
+		return nil, err
+	}
+	if err := i.functions(m, v); err != nil {
+		return nil, err
+	}
+	if err := i.machine(v); err != nil {
+		return nil, err
+	}
+	total := len(i.text)
+	for _, r := range v.regions {
+		for at := page(r.code.from); at < r.code.to; at += pageSize {
+			if total++; total > maxPages {
+				return nil, fmt.Errorf("more than %d pages of code", maxPages)
+			}
+			p, err := i.place(at)
+			if err != nil {
+				return nil, err
+			}
+			gpa := p.Physical + at - p.Virtual
+			if err := i.grant(v, gpa, kvm.ReadOnly); err != nil {
+				return nil, err
+			}
+			if err := v.layout.Map(at, gpa, layout.Execute); err != nil {
+				return nil, err
+			}
+			v.seen[gpa] = at
+			i.text[at] = v
+		}
+	}
+	i.views = append(i.views, v)
+	return v, i.punch()
+}
+
+// profile is a copy of a module's, to be learnt into.
+func (i *Isolation) profile(name string) *policy.Profile {
+	for _, p := range i.cfg.Modules.Profiles {
+		if p.Module == name {
+			p.Calls, p.Writes = slices.Clone(p.Calls), slices.Clone(p.Writes)
+			return &p
+		}
+	}
+	return &policy.Profile{Module: name}
+}
+
+// regions reads where a module's memory lies.
+func (i *Isolation) regions(m uint64) ([]region, error) {
+	var all []region
+	var err error
+	read := func(at, n uint64) uint64 {
+		b, berr := i.bytes(at, n)
+		if berr != nil {
+			err = errors.Join(err, berr)
+			return 0
+		}
+		if n == 4 {
+			return uint64(binary.LittleEndian.Uint32(b))
+		}
+		return word(b)
+	}
+	for _, f := range i.kernel.module.regions {
+		base, size := read(m+f.base.Offset, 8), read(m+f.size.Offset, 4)
+		if err != nil {
+			return nil, err
+		}
+		if base == 0 || size == 0 {
+			continue
+		}
+		r := region{span: span{base, base + size}}
+		switch {
+		case f.code:
+			r.code = r.span
+		case f.text.Size > 0:
+			r.code = span{base, base + read(m+f.text.Offset, 4)}
+		}
+		if base < firstText || r.to < r.from || r.to-r.from > maxPages*pageSize || r.code.to > page(r.to+pageSize-1) {
+			return nil, fmt.Errorf("its memory is said to lie from %#x to %#x", r.from, r.to)
+		}
+		all = append(all, r)
+	}
+	return all, err
+}
+
+// maxSymbols bounds a module's.
+const maxSymbols = 1 << 16
+
+// functions reads a module's symbols, of which the kernel has all while it is loaded.
+func (i *Isolation) functions(m uint64, v *view) error {
+	f := i.kernel.module
+	b, err := i.bytes(m+f.kallsyms.Offset, 8)
+	if err != nil {
+		return err
+	}
+	at := word(b)
+	var where [3]uint64
+	for n, member := range []uint64{f.symtab.Offset, f.symbols.Offset, f.strtab.Offset} {
+		b, err := i.bytes(at+member, 8)
+		if err != nil {
+			return fmt.Errorf("its symbols: %w", err)
+		}
+		where[n] = word(b)
+	}
+	n := where[1] & 0xffffffff
+	if n > maxSymbols {
+		return fmt.Errorf("%d symbols, at most %d", n, maxSymbols)
+	}
+	const size = 24 // Elf64_Sym
+	for s := range n {
+		var sym [size]byte
+		for off := uint64(0); off < size; off += 8 { // an entry may cross a page, a word of it may not
+			b, err := i.bytes(where[0]+s*size+off, 8)
+			if err != nil {
+				return fmt.Errorf("symbol %d: %w", s, err)
+			}
+			copy(sym[off:], b)
+		}
+		value := word(sym[8:])
+		const function = 2
+		if sym[4]&0xf != function || !v.hasCode(value) {
+			continue
+		}
+		name, err := i.text256(where[2] + uint64(binary.LittleEndian.Uint32(sym[:])))
+		if err != nil {
+			return fmt.Errorf("symbol %d: %w", s, err)
+		}
+		v.begins[value] = name
+	}
+	return nil
+}
+
+func (v *view) hasCode(a uint64) bool {
+	for _, r := range v.regions {
+		if r.code.has(a) {
+			return true
+		}
+	}
+	return false
+}
+
+func (v *view) has(a uint64) bool {
+	for _, r := range v.regions {
+		if a >= page(r.from) && a < page(r.to+pageSize-1) {
+			return true
+		}
+	}
+	return false
+}
+
+// describe names an address of the module's.
+func (v *view) describe(at uint64) string {
+	var from uint64
+	var name string
+	for a, n := range v.begins {
+		if a <= at && a > from {
+			from, name = a, n
+		}
+	}
+	switch {
+	case name == "" || !v.hasCode(at):
+		return fmt.Sprintf("%#x [%s]", at, v.name)
+	case from == at:
+		return fmt.Sprintf("%s [%s]", name, v.name)
+	}
+	return fmt.Sprintf("%s+%#x [%s]", name, at-from, v.name)
+}
+
+// machine makes the virtual machine that a module runs in.
+func (i *Isolation) machine(v *view) (err error) {
+	if v.vm, err = i.cfg.System.CreateVM(); err != nil {
+		return err
+	}
+	for n, size := range []int{layout.RWSize, layout.ROSize} {
+		if v.memory[n], err = unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_ANONYMOUS); err != nil {
+			return fmt.Errorf("the view's memory: %w", err)
+		}
+	}
+	if v.layout, err = layout.New(v.memory[0], v.memory[1]); err != nil {
+		return err
+	}
+	err = errors.Join(
+		v.vm.SetPrivatePages(0xfeff_c000, 0xfeff_d000), // as the guest's own machine
+		v.vm.ExitOnEmulationFailure(),
+		v.vm.DenyMSRs(),
+		v.vm.SetMemory(slotRW, 0, layout.Physical, v.memory[0]),
+		v.vm.SetMemory(slotRO, kvm.ReadOnly, layout.ROPhysical, v.memory[1]),
+	)
+	if err != nil {
+		return err
+	}
+	if v.vcpu, err = v.vm.CreateVCPU(0); err != nil {
+		return err
+	}
+	v.vcpu.Lock()
+	if err := v.vcpu.SetCPUID(i.cfg.CPUID); err != nil {
+		return err
+	}
+	s, err := i.cfg.Kernel.Sregs()
+	if err != nil {
+		return err
+	}
+	s.CR3 = v.layout.Root()
+	s.CR4 &^= 1 << 17 // PCIDE: each entry may drop all translations by loading CR3
+	s.GDT = kvm.Table{Base: layout.GDTBase, Limit: layout.GDTLimit}
+	s.IDT = kvm.Table{Base: layout.IDTBase, Limit: layout.IDTLimit}
+	s.TR.Base, s.TR.Limit = layout.TSSBase, layout.TSSLimit
+	s.InterruptBitmap = [4]uint64{}
+	if err := v.vcpu.CopyXCRs(i.cfg.Kernel); err != nil {
+		return err
+	}
+	if err := v.vcpu.SetSregs(s); err != nil {
+		return err
+	}
+	if v.sane, err = v.vcpu.Sregs(); err != nil {
+		return err
+	}
+	return i.copyThunks(v)
+}
+
+// copyThunks gives the view the kernel's thunks at their own addresses, and nothing else of the pages that they are on:
+// what else a module calls there ends in a halt.
+func (i *Isolation) copyThunks(v *view) error {
+	t := i.kernel.thunks
+	n := 0
+	for at := page(t.from); at < t.to; at += pageSize {
+		if n == layout.MaxThunks {
+			return fmt.Errorf("the kernel's thunks take more than %d pages", n)
+		}
+		from, err := i.bytes(at, pageSize)
+		if err != nil {
+			return err
+		}
+		to, gpa := v.layout.Thunk(n)
+		for k := range to {
+			to[k] = halt
+			if t.has(at + uint64(k)) {
+				to[k] = from[k]
+			}
+		}
+		if err := v.layout.Map(at, gpa, layout.Execute); err != nil {
+			return err
+		}
+		n++
+	}
+	return nil
+}
+
+const halt = 0xf4
+
+// grant gives a view a page of the guest's.
+func (i *Isolation) grant(v *view, gpa uint64, flags kvm.MemoryFlags) error {
+	b, err := i.cfg.Memory.Slice(gpa, pageSize)
+	if err != nil {
+		return err
+	}
+	slot, ok := v.slots[gpa]
+	if ok {
+		if err := v.vm.SetMemory(slot, 0, gpa, nil); err != nil {
+			return err
+		}
+	} else {
+		if len(v.slots) >= maxGrants || v.next >= maxSlots {
+			return fmt.Errorf("the view has %d pages already", len(v.slots))
+		}
+		slot = v.next
+		v.next++
+	}
+	if err := v.vm.SetMemory(slot, flags, gpa, b); err != nil {
+		return err
+	}
+	v.slots[gpa] = slot
+	return nil
+}
+
+// revoke takes a page from a view.
+func (v *view) revoke(gpa uint64) error {
+	at, seen := v.seen[gpa]
+	if seen {
+		v.layout.Unmap(at)
+		delete(v.seen, gpa)
+		v.stale = true
+	}
+	slot, ok := v.slots[gpa]
+	if !ok {
+		return nil
+	}
+	delete(v.slots, gpa)
+	return v.vm.SetMemory(slot, 0, gpa, nil)
+}
+
+// punch takes the code of all views out of the kernel's.
+func (i *Isolation) punch() error {
+	var pages []uint64
+	for at := range i.text {
+		p, err := i.place(at)
+		if err != nil {
+			return err
+		}
+		pages = append(pages, p.Physical+at-p.Virtual)
+	}
+	slices.Sort(pages)
+	return i.cfg.Punch(pages)
+}
+
+// freed is called where the kernel is about to free memory of modules: module_memfree(region).
+func (i *Isolation) freed(r *kvm.Regs) error {
+	for n, v := range i.views {
+		k := slices.IndexFunc(v.regions, func(g region) bool { return g.from == r.RDI })
+		if k < 0 {
+			continue
+		}
+		g := v.regions[k]
+		v.regions = slices.Delete(v.regions, k, k+1)
+		for at := page(g.from); at < g.to; at += pageSize {
+			delete(i.text, at)
+			v.layout.Unmap(at)
+		}
+		if err := i.punch(); err != nil {
+			return err
+		}
+		if len(v.regions) == 0 {
+			i.views = slices.Delete(i.views, n, n+1)
+			i.account(v.name, func(a *Account) { a.Unloaded = true })
+			i.event(Event{Kind: Unloaded, Module: v.name, Allowed: true})
+			return v.close()
+		}
+		return i.forget(v)
+	}
+	return nil
+}
+
+// flushed is called where the kernel is about to drop translations of its own, flush_tlb_kernel_range(from, to): what the
+// views have of them goes, too.
+func (i *Isolation) flushed(r *kvm.Regs) error {
+	gone := span{page(r.RDI), r.RSI}
+	for base, s := range i.stacks {
+		if s.from < gone.to && gone.from < s.to {
+			delete(i.stacks, base)
+		}
+	}
+	for _, v := range i.views {
+		if v.stack != nil && v.stack.from < gone.to && gone.from < v.stack.to {
+			v.unmapStack()
+		}
+		for gpa, at := range v.seen {
+			if !gone.has(at) || i.text[at] == v {
+				continue
+			}
+			if err := v.revoke(gpa); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// forget takes everything from a view but its own, its code and its stack.
+func (i *Isolation) forget(v *view) error {
+	if err := v.layout.Clear(); err != nil {
+		return err
+	}
+	v.stale = true
+	if s := v.stack; s != nil { // its contents stay
+		for n := range s.pages {
+			_, gpa := v.layout.Stack(n)
+			if err := v.layout.Map(s.from+uint64(n)*pageSize, gpa, layout.Write); err != nil {
+				return err
+			}
+		}
+	}
+	code := map[uint64]bool{}
+	for _, r := range v.regions {
+		for at := page(r.code.from); at < r.code.to; at += pageSize {
+			p, err := i.place(at)
+			if err != nil {
+				return err
+			}
+			gpa := p.Physical + at - p.Virtual
+			code[gpa] = true
+			if err := v.layout.Map(at, gpa, layout.Execute); err != nil {
+				return err
+			}
+		}
+	}
+	for gpa, slot := range v.slots {
+		if code[gpa] {
+			continue
+		}
+		if err := v.vm.SetMemory(slot, 0, gpa, nil); err != nil {
+			return err
+		}
+		delete(v.slots, gpa)
+		delete(v.seen, gpa)
+	}
+	v.next = firstGrant
+	for _, slot := range v.slots {
+		v.next = max(v.next, slot+1)
+	}
+	return i.copyThunks(v)
+}
+
+func (v *view) close() error {
+	var errs []error
+	if v.vcpu != nil {
+		v.vcpu.Unlock()
+		errs = append(errs, v.vcpu.Close())
+	}
+	if v.vm != nil {
+		errs = append(errs, v.vm.Close())
+	}
+	for n, m := range v.memory {
+		if m != nil {
+			errs = append(errs, unix.Munmap(m))
+			v.memory[n] = nil
+		}
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,128 @@
+package isolate
+
+import (
+	"encoding/binary"
+	"fmt"
+
+	layout "redoubt.dev/redoubt/isolate/view"
+)
+
+// stack is one of the kernel's: of a process, of interrupts.
+type stack struct {
+	span
+	pages [][]byte // the guest's memory, lowest first
+}
+
+// stackOf finds the stack that an address is on: the pages around it that are mapped one after another, where there are as many
+// as a stack has at most; else the aligned ones.
+func (i *Isolation) stackOf(sp uint64) (*stack, error) {
+	const most = layout.StackPages
+	at := page(sp - 1)
+	for base := at; base+most*pageSize > at && base != 0; base -= pageSize { // one that was found before
+		if s := i.stacks[base]; s != nil && s.has(sp-1) {
+			return s, nil
+		}
+	}
+	mapped := func(a uint64) bool {
+		m, err := i.place(a)
+		return err == nil && m.Writable && !m.User
+	}
+	if sp>>63 == 0 || !mapped(at) {
+		return nil, fmt.Errorf("the stack pointer is %#x", sp)
+	}
+	first, last := at, at
+	for n := 1; n <= most && mapped(first-pageSize); n++ {
+		first -= pageSize
+	}
+	for n := 1; n <= most && mapped(last+pageSize); n++ {
+		last += pageSize
+	}
+	if last-first >= most*pageSize { // no guard pages: the kernel aligns its stacks to their size
+		first = at &^ (most*pageSize - 1)
+		last = first + (most-1)*pageSize
+	}
+	s := &stack{span: span{first, last + pageSize}}
+	for a := first; a <= last; a += pageSize {
+		b, err := i.bytes(a, pageSize)
+		if err != nil {
+			return nil, err
+		}
+		s.pages = append(s.pages, b)
+	}
+	if len(i.stacks) >= 1<<12 {
+		clear(i.stacks)
+	}
+	i.stacks[s.from] = s
+	return s, nil
+}
+
+// word is 8 bytes of the kernel's own stack.
+func (s *stack) word(at uint64) []byte {
+	off := at - s.from
+	return s.pages[off/pageSize][off%pageSize&^7:][:8]
+}
+
+// shown is 8 bytes of the stack as the module sees it.
+func (v *view) shown(at uint64) []byte {
+	off := at - v.stack.from
+	p, _ := v.layout.Stack(int(off / pageSize))
+	return p[off%pageSize&^7:][:8]
+}
+
+func (v *view) unmapStack() {
+	for a := v.stack.from; a < v.stack.to; a += pageSize {
+		v.layout.Unmap(a)
+	}
+	v.stack, v.stale = nil, true
+}
+
+// showStack gives the view a stack, as it is from the stack pointer up. What lies below is the module's own.
+func (i *Isolation) showStack(v *view, s *stack, sp uint64) error {
+	if v.stack != s {
+		if v.stack != nil {
+			v.unmapStack()
+		}
+		for n := range s.pages {
+			_, gpa := v.layout.Stack(n)
+			at := s.from + uint64(n)*pageSize
+			if err := i.mapPage(v, at, gpa, layout.Write); err != nil {
+				return err
+			}
+		}
+		v.stack, v.stale = s, true
+	}
+	for n, from := range s.pages {
+		begin := s.from + uint64(n)*pageSize
+		if sp >= begin+pageSize {
+			continue
+		}
+		to, _ := v.layout.Stack(n)
+		off := max(sp, begin) - begin
+		copy(to[off:], from[off:])
+	}
+	return nil
+}
+
+// writeBack brings what the module left on its stack to the kernel's: from the stack pointer to base all of it, above that
+// each word that it changed. But a word of the kernel's that leads into code never changes: the return addresses of what
+// called the module stay.
+func (i *Isolation) writeBack(v *view, sp, base uint64) {
+	s := v.stack
+	for at := max(sp&^7, s.from); at < s.to; at += 8 {
+		mine, theirs := v.shown(at), s.word(at)
+		now, was := binary.LittleEndian.Uint64(mine), binary.LittleEndian.Uint64(theirs)
+		if now == was {
+			continue
+		}
+		if at >= base && i.leadsToCode(was) {
+			i.refused(v, Event{Kind: Stack, Address: at, Symbol: i.describe(was), Detail: fmt.Sprintf("a return address of the kernel's was changed to %#x", now)})
+			continue
+		}
+		copy(theirs, mine)
+	}
+}
+
+// leadsToCode says whether a word is an address of the kernel's code or where modules have theirs.
+func (i *Isolation) leadsToCode(w uint64) bool {
+	return i.kernel.text.has(w) || w >= 0xffffffffc0000000 && w < 0xffffffffff000000
+}
