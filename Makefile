@@ -39,7 +39,7 @@ unit: fetch build
 	REDOUBT_LAB_LATER=1 $(GO) test -timeout 40m ./...
 
 lab-tests: fetch build guest
-	$(LAB) test -timeout 45m $(KVM)
+	$(LAB) test -timeout 60m $(KVM)
 
 test: fetch lint unit lab-tests
 

@@ -34,7 +34,7 @@ func Dial(socket string) redoubtv1connect.GuestServiceClient {
 var repeatable = []string{
 	redoubtv1connect.GuestServiceListProcedure, redoubtv1connect.GuestServiceGetProcedure, redoubtv1connect.GuestServiceStopProcedure,
 	redoubtv1connect.GuestServiceQuoteProcedure, redoubtv1connect.GuestServiceActivateCredentialProcedure,
-	redoubtv1connect.GuestServiceInspectProcedure,
+	redoubtv1connect.GuestServiceInspectProcedure, redoubtv1connect.GuestServiceModulesProcedure,
 }
 
 // maxTries are made of one call: services that die more often are sick.

@@ -116,7 +116,7 @@ func (a *app) root() *cobra.Command {
 	f.BoolVar(&a.json, "json", false, "print JSON")
 	root.AddCommand(a.upCommand(), a.downCommand(), a.doctorCommand(), a.servicesCommand(), a.resetCommand(), a.runCommand(), a.psCommand(),
 		a.showCommand(), a.consoleCommand(), a.logsCommand(), a.stopCommand(), a.rmCommand(),
-		a.attestCommand(), a.inspectCommand(), a.eventsCommand(), a.diskCommand(), a.auditCommand(), a.tenantCommand())
+		a.attestCommand(), a.inspectCommand(), a.modulesCommand(), a.eventsCommand(), a.diskCommand(), a.auditCommand(), a.tenantCommand())
 	return root
 }
 

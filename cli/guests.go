@@ -25,6 +25,8 @@ func (a *app) runCommand() *cobra.Command {
 	var g spec.Guest
 	var emulator, memory, firmware string
 	var disks, nics []string
+	var modules spec.Modules
+	var verdict, mode string
 	var wait bool
 	var req v1.RunRequest
 	var delay, poll time.Duration
@@ -41,6 +43,7 @@ The spec's schema is docs/guest.schema.json.`,
   redoubt run --name web-1 --kernel /boot/vmlinuz --initrd /boot/initrd.img --cmdline "console=ttyS0 root=/dev/vda1" --disk web-1.img
   redoubt run --name web-2 --kernel vmlinuz --disk path=web-2.img,base=debian.img
   redoubt run --name web-2 --kernel vmlinuz --initrd initrd.img --nic vlan=10,address=192.0.2.2
+  redoubt run --name web-3 --kernel vmlinuz --initrd initrd.img --modules isolate --modules-mode learn
   redoubt run web-1 --wait`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
@@ -66,6 +69,12 @@ The spec's schema is docs/guest.schema.json.`,
 				}
 				g.Memory = m
 			}
+			modules.Default, modules.Mode = spec.Verdict(verdict), spec.ModuleMode(mode)
+			for _, name := range []string{"modules", "modules-mode", "modules-trusted", "modules-profile"} {
+				if c.Flags().Changed(name) { // also to nothing, which is the default
+					g.Modules = &modules
+				}
+			}
 			req.UnsafeVtpmDelayMs, req.UnsafePollMs = uint32(delay.Milliseconds()), uint32(poll.Milliseconds())
 			if err := a.fillRequest(&req, args, &g); err != nil {
 				return err
@@ -84,6 +93,10 @@ The spec's schema is docs/guest.schema.json.`,
 	f.StringVar(&firmware, "firmware", "", "seabios or ovmf: boot the first disk through firmware")
 	f.StringArrayVar(&disks, "disk", nil, "raw image, PATH or PATH:ro; or an overlay, path=PATH,base=PATH[,ro] (repeatable)")
 	f.StringArrayVar(&nics, "nic", nil, "network device, such as vlan=10,mac=02:00:00:00:00:01,address=192.0.2.1 (repeatable; each part may be left out, address repeated)")
+	f.StringVar(&verdict, "modules", "", "isolate the kernel's modules: isolate, trust or refuse those that are not trusted")
+	f.StringVar(&mode, "modules-mode", "", "what is done about what a module's profile does not allow: monitor, learn or enforce")
+	f.StringSliceVar(&modules.Trusted, "modules-trusted", nil, "modules that are not isolated if their signature is valid, by name")
+	f.StringVar(&modules.Profile, "modules-profile", "", "file with what isolated modules may do, as redoubt modules --learned prints it")
 	f.BoolVar(&g.TPM.Disabled, "no-tpm", false, "start without a TPM")
 	f.BoolVar(&wait, "wait", false, "return when the vTPM is ready")
 	f.BoolVar(&req.UnsafeNoGate, "unsafe-no-gate", false, "do not gate the guest's first TPM access; it may lose its trust (for comparison only)")
@@ -124,6 +137,8 @@ func (a *app) fillRequest(req *v1.RunRequest, args []string, flags *spec.Guest) 
 	switch {
 	case len(args) == 1 && flags.Name != "":
 		return usagef("run: give a spec or --name, not both")
+	case len(args) == 1 && flags.Modules != nil: // not passed over: the guest would run without
+		return usagef("run: --modules goes with --name: a spec has the section modules")
 	case len(args) == 0 && flags.Name == "":
 		return usagef("run: give a spec file, a guest's name, or --name and --kernel: see `redoubt run --help`")
 	case len(args) == 0:
@@ -157,6 +172,9 @@ func encodeSpec(req *v1.RunRequest, g *spec.Guest, base string) error {
 		return usagef("run: %v", err)
 	}
 	paths := []*string{&g.Boot.Kernel, &g.Boot.Initrd}
+	if g.Modules != nil {
+		paths = append(paths, &g.Modules.Profile)
+	}
 	for i := range g.Disks {
 		paths = append(paths, &g.Disks[i].Path, &g.Disks[i].Base)
 	}
@@ -336,7 +354,7 @@ var moments = map[string]string{
 	"vtpm-started": "vTPM answered INIT", "vtpm-ready": "vTPM ready: gate open", "tpm-first-access": "first TPM access",
 	"gate-wait": "gate: the guest waits", "gate-waited": "gate: the guest went on", "paused": "paused",
 	"ima": "IMA measured boot_aggregate", "init": "init started", "manufactured": "vTPM keys made: attestable",
-	"reboot": "reboot", "ended": "ended",
+	"reboot": "reboot", "module": "module", "ended": "ended",
 }
 
 func (a *app) show(g *v1.Guest) error {
@@ -363,7 +381,7 @@ func (a *app) show(g *v1.Guest) error {
 				what = e.Kind
 			}
 			if e.Text != "" {
-				what += " (" + e.Text + ")"
+				what += " (" + printable(e.Text) + ")"
 			}
 			row("", "%9.3f s  %s", float64(e.TimeUnixNano-t0)/1e9, what)
 		}

@@ -158,7 +158,7 @@ func (a *app) eventsCommand() *cobra.Command {
 					what = e.Kind
 				}
 				if e.Text != "" {
-					what += " (" + e.Text + ")"
+					what += " (" + printable(e.Text) + ")"
 				}
 				if _, err := fmt.Fprintf(a.out, "%s  %-16s %s\n", e.Time.Format(time.RFC3339Nano), e.Guest, what); err != nil {
 					return err

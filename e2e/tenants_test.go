@@ -113,6 +113,7 @@ func TestTenantsQEMU(t *testing.T) {
 	refused("may look at tenant acme only", as(acmeViewer, "--tenant", "acme", "stop", "web"))
 	refused("may look at tenant acme only", as(acmeViewer, "--tenant", "acme", "console", "web"))
 	refused("may look at tenant acme only", as(acmeViewer, "--tenant", "acme", "inspect", "web", "tasks"))
+	refused("may look at tenant acme only", as(acmeViewer, "--tenant", "acme", "modules", "web"))
 	refused("root's alone", as(acmeOperator, "tenant", "set", "acme", "--viewer", "1"))
 	if out := good(as(acmeViewer, "--tenant", "acme", "ps")); strings.Count(out, "web") != 1 {
 		t.Error(out)

@@ -213,24 +213,22 @@ func (i *Isolation) left(v *view, r kvm.Regs) (done bool, err error) {
 	case i.cfg.Modules.Mode == policy.Monitor:
 		i.event(v.named(e))
 	case i.cfg.Modules.Mode == policy.Learn && !policy.Never(name):
-		v.profile.LearnCall(name)
+		i.learn(func() { v.profile.LearnCall(name) })
 	default:
 		e.Allowed = false
 		return true, i.kill(v, &r, ret, e)
 	}
 	if e := i.judgeArguments(v, name, &r); e != nil {
-		e.At = from
-		if i.cfg.Modules.Mode != policy.Monitor {
+		if e.At = from; !e.Allowed {
 			return true, i.kill(v, &r, ret, *e)
 		}
-		e.Allowed = true
 		i.event(v.named(*e))
 	}
 	if err := v.frames.Calls(s.from, r.RSP, ret, v.hasCode(ret)); err != nil {
 		return true, i.kill(v, &r, ret, Event{Kind: Stack, Symbol: name, At: from, Detail: err.Error()})
 	}
 	i.account(v.name, func(a *Account) { count(a.Calls, name) })
-	v.objects.asked(s.from, name, &r)
+	v.objects.asked(s.from, name, &r, v.sane.GS.Base)
 	return true, i.toKernel(v, r, base)
 }
 
@@ -239,9 +237,11 @@ func (i *Isolation) called(at uint64) []string {
 	if names := i.kernel.functions(at); names != nil {
 		return names
 	}
-	for _, v := range i.views {
-		if n, ok := v.begins[at]; ok {
-			return []string{n}
+	for _, all := range [][]*view{i.views, i.others} {
+		for _, v := range all {
+			if n, ok := v.begins[at]; ok {
+				return []string{n}
+			}
 		}
 	}
 	return nil
@@ -262,9 +262,11 @@ func (i *Isolation) mayCall(v *view, names []string) (string, bool) {
 }
 
 func (i *Isolation) describe(at uint64) string {
-	for _, v := range i.views {
-		if v.has(at) {
-			return v.describe(at)
+	for _, all := range [][]*view{i.views, i.others} {
+		for _, v := range all {
+			if v.has(at) {
+				return v.describe(at)
+			}
 		}
 	}
 	return i.kernel.describe(at)

@@ -45,6 +45,7 @@ const slice = time.Millisecond
 // Bounds of what a guest can make an Isolation hold.
 const (
 	maxModules = 64
+	maxTrusted = 512
 	maxPages   = 1 << 13 // of code, of all isolated modules
 	maxObjects = 1 << 16 // that a module has allocated
 	maxGrants  = 1 << 14 // pages of the kernel's that a view has
@@ -95,12 +96,14 @@ type Isolation struct {
 	kernel *kernel // nil before Plant
 	probes map[uint64]func(*Isolation, *kvm.Regs) error
 	views  []*view
+	others []*view          // modules that are not isolated: only where they lie and what they are called
 	text   map[uint64]*view // by page of code, virtual
 	stacks map[uint64]*stack
 	timer  *time.Timer
 
-	mu     sync.Mutex // over the rest, which Report reads
-	report Report
+	mu       sync.Mutex // over the rest, which Report reads
+	report   Report
+	profiles map[string]*policy.Profile // by module: of all that were isolated, with what they have learnt
 }
 
 // ErrConfig says that an Isolation cannot be made of a Config.
@@ -115,7 +118,7 @@ func New(cfg Config) (*Isolation, error) {
 		cfg: cfg, text: map[uint64]*view{}, stacks: map[uint64]*stack{},
 		probes: map[uint64]func(*Isolation, *kvm.Regs) error{},
 	}
-	i.report.Modules = map[string]*Account{}
+	i.report.Modules, i.profiles = map[string]*Account{}, map[string]*policy.Profile{}
 	return i, nil
 }
 

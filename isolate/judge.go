@@ -6,8 +6,12 @@ import (
 	"strings"
 
 	"redoubt.dev/redoubt/introspect/symbols"
+	"redoubt.dev/redoubt/isolate/policy"
 	"redoubt.dev/redoubt/kvm"
 )
+
+// pages is what memory is called that is in no cache and is no variable.
+const pages = "pages"
 
 // notAllowed is why a write is refused that a profile could allow.
 const notAllowed = "its profile does not allow it"
@@ -22,8 +26,14 @@ func (i *Isolation) judgeWrite(v *view, at, n uint64, seen bool) (object string,
 		return i.describe(at), 0, "the kernel's code and constants"
 	case v.has(at) && v.has(at+n-1):
 		return v.name, 0, ""
-	case i.foreign(v, at) || i.foreign(v, at+n-1):
-		return i.describe(at), 0, "another isolated module's"
+	case i.foreign(v, at) != nil || i.foreign(v, at+n-1) != nil:
+		if object, off, ok := i.foreignData(v, at); ok && i.foreign(v, at) == i.foreign(v, at+n-1) {
+			if v.profile.Writable(object, off, n) {
+				return object, off, ""
+			}
+			return object, off, notAllowed
+		}
+		return i.describe(at), 0, "another isolated module's code"
 	case v.objects.has(at, n):
 		return "its own objects", 0, ""
 	}
@@ -37,6 +47,39 @@ func (i *Isolation) judgeWrite(v *view, at, n uint64, seen bool) (object string,
 	return object, off, notAllowed
 }
 
+// foreign is the other isolated module that an address is of.
+func (i *Isolation) foreign(v *view, at uint64) *view {
+	for _, o := range i.views {
+		if o != v && o.has(at) {
+			return o
+		}
+	}
+	return nil
+}
+
+// foreignData names what an address is of another isolated module's data.
+func (i *Isolation) foreignData(v *view, at uint64) (object string, off uint64, ok bool) {
+	o := i.foreign(v, at)
+	if o == nil {
+		return "", 0, false
+	}
+	return o.data(at)
+}
+
+// data names what an address is of a module's data.
+func (v *view) data(at uint64) (object string, off uint64, ok bool) {
+	for _, r := range v.regions {
+		if at < page(r.from) || at >= page(r.to+pageSize-1) {
+			continue
+		}
+		if at < page(r.code.to+pageSize-1) && r.code.to > 0 && at >= page(r.code.from) {
+			return "", 0, false
+		}
+		return fmt.Sprintf("[%s]%s", v.name, r.kind), at - r.from, true
+	}
+	return "", 0, false
+}
+
 // object names what lies at an address: a variable of the kernel's, or of its per-CPU ones, else the page.
 func (i *Isolation) object(at uint64) (string, uint64) {
 	if s, ok := i.kernel.variable(at); ok {
@@ -47,7 +90,17 @@ func (i *Isolation) object(at uint64) (string, uint64) {
 			return s.Name, i.kernel.perCPU.from + at - base - s.Address
 		}
 	}
-	return "heap", at & (pageSize - 1)
+	for _, o := range i.others {
+		if name, off, ok := o.data(at); ok {
+			return name, off
+		}
+	}
+	if m, err := i.place(at); err == nil {
+		if name, off, ok := i.slab(m.Physical + at - m.Virtual); ok {
+			return name, off
+		}
+	}
+	return pages, at & (pageSize - 1)
 }
 
 // perCPU is where the vCPU's copy of the per-CPU variables lies: what the kernel's GS points to.
@@ -103,15 +156,23 @@ func (i *Isolation) judgeArguments(v *view, name string, r *kvm.Regs) *Event {
 	if v.stack.has(to) && to+n <= v.stack.to { // of its callers': what they gave it the address of
 		for at := to &^ 7; at < to+n; at += 8 {
 			if i.leadsToCode(word(v.stack.word(at))) {
-				return &Event{Kind: Stack, Address: at, Detail: "a return address of the kernel's, by " + name}
+				return &Event{Kind: Stack, Address: at, Detail: "a return address of the kernel's, by " + name, Allowed: i.cfg.Modules.Mode == policy.Monitor}
 			}
 		}
 		return nil
 	}
-	if object, off, why := i.judgeWrite(v, to, n, true); why != "" {
-		return &Event{Kind: WriteData, Address: to, Symbol: object, Detail: fmt.Sprintf("%d bytes at %#x by %s: %s", n, off, name, why)}
+	object, off, why := i.judgeWrite(v, to, n, true)
+	switch {
+	case why == "":
+		return nil
+	case i.cfg.Modules.Mode == policy.Learn && why == notAllowed:
+		i.learn(func() { v.profile.LearnWrite(object, off, n) })
+		return nil
 	}
-	return nil
+	return &Event{
+		Kind: WriteData, Address: to, Symbol: object, Detail: fmt.Sprintf("%d bytes at %#x by %s: %s", n, off, name, why),
+		Allowed: i.cfg.Modules.Mode == policy.Monitor,
+	}
 }
 
 // An object is memory that a module has allocated.
@@ -120,30 +181,41 @@ type object struct{ at, size uint64 }
 // objects are a module's, by address.
 type objects struct {
 	all     []object
-	pending map[[2]uint64]uint64 // sizes that were asked for, by stack and where the return address lies
+	pending map[[2]uint64]request // by stack and where the return address lies
+}
+
+// A request is a call that has not returned.
+type request struct {
+	size, base uint64
 }
 
 // An allocator is a function that gives its caller memory: which argument says how much.
 type allocator struct {
-	size  int
-	pages bool // the argument is an order
+	size   int
+	pages  bool // the argument is an order
+	perCPU bool // what it returns is added to where the processor's variables are
 }
 
 var allocators = map[string]allocator{
-	"__kmalloc": {0, false}, "__kmalloc_node": {0, false}, "kmalloc_trace": {2, false}, "kmalloc_node_trace": {3, false}, "kmem_cache_alloc_trace": {2, false},
-	"kmalloc_large": {0, false}, "kmalloc_large_node": {0, false}, "__kmalloc_node_track_caller": {0, false}, "kvmalloc_node": {0, false},
-	"vmalloc": {0, false}, "vzalloc": {0, false}, "vmalloc_node": {0, false}, "vzalloc_node": {0, false}, "__vmalloc": {0, false},
-	"__get_free_pages": {1, true}, "get_zeroed_page": {-1, true}, "devm_kmalloc": {1, false},
-	"__kmalloc_cache": {2, false}, "__kmalloc_cache_node": {3, false}, "__kmalloc_large": {0, false}, "__kvmalloc_node": {0, false},
+	"__alloc_percpu": {0, false, true}, "__alloc_percpu_gfp": {0, false, true}, "pcpu_alloc": {0, false, true},
+	"__kmalloc": {0, false, false}, "__kmalloc_node": {0, false, false}, "kmalloc_trace": {2, false, false}, "kmalloc_node_trace": {3, false, false}, "kmem_cache_alloc_trace": {2, false, false},
+	"kmalloc_large": {0, false, false}, "kmalloc_large_node": {0, false, false}, "__kmalloc_node_track_caller": {0, false, false}, "kvmalloc_node": {0, false, false},
+	"vmalloc": {0, false, false}, "vzalloc": {0, false, false}, "vmalloc_node": {0, false, false}, "vzalloc_node": {0, false, false}, "__vmalloc": {0, false, false},
+	"__get_free_pages": {1, true, false}, "get_zeroed_page": {-1, true, false}, "devm_kmalloc": {1, false, false},
+	"__kmalloc_cache": {2, false, false}, "__kmalloc_cache_node": {3, false, false}, "__kmalloc_large": {0, false, false}, "__kvmalloc_node": {0, false, false},
 }
 
-var deallocators = map[string]int{"kfree": 0, "kvfree": 0, "vfree": 0, "kfree_sensitive": 0, "kmem_cache_free": 1, "free_pages": 0, "devm_kfree": 1}
+var deallocators = map[string]int{"kfree": 0, "kvfree": 0, "vfree": 0, "kfree_sensitive": 0, "kmem_cache_free": 1, "free_pages": 0, "devm_kfree": 1, "free_percpu": 0}
 
 // asked notes a call of the module's that allocates or frees.
-func (o *objects) asked(stack uint64, name string, r *kvm.Regs) {
+func (o *objects) asked(stack uint64, name string, r *kvm.Regs, perCPU uint64) {
 	name = strings.TrimSuffix(name, "_noprof")
 	if n, ok := deallocators[name]; ok {
-		if k, found := o.find(argument(r, n)); found {
+		at := argument(r, n)
+		if name == "free_percpu" {
+			at += perCPU
+		}
+		if k, found := o.find(at); found {
 			o.all = slices.Delete(o.all, k, k+1)
 		}
 		return
@@ -160,23 +232,29 @@ func (o *objects) asked(stack uint64, name string, r *kvm.Regs) {
 		size = pageSize << min(size, 10)
 	}
 	if o.pending == nil {
-		o.pending = map[[2]uint64]uint64{}
+		o.pending = map[[2]uint64]request{}
 	}
-	o.pending[[2]uint64{stack, r.RSP}] = size
+	a0 := request{size: size}
+	if a.perCPU {
+		a0.base = perCPU
+	}
+	o.pending[[2]uint64{stack, r.RSP}] = a0
 }
 
 // made notes what a call returned.
 func (o *objects) made(stack, slot, at uint64) {
 	key := [2]uint64{stack, slot}
-	size, ok := o.pending[key]
+	a, ok := o.pending[key]
 	if !ok {
 		return
 	}
 	delete(o.pending, key)
+	size := a.size
 	const errors = ^uint64(4095)
-	if at <= 16 || at >= errors || size == 0 || at+size < at || len(o.all) >= maxObjects { // ZERO_SIZE_PTR, ERR_PTR
+	if at == 0 || at == 16 || at >= errors || size == 0 || at+size < at || len(o.all) >= maxObjects { // ZERO_SIZE_PTR, ERR_PTR
 		return
 	}
+	at += a.base
 	k, found := o.find(at)
 	if found {
 		o.all[k].size = size

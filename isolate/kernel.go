@@ -30,6 +30,7 @@ type kernel struct {
 	perCPU  span   // of its per-CPU variables, as they are linked
 	counter string // the per-CPU variable that counts why the process may not be switched, or that this is a part of
 	counts  types.Field
+	heap    heap
 }
 
 // moduleFields are the members of struct module, mod_kallsyms and what they hold.
@@ -97,7 +98,7 @@ func readKernel(memory Memory, s *kvm.Sregs) (*kernel, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := k.fields(all); err != nil {
+	if err := errors.Join(k.fields(all), k.heap.find(all, at), err); err != nil {
 		return nil, err
 	}
 	m, err := k.space.Walk(tables)

@@ -41,7 +41,8 @@ type view struct {
 // region is a part of a module's memory.
 type region struct {
 	span
-	code span // within it
+	code span   // within it
+	kind string // what tells it from the module's others: "" for the first
 }
 
 // Slots of a view's machine.
@@ -68,6 +69,9 @@ func (i *Isolation) loaded(r *kvm.Regs) error {
 	}
 	switch verdict {
 	case Trust:
+		if err := i.trust(m, name); err != nil {
+			return i.refuseLoad(m, name, err.Error())
+		}
 		i.account(name, func(a *Account) { *a = *fresh(Trust, 0) })
 		i.event(Event{Kind: Loaded, Module: name, Detail: "trusted", Allowed: true})
 		return nil
@@ -172,15 +176,39 @@ func (i *Isolation) isolate(m uint64, name string) (v *view, err error) {
 	return v, i.punch()
 }
 
-// profile is a copy of a module's, to be learnt into.
+// profile is what a module may do: a copy of its own profile, or what it has learnt when it was loaded before.
 func (i *Isolation) profile(name string) *policy.Profile {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if p := i.profiles[name]; p != nil {
+		return p
+	}
+	own := &policy.Profile{Module: name}
 	for _, p := range i.cfg.Modules.Profiles {
 		if p.Module == name {
-			p.Calls, p.Writes = slices.Clone(p.Calls), slices.Clone(p.Writes)
-			return &p
+			own.Calls, own.Writes, own.Reads = slices.Clone(p.Calls), slices.Clone(p.Writes), slices.Clone(p.Reads)
 		}
 	}
-	return &policy.Profile{Module: name}
+	if len(i.profiles) < maxModules*2 {
+		i.profiles[name] = own
+	}
+	return own
+}
+
+// trust notes where a module lies that is not isolated: the others may be allowed to call it.
+func (i *Isolation) trust(m uint64, name string) (err error) {
+	v := &view{name: name, begins: map[uint64]string{}}
+	if v.regions, err = i.regions(m); err != nil {
+		return err
+	}
+	if err := i.functions(m, v); err != nil {
+		return err
+	}
+	if len(i.others) >= maxTrusted {
+		return fmt.Errorf("%d modules are trusted already", maxTrusted)
+	}
+	i.others = append(i.others, v)
+	return nil
 }
 
 // regions reads where a module's memory lies.
@@ -198,7 +226,7 @@ func (i *Isolation) regions(m uint64) ([]region, error) {
 		}
 		return word(b)
 	}
-	for _, f := range i.kernel.module.regions {
+	for n, f := range i.kernel.module.regions {
 		base, size := read(m+f.base.Offset, 8), read(m+f.size.Offset, 4)
 		if err != nil {
 			return nil, err
@@ -207,6 +235,9 @@ func (i *Isolation) regions(m uint64) ([]region, error) {
 			continue
 		}
 		r := region{span: span{base, base + size}}
+		if n > 0 {
+			r.kind = fmt.Sprintf(".%d", n)
+		}
 		switch {
 		case f.code:
 			r.code = r.span
@@ -443,6 +474,14 @@ func (i *Isolation) punch() error {
 
 // freed is called where the kernel is about to free memory of modules: module_memfree(region).
 func (i *Isolation) freed(r *kvm.Regs) error {
+	for n, v := range i.others {
+		v.regions = slices.DeleteFunc(v.regions, func(g region) bool { return g.from == r.RDI })
+		if len(v.regions) == 0 {
+			i.others = slices.Delete(i.others, n, n+1)
+			i.account(v.name, func(a *Account) { a.Unloaded = true })
+			return nil
+		}
+	}
 	for n, v := range i.views {
 		k := slices.IndexFunc(v.regions, func(g region) bool { return g.from == r.RDI })
 		if k < 0 {

@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+
+	"redoubt.dev/redoubt/isolate/policy"
 )
 
 // Kind is what an Event is about.
@@ -16,7 +18,8 @@ const (
 	Call      Kind = "call"      // of a function that its profile does not allow
 	Entry     Kind = "entry"     // of the module where nothing begins
 	Stack     Kind = "stack"     // a return to where it was not called from, a moved stack, a changed frame of the kernel
-	WriteData Kind = "write"     // of the kernel's data
+	WriteData Kind = "write"     // of the kernel's data, or another module's
+	ReadData  Kind = "read"      // of another module's data
 	Device    Kind = "device"    // access to a device's registers, or to a port
 	Control   Kind = "control"   // a control register, a descriptor table or a model-specific register
 	Opaque    Kind = "opaque"    // an access by an instruction that cannot be judged
@@ -63,8 +66,9 @@ type Account struct {
 
 // Report is what has happened so far.
 type Report struct {
-	Modules map[string]*Account `json:"modules"`
-	Events  []Event             `json:"events"` // the last ones
+	Modules  map[string]*Account `json:"modules"`
+	Events   []Event             `json:"events"`             // the last ones
+	Profiles []policy.Profile    `json:"profiles,omitempty"` // of the isolated modules, with what was learnt
 }
 
 // Report tells what has happened so far. Any goroutine may call it.
@@ -76,6 +80,11 @@ func (i *Isolation) Report() Report {
 		c := *a
 		c.Entries, c.Calls, c.Writes = maps.Clone(a.Entries), maps.Clone(a.Calls), maps.Clone(a.Writes)
 		r.Modules[n] = &c
+	}
+	for _, n := range slices.Sorted(maps.Keys(i.profiles)) {
+		p := *i.profiles[n]
+		p.Calls, p.Writes, p.Reads = slices.Clone(p.Calls), slices.Clone(p.Writes), slices.Clone(p.Reads)
+		r.Profiles = append(r.Profiles, p)
 	}
 	return r
 }
@@ -116,4 +125,11 @@ func (i *Isolation) event(e Event) {
 	if i.cfg.OnEvent != nil {
 		i.cfg.OnEvent(e)
 	}
+}
+
+// learn changes a profile, which Report reads.
+func (i *Isolation) learn(f func()) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	f()
 }

@@ -224,7 +224,7 @@ func (i *Isolation) ensure(v *view, at, code uint64) (bool, error) {
 	switch {
 	case v.has(at) && m.Writable, v.objects.whole(page(at)):
 		return true, i.grant(v, gpa, 0)
-	case i.foreign(v, at):
+	case i.foreign(v, at) != nil:
 		return true, nil // each access comes to be judged
 	}
 	if err := i.grant(v, gpa, kvm.ReadOnly); err != nil {
@@ -232,16 +232,6 @@ func (i *Isolation) ensure(v *view, at, code uint64) (bool, error) {
 	}
 	i.account(v.name, func(a *Account) { a.Reads++ })
 	return true, nil
-}
-
-// foreign says whether an address is of another isolated module.
-func (i *Isolation) foreign(v *view, at uint64) bool {
-	for _, o := range i.views {
-		if o != v && o.has(at) {
-			return true
-		}
-	}
-	return false
 }
 
 // mapPage maps a page, and starts the tables anew where they are full.
@@ -270,8 +260,7 @@ func (i *Isolation) accessed(v *view, x kvm.MMIO) (done bool, err error) {
 	at, seen := v.seen[page(x.Address)]
 	at += x.Address & (pageSize - 1)
 	if !x.Write {
-		if !seen || i.foreign(v, at) {
-			i.refused(v, Event{Kind: WriteData, Address: at, Symbol: i.describe(at), Detail: "read"})
+		if !i.mayRead(v, at, seen) {
 			clear(x.Data)
 			return false, nil
 		}
@@ -285,7 +274,7 @@ func (i *Isolation) accessed(v *view, x kvm.MMIO) (done bool, err error) {
 	case i.cfg.Modules.Mode == policy.Monitor && seen:
 		i.event(v.named(e))
 	case i.cfg.Modules.Mode == policy.Learn && object != "" && why == notAllowed:
-		v.profile.LearnWrite(object, off, n)
+		i.learn(func() { v.profile.LearnWrite(object, off, n) })
 	default:
 		e.Allowed = false
 		i.event(v.named(e))
@@ -294,4 +283,24 @@ func (i *Isolation) accessed(v *view, x kvm.MMIO) (done bool, err error) {
 	copy(b, x.Data)
 	i.account(v.name, func(a *Account) { count(a.Writes, object) })
 	return false, nil
+}
+
+// mayRead judges a read of a page that the view does not have: of another isolated module's, or by tables that are not the
+// view's.
+func (i *Isolation) mayRead(v *view, at uint64, seen bool) bool {
+	e := Event{Kind: ReadData, Address: at, Symbol: i.describe(at), Detail: notAllowed}
+	o := i.foreign(v, at)
+	switch {
+	case !seen:
+		e.Detail = "by tables that are not the view's"
+	case o == nil || v.profile.Readable(o.name): // a page there was no room for
+		return true
+	case i.cfg.Modules.Mode == policy.Learn:
+		i.learn(func() { v.profile.LearnRead(o.name) })
+		return true
+	case i.cfg.Modules.Mode == policy.Monitor:
+		e.Allowed = true
+	}
+	i.event(v.named(e))
+	return e.Allowed
 }

@@ -49,12 +49,25 @@ case $what in
   echo) echo READY; read line; echo "GOT $line" ;;
   clock) i=0; while [ $i -lt 100 ]; do echo "T $(cut -d' ' -f1 /proc/uptime) $(date +%s)"; i=$((i+1)); usleep 50000; done ;;
   modules)
-    for m in $(cat /mod/order); do insmod /mod/$m && echo "LOADED $m $?"; done
-    case $(cat /proc/modules) in *dummy*) ip link set dummy0 up && ip addr add 192.0.2.1/24 dev dummy0 && ip link show dummy0
-      ping -c 3 -W 1 192.0.2.9; cat /sys/class/net/dummy0/statistics/tx_packets;; esac
-    cat /proc/modules
-    for m in $(awk '{print $1}' /proc/modules); do rmmod $m && echo "GONE $m"; done
-    dmesg | tail -40 ;;
+    for m in $(cat /mod/order); do
+      case $m in null_blk*) set -- memory_backed=1 gb=1 nr_devices=1 submit_queues=1;; *) set --;; esac
+      insmod /mod/$m $* && echo "RESULT loaded $m"
+    done
+    if [ -e /sys/class/net/dummy0 ]; then
+      ip link set dummy0 up; ip addr add 192.0.2.1/24 dev dummy0; arp -i dummy0 -s 192.0.2.9 02:00:00:00:00:09
+      ping -c 3 -i 0.1 -W 1 192.0.2.9 >/dev/null; ip link set dummy0 mtu 1400; ip link show dummy0 | sed -n 's/.*mtu \([0-9]*\).*/RESULT mtu \1/p'
+      ip link set dummy0 down
+      echo "RESULT dummy0 $([ $(cat /sys/class/net/dummy0/statistics/tx_packets) -ge 3 ] && echo sent)"
+    fi
+    if [ -e /dev/nullb0 ]; then
+      seq 1 20000 >/data; dd if=/data of=/dev/nullb0 bs=4096 conv=fsync 2>/dev/null; echo 3 >/proc/sys/vm/drop_caches
+      echo "RESULT nullb0 $(head -c $(wc -c </data) /dev/nullb0 | md5sum) $(md5sum </data)"
+    fi
+    [ -e /dev/hwrng ] && echo "RESULT rng $(cat /sys/class/misc/hw_random/rng_current) $(head -c 64 /dev/hwrng | wc -c)"
+    for c in crc32c xxhash64; do grep -q "^name *: $c" /proc/crypto && echo "RESULT $c $(grep -A9 "^name *: $c" /proc/crypto | grep -c 'selftest *: passed')"; done
+    awk '{print "RESULT module", $1}' /proc/modules
+    for m in $(awk '{print $1}' /proc/modules); do rmmod $m && echo "RESULT gone $m"; done
+    dmesg | grep -iE 'bug|oops|warn|invalid|fault|xor:|failed' ;;
   tpm)
     mount -t securityfs sec /sys/kernel/security
     dmesg | grep -iE 'tpm|ima:'; ls /sys/class/tpm

@@ -201,7 +201,7 @@ var Table = []Service{
 			{Toolstack, "console, byte channel"},
 			{QEMU, "QMP, TPM, vhost-user"},
 		},
-		Holds:    []string{"its guest's memory", "/dev/kvm (native)", "kernel and initrd, sealed", "console, byte channel"},
+		Holds:    []string{"its guest's memory", "/dev/kvm (native)", "kernel, initrd and profiles of modules, sealed", "console, byte channel"},
 		Lifetime: "from a start or reboot of its guest to the next", Reset: EachStart,
 		Policy: list("emulator", emulatorCalls), Memory: goMemory, GuestMemory: true,
 	},

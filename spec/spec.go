@@ -27,6 +27,7 @@ type Guest struct {
 	Disks    []Disk   `yaml:"disks,omitempty" json:"disks,omitempty" jsonschema:"maxItems=16"`
 	NICs     []NIC    `yaml:"nics,omitempty" json:"nics,omitempty" jsonschema:"maxItems=8"`
 	TPM      TPM      `yaml:"tpm,omitempty" json:"tpm,omitzero"`
+	Modules  *Modules `yaml:"modules,omitempty" json:"modules,omitempty" jsonschema:"description=isolate the modules of the guest's kernel (native monitor only)"`
 }
 
 // Emulator chooses what runs the guest.
@@ -149,6 +150,9 @@ func Parse(r io.Reader) (*Guest, error) {
 	if err := dec.Decode(&g); err != nil {
 		return nil, yamlError(err)
 	}
+	if n := key(doc.Content[0], "modules"); n != nil && g.Modules == nil { // else nothing would be isolated
+		return nil, &Error{Line: n.Line, Field: "modules", Text: "empty: use {} for the defaults, or leave it out"}
+	}
 	if err := dec.Decode(&yaml.Node{}); !errors.Is(err, io.EOF) {
 		return nil, &Error{Line: 1, Field: "document", Text: "more than one document: one guest a file"}
 	}
@@ -202,6 +206,16 @@ func lineOf(n *yaml.Node, field string) int {
 		n = next
 	}
 	return line
+}
+
+// key finds the name of a field that is there, whatever its value is.
+func key(n *yaml.Node, field string) *yaml.Node {
+	for i := 0; n.Kind == yaml.MappingNode && i+1 < len(n.Content); i += 2 {
+		if n.Content[i].Value == field {
+			return n.Content[i]
+		}
+	}
+	return nil
 }
 
 var nameForm = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,62}$`)
@@ -270,7 +284,10 @@ func (g *Guest) Complete() error {
 			return err
 		}
 	}
-	return g.Boot.check(g, bad)
+	if err := g.Boot.check(g, bad); err != nil {
+		return err
+	}
+	return g.Modules.complete(g, bad)
 }
 
 func (b *Boot) check(g *Guest, bad func(field, format string, args ...any) error) error {

@@ -47,6 +47,39 @@ func TestParse(t *testing.T) {
 	}
 }
 
+// TestModules: without the section nothing is isolated; with it, all that is not said is as strict as it can be. What is
+// measured of it does not depend on how it was written.
+func TestModules(t *testing.T) {
+	parse := func(modules string) *Guest {
+		t.Helper()
+		g, err := Parse(strings.NewReader("name: a\nboot: {kernel: /k}\n" + modules))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return g
+	}
+	if g := parse(""); g.Modules != nil || g.Modules.Policy() != nil {
+		t.Errorf("%+v", g.Modules)
+	}
+	if got := *parse("modules: {}\n").Modules; !reflect.DeepEqual(got, Modules{Default: Isolate, Mode: Enforce}) {
+		t.Errorf("%+v", got)
+	}
+	g := parse("modules: {default: refuse, mode: learn, trusted: [virtio-net, ext4], profile: /p}\n")
+	want := Modules{Default: Refuse, Mode: Learn, Trusted: []string{"ext4", "virtio_net"}, Profile: "/p"}
+	if !reflect.DeepEqual(*g.Modules, want) {
+		t.Errorf("%+v", *g.Modules)
+	}
+	if err := g.Complete(); err != nil || !reflect.DeepEqual(*g.Modules, want) {
+		t.Errorf("again: %+v, %v", *g.Modules, err)
+	}
+	if p := g.Modules.Policy(); p.Profile != "" || p.Mode != Learn || g.Modules.Profile != "/p" {
+		t.Errorf("%+v", p)
+	}
+	if g := parse("emulator: native\nmodules: {default: trust}\n"); g.Modules.Default != Trust || g.CPUs != 1 {
+		t.Errorf("%+v", g)
+	}
+}
+
 // TestDefaultMAC: each NIC of each guest has one of its own, always the same.
 func TestDefaultMAC(t *testing.T) {
 	seen := map[string]bool{}
@@ -87,6 +120,20 @@ func TestErrorsNameFieldAndLine(t *testing.T) {
 		{"name: a\nboot: {kernel: /k}\nnics:\n- addresses: ['ff02::1']\n", "nics[0].addresses[0]: ff02::1: is no station"},
 		{"name: a\nboot: {kernel: /k}\nnics: [{}, {}, {}, {}, {}, {}, {}, {}, {}]\n", "line 3: nics: 9"},
 		{"\t", "line 1"},
+		{"name: a\nboot: {kernel: /k}\nmodules:\n", "line 3: modules: empty: use {}"},
+		{"name: a\nboot: {kernel: /k}\nmodules: isolate\n", "line 3"},
+		{"name: a\nboot: {kernel: /k}\nmodules:\n  default: fence\n", "line 4: modules.default: \"fence\": use isolate, trust or refuse"},
+		{"name: a\nboot: {kernel: /k}\nmodules:\n  mode: watch\n", "line 4: modules.mode: \"watch\": use monitor, learn or enforce"},
+		{"name: a\nboot: {kernel: /k}\nmodules:\n  trusted:\n  - ext4\n  - ../x\n", "line 6: modules.trusted[1]: \"../x\": use a module's name"},
+		{"name: a\nboot: {kernel: /k}\nmodules: {trusted: [virtio-net, virtio_net]}\n", "modules.trusted[1]: virtio_net stands there twice"},
+		{"name: a\nboot: {kernel: /k}\nmodules: {trusted: [" + strings.Repeat("a, ", 64) + "a]}\n", "line 3: modules.trusted: 65: the most is 64"},
+		{"name: a\nboot: {kernel: /k}\nmodules:\n  default: trust\n  trusted: [a]\n", "line 5: modules.trusted: modules.default is trust"},
+		{"name: a\nboot: {kernel: /k}\nmodules:\n  profile: \"a\\nb\"\n", "line 4: modules.profile"},
+		{"name: a\nboot: {kernel: /k}\nmodules:\n  profil: a\n", "line 4: profil: no such field"},
+		{"name: a\nemulator: qemu\nboot: {kernel: /k}\nmodules: {}\n", "line 2: emulator: qemu isolates no modules"},
+		{"name: a\ncpus: 2\nboot: {kernel: /k}\nmodules: {}\n", "line 2: cpus: 2: modules are isolated on one vCPU so far"},
+		{"name: a\nboot: {kernel: /k}\ntpm:\n  disabled: true\nmodules: {}\n", "line 4: tpm.disabled: modules are isolated from"},
+		{"name: a\nboot:\n  firmware: ovmf\ndisks: [{path: /d}]\nmodules: {}\n", "line 3: boot.firmware: modules are isolated"},
 	} {
 		_, err := Parse(strings.NewReader(c.doc))
 		if err == nil || !strings.Contains(err.Error(), c.want) || strings.Contains(err.Error(), "\n") {
@@ -103,9 +150,11 @@ func FuzzParse(f *testing.F) {
 	f.Add([]byte(full))
 	f.Add([]byte("name: a\nboot: {kernel: /k}\nmemory: 99999999999TiB"))
 	f.Add([]byte("a: &a [*a]"))
+	f.Add([]byte("name: a\nboot: {kernel: /k}\nmodules: {default: refuse, trusted: [a-b]}"))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		g, err := Parse(bytes.NewReader(b))
-		if err == nil && (g.CPUs < 1 || g.CPUs > MaxCPUs || g.Memory < MinMemory || !ValidName(g.Name)) {
+		if err == nil && (g.CPUs < 1 || g.CPUs > MaxCPUs || g.Memory < MinMemory || !ValidName(g.Name) ||
+			g.Modules != nil && (g.CPUs > 1 || g.Emulator == QEMU || g.TPM.Disabled || g.Boot.Kernel == "")) {
 			t.Fatalf("accepted %+v", g)
 		}
 	})

@@ -29,11 +29,14 @@ type Profile struct {
 	Module string `yaml:"module" json:"module"`
 	// Calls are the functions of the kernel, and of other modules, that it may call, by name.
 	Calls []string `yaml:"calls,omitempty" json:"calls,omitempty"`
-	// Writes are what it may write of the kernel's data.
+	// Writes are what it may write of the kernel's data, and of other isolated modules'.
 	Writes []Range `yaml:"writes,omitempty" json:"writes,omitempty"`
+	// Reads are the isolated modules whose data it may read.
+	Reads []string `yaml:"reads,omitempty" json:"reads,omitempty"`
 }
 
-// A Range is bytes of an object: a variable of the kernel or of another module, by its symbol.
+// A Range is bytes of an object: a variable of the kernel, by its symbol; an object of the kernel's heap, by its cache; memory
+// that is in no cache (pages), by the place in the page; or another isolated module's data ([name]), by the place in it.
 type Range struct {
 	Object string `yaml:"object" json:"object"`
 	From   uint64 `yaml:"from" json:"from"`
@@ -85,8 +88,13 @@ func (p *Profile) check() error {
 	if p.Module == "" || len(p.Module) > maxName {
 		return errors.New("module: no name of a module")
 	}
-	if len(p.Calls) > maxEntries || len(p.Writes) > maxEntries {
-		return fmt.Errorf("module %s: more than %d calls or writes", p.Module, maxEntries)
+	if len(p.Calls) > maxEntries || len(p.Writes) > maxEntries || len(p.Reads) > maxEntries {
+		return fmt.Errorf("module %s: more than %d calls, writes or reads", p.Module, maxEntries)
+	}
+	for _, r := range p.Reads {
+		if r == "" || len(r) > maxName {
+			return fmt.Errorf("module %s: reads: %.20q is no name of a module", p.Module, r)
+		}
 	}
 	for _, c := range p.Calls {
 		if c == "" || len(c) > maxName {
@@ -166,6 +174,16 @@ func (p *Profile) Writable(object string, off, n uint64) bool {
 		}
 	}
 	return false
+}
+
+// Readable says whether another module's data may be read.
+func (p *Profile) Readable(module string) bool { return slices.Contains(p.Reads, module) }
+
+// LearnRead adds a module.
+func (p *Profile) LearnRead(module string) {
+	if !p.Readable(module) && len(p.Reads) < maxEntries {
+		p.Reads = append(p.Reads, module)
+	}
 }
 
 // LearnCall adds a function, unless no module may call it.

@@ -84,6 +84,7 @@ func List() string {
 	for _, k := range Kernels {
 		fmt.Fprintf(&b, "kernel %s: %s from %s\n", k.Name, k.meta, k.suite)
 	}
+	fmt.Fprintf(&b, "kernel modules: each kernel's linux-headers and %s\n", strings.Join(buildPackages, " "))
 	return b.String()
 }
 
@@ -164,6 +165,14 @@ func Fetch(ctx context.Context, log io.Writer) (*Root, error) {
 			return nil, err
 		}
 	}
+	if !stamped(r.dir, headersSet, r.headersLabel()) { // the kernels' releases are known now
+		if err := a.unpackHeaders(ctx, r, log); err != nil {
+			return nil, err
+		}
+		if err := stamp(r.dir, headersSet, r.headersLabel()); err != nil {
+			return nil, err
+		}
+	}
 	return r, nil
 }
 
@@ -205,6 +214,9 @@ func (r *Root) missing() []string {
 		if !stamped(r.dir, "kernel-"+k.Name, k.label()) {
 			m = append(m, k.label())
 		}
+	}
+	if l := r.headersLabel(); !stamped(r.dir, headersSet, l) {
+		m = append(m, l)
 	}
 	return m
 }
@@ -363,11 +375,7 @@ func (a *apt) download(ctx context.Context, suite string, names []string, keep f
 
 // unpack replaces dir/set by the contents of debs and removes the archives.
 func unpack(ctx context.Context, debs []string, dir, set string, log io.Writer) error {
-	defer func() {
-		if len(debs) > 0 {
-			_ = os.RemoveAll(filepath.Dir(debs[0]))
-		}
-	}()
+	defer discard(debs)
 	fresh := filepath.Join(dir, set+".new")
 	if err := os.RemoveAll(fresh); err != nil {
 		return err
@@ -386,6 +394,13 @@ func unpack(ctx context.Context, debs []string, dir, set string, log io.Writer) 
 	}
 	fmt.Fprintf(log, "unpacked %d packages into %s\n", len(debs), old)
 	return os.Rename(fresh, old)
+}
+
+// discard removes archives, with the directories that download made for them.
+func discard(debs []string) {
+	for _, d := range debs {
+		_ = os.RemoveAll(filepath.Dir(d))
+	}
 }
 
 func (a *apt) unpackClosure(ctx context.Context, suite string, names []string, dir, set string, log io.Writer) error {

@@ -29,6 +29,9 @@ func haveKVM() bool {
 // choose settles which emulator runs a guest.
 func choose(g *spec.Guest) (spec.Emulator, error) {
 	accel, why := qemu.ChooseAccel()
+	if g.Modules != nil && accel != qemu.KVM {
+		return "", rpc.Errorf(rpc.Unavailable, "modules: only the native monitor isolates them, and it needs KVM, %s: leave modules out (see `redoubt doctor`)", why)
+	}
 	switch g.Emulator {
 	case spec.QEMU:
 		return spec.QEMU, nil
@@ -47,7 +50,7 @@ func choose(g *spec.Guest) (spec.Emulator, error) {
 // fromToolstack serves a tenant's toolstack. It acts on the guests of its own trust list only.
 func (b *Builder) fromToolstack(ctx context.Context, t *tenancy, r *rpc.Request) (any, error) {
 	switch r.Method {
-	case protocol.MethodStop, protocol.MethodQuote, protocol.MethodInspect, protocol.MethodActivate, protocol.MethodAttachConsole:
+	case protocol.MethodStop, protocol.MethodQuote, protocol.MethodInspect, protocol.MethodModules, protocol.MethodActivate, protocol.MethodAttachConsole:
 		var of struct {
 			UUID string `json:"uuid"`
 		}
@@ -69,6 +72,8 @@ func (b *Builder) fromToolstack(ctx context.Context, t *tenancy, r *rpc.Request)
 		return rpc.Answer(r, func(in protocol.Quote) (any, error) { return b.quote(ctx, in) })
 	case protocol.MethodInspect:
 		return rpc.Answer(r, func(in protocol.Inspect) (any, error) { return b.inspect(ctx, in) })
+	case protocol.MethodModules:
+		return rpc.Answer(r, func(in protocol.Modules) (any, error) { return b.modules(ctx, in) })
 	case protocol.MethodActivate:
 		return rpc.Answer(r, func(in protocol.Activate) (any, error) {
 			var out protocol.Activated
@@ -101,11 +106,12 @@ func (b *Builder) quote(ctx context.Context, in protocol.Quote) (any, error) {
 		return nil, err
 	}
 	if g.Build.Spec.Boot.Firmware != "" {
-		g.mu.Lock()
-		run := g.run
-		g.mu.Unlock()
 		var log protocol.GuestLog
-		if _, err := run.peer.Call(ctx, protocol.MethodReadLog, struct{}{}, &log); err != nil {
+		_, run, err := b.running(in.UUID)
+		if err == nil {
+			_, err = run.peer.Call(ctx, protocol.MethodReadLog, struct{}{}, &log)
+		}
+		if err != nil {
 			b.log.Warn("firmware's event log", "guest", g.name(), "err", err)
 		}
 		out.Evidence.GuestLog = log.Log
@@ -252,7 +258,8 @@ func (b *Builder) build(ctx context.Context, t *tenancy, in protocol.Build, r *r
 	}
 	g.Build = in
 	if len(files[protocol.FileDisk]) != len(in.Spec.Disks) || len(files[protocol.FileBase]) != overlays(in.Spec.Disks) ||
-		len(files[protocol.FileKernel]) > 1 || len(files[protocol.FileInitrd]) > 1 ||
+		len(files[protocol.FileKernel]) > 1 || len(files[protocol.FileInitrd]) > 1 || len(files[protocol.FileProfile]) > 1 ||
+		(len(files[protocol.FileProfile]) == 1) != (in.Spec.Modules != nil && in.Spec.Modules.Profile != "") ||
 		(len(files[protocol.FileKernel]) == 1) != (in.Spec.Boot.Kernel != "") ||
 		(len(files[protocol.FileVars]) == 1) != (in.Spec.Boot.Firmware == spec.OVMF) {
 		return nil, rpc.Errorf(rpc.Invalid, "build: the descriptors do not match the spec")
@@ -346,14 +353,18 @@ func (b *Builder) unclaim(g *guest) {
 // take keeps what the guest is made of: sealed copies of what is measured, the rest as it is.
 func (g *guest) take(files map[string][]*os.File) error {
 	var err error
-	if k := files[protocol.FileKernel]; len(k) == 1 {
-		if g.Kernel, err = memfd.Sealed("boot.kernel", k[0]); err != nil {
-			return err
-		}
-	}
-	if i := files[protocol.FileInitrd]; len(i) == 1 {
-		if g.Initrd, err = memfd.Sealed("boot.initrd", i[0]); err != nil {
-			return err
+	for _, m := range []struct {
+		name, field string
+		to          **os.File
+	}{
+		{protocol.FileKernel, "boot.kernel", &g.Kernel},
+		{protocol.FileInitrd, "boot.initrd", &g.Initrd},
+		{protocol.FileProfile, "modules.profile", &g.Profile},
+	} {
+		if f := files[m.name]; len(f) == 1 {
+			if *m.to, err = memfd.Sealed(m.field, f[0]); err != nil {
+				return err
+			}
 		}
 	}
 	if fw := g.Build.Spec.Boot.Firmware; fw != "" {

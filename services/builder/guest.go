@@ -20,6 +20,7 @@ import (
 	"redoubt.dev/redoubt/services/emulator/kept"
 	inspected "redoubt.dev/redoubt/services/inspector/asked"
 	"redoubt.dev/redoubt/services/launch"
+	"redoubt.dev/redoubt/services/measure"
 	"redoubt.dev/redoubt/services/pciback/asked"
 	"redoubt.dev/redoubt/services/protocol"
 	"redoubt.dev/redoubt/spec"
@@ -87,7 +88,7 @@ func (b *Builder) start(ctx context.Context, g *guest) (_ *run, err error) {
 	msg := protocol.Start{
 		Name: g.name(), Emulator: g.Emulator, Domain: d, CPUs: g.Build.Spec.CPUs,
 		Memory: uint64(g.Build.Spec.Memory), Cmdline: g.Build.Spec.Boot.Cmdline,
-		Firmware: g.Build.Spec.Boot.Firmware, PauseAfter: pauseAfter, KVM: haveKVM(),
+		Firmware: g.Build.Spec.Boot.Firmware, PauseAfter: pauseAfter, KVM: haveKVM(), Modules: g.Build.Spec.Modules.Policy(),
 	}
 	var give, own []*os.File
 	defer func() { ipc.CloseAll(own) }()
@@ -110,6 +111,7 @@ func (b *Builder) start(ctx context.Context, g *guest) (_ *run, err error) {
 	add(protocol.FileMemory, mem)
 	add(protocol.FileKernel, g.Kernel)
 	add(protocol.FileInitrd, g.Initrd)
+	add(protocol.FileProfile, g.Profile)
 	add(protocol.FileConsole, g.Console)
 	add(protocol.FileChannel, g.Channel)
 	if g.Build.Spec.Boot.Firmware == spec.OVMF {
@@ -298,6 +300,14 @@ func (b *Builder) provision(ctx context.Context, g *guest, d tree.Domain) error 
 		}, nil)
 		return err
 	})
+}
+
+// measure makes the event log of what the guest was given, once: a reboot gives it the same.
+func (g *guest) measure() (err error) {
+	if g.log == nil {
+		g.log, err = measure.Log(&g.Guest)
+	}
+	return err
 }
 
 // setRun makes r the guest's running emulator, which ends at once if the vTPM failed before. From here on

@@ -45,6 +45,7 @@ func TestTrustLists(t *testing.T) {
 			protocol.MethodQuote:         protocol.Quote{UUID: uuid},
 			protocol.MethodActivate:      protocol.Activate{UUID: uuid},
 			protocol.MethodInspect:       protocol.Inspect{UUID: uuid},
+			protocol.MethodModules:       protocol.Modules{UUID: uuid},
 			protocol.MethodAttachConsole: protocol.AttachConsole{UUID: uuid},
 		} {
 			if err := callAs(t, b, "his", method, in); rpc.KindOf(err) != rpc.Refused {

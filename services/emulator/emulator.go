@@ -17,6 +17,7 @@ import (
 	"redoubt.dev/redoubt/attest/eventlog"
 	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/ipc/rpc"
+	"redoubt.dev/redoubt/services/answer"
 	"redoubt.dev/redoubt/services/protocol"
 	"redoubt.dev/redoubt/spec"
 	"redoubt.dev/redoubt/vhostuser"
@@ -34,6 +35,8 @@ type machine interface {
 	ReadEventLog() ([]byte, error)
 	// SetEventLog writes the event log into the guest's log area.
 	SetEventLog(log []byte) error
+	// Modules says what the guest's modules have done: JSON of isolate.Report.
+	Modules() ([]byte, error)
 	Close() error
 }
 
@@ -156,6 +159,9 @@ func (s *service) handle(_ context.Context, r *rpc.Request) (any, error) {
 			log = log[:l.Size]
 		}
 		return protocol.GuestLog{Log: log}, nil
+	case protocol.MethodReport:
+		defer ipc.CloseAll(r.Files)
+		return rpc.Answer(r, func(in protocol.Report) (any, error) { return s.report(in, r) })
 	case protocol.NoticeVTPMLost:
 		s.mu.Lock()
 		tpm := s.tpm
@@ -175,6 +181,29 @@ func (s *service) handle(_ context.Context, r *rpc.Request) (any, error) {
 		return nil, nil
 	}
 	return nil, rpc.Errorf(rpc.Refused, "emulator: no call %q", r.Method)
+}
+
+// report answers protocol.MethodReport.
+func (s *service) report(in protocol.Report, r *rpc.Request) (any, error) {
+	files, err := in.Files.Take(r)
+	if err != nil {
+		return nil, err
+	}
+	into := one(files, protocol.FileAnswer)
+	s.mu.Lock()
+	m := s.machine
+	s.mu.Unlock()
+	switch {
+	case into == nil:
+		return nil, rpc.Errorf(rpc.Invalid, "emulator: a descriptor is missing")
+	case m == nil:
+		return nil, rpc.Errorf(rpc.Unavailable, "the guest has not been started")
+	}
+	b, err := m.Modules()
+	if err != nil {
+		return nil, err
+	}
+	return answer.Put(into, b)
 }
 
 func (s *service) event(kind, text string) {

@@ -7,6 +7,7 @@ import (
 	"net"
 	"sync"
 
+	"redoubt.dev/redoubt/isolate"
 	"redoubt.dev/redoubt/monitor"
 	"redoubt.dev/redoubt/services/protocol"
 	"redoubt.dev/redoubt/vtpm/frontend"
@@ -17,19 +18,24 @@ import (
 type nativeMachine struct {
 	g       *guest
 	console net.Conn
+	modules *isolate.Modules // nil: they are the guest's kernel's
 
 	mu sync.Mutex
 	m  *monitor.Machine // nil before Run
 }
 
 func newNative(g *guest) (machine, error) {
+	modules, err := g.modules()
+	if err != nil {
+		return nil, err
+	}
 	f := one(g.files, protocol.FileConsole)
 	defer f.Close()
 	c, err := net.FileConn(f)
 	if err != nil {
 		return nil, fmt.Errorf("console: %w", err)
 	}
-	return &nativeMachine{g: g, console: c}, nil
+	return &nativeMachine{g: g, console: c, modules: modules}, nil
 }
 
 var errNotRunning = errors.New("the guest does not run yet")
@@ -75,12 +81,14 @@ func (n *nativeMachine) Run(ctx context.Context, tpm *frontend.Frontend, started
 	}
 	input := make(chan []byte)
 	output := newLineWriter(n.console)
+	events := moduleEvents{tell: func(text string) { n.g.service.event(protocol.EventModule, text) }}
 	cfg := monitor.Config{
 		KVM: one(n.g.files, protocol.FileKVM), Memory: one(n.g.files, protocol.FileMemory),
 		MemoryBytes: n.g.in.Memory, VCPUs: n.g.in.CPUs,
 		Kernel: one(n.g.files, protocol.FileKernel), Initrd: one(n.g.files, protocol.FileInitrd),
 		Cmdline: n.g.in.Cmdline, Devices: devices,
 		ConsoleOut: output, ConsoleIn: input,
+		Modules: n.modules, OnModule: events.event,
 		OnTPMAccess: func() {
 			n.g.xenbus.connect()
 			n.g.service.event(protocol.EventFirstAccess, "")

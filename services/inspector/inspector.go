@@ -16,6 +16,7 @@ import (
 	"redoubt.dev/redoubt/introspect/memory"
 	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/ipc/rpc"
+	"redoubt.dev/redoubt/services/answer"
 	"redoubt.dev/redoubt/services/protocol"
 )
 
@@ -48,8 +49,8 @@ func read(in protocol.Read, r *rpc.Request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	mem, kernel, answer := files[protocol.FileMemory], files[protocol.FileKernel], files[protocol.FileAnswer]
-	if len(mem) != 1 || len(kernel) != 1 || len(answer) != 1 {
+	mem, kernel, into := files[protocol.FileMemory], files[protocol.FileKernel], files[protocol.FileAnswer]
+	if len(mem) != 1 || len(kernel) != 1 || len(into) != 1 {
 		return nil, rpc.Errorf(rpc.Invalid, "inspector: other descriptors than memory, kernel and answer")
 	}
 	q := inspect.Question{What: in.Question.What, After: in.Question.After}
@@ -77,13 +78,11 @@ func read(in protocol.Read, r *rpc.Request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	if len(b) > protocol.MaxAnswer {
-		return nil, rpc.Errorf(rpc.Unavailable, "an answer of %d bytes: the most is %d", len(b), protocol.MaxAnswer)
-	}
-	if _, err := answer[0].WriteAt(b, 0); err != nil {
+	wrote, err := answer.Put(into[0], b)
+	if err != nil {
 		return nil, err
 	}
-	out := protocol.ReadOut{Size: len(b)}
+	out := protocol.ReadOut{Size: wrote.Size}
 	if q.Layout == nil {
 		out.Layout, err = json.Marshal(l)
 	}

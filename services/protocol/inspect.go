@@ -17,12 +17,20 @@ type Question struct {
 	Layout json.RawMessage `json:"layout,omitempty"` // of the guest's kernel, as an earlier inspector of the guest said
 }
 
-// Inspected says how long the answer is, in bytes: JSON, package inspect's Answer.
-type Inspected struct {
+// Modules asks what the modules of a running guest have done.
+type Modules struct {
+	UUID   string `json:"uuid"`
+	Name   string `json:"name"`
+	Caller Caller `json:"caller"`
+}
+
+// Answered says how long an answer is, in bytes, that lies in memory of its own: JSON of package inspect's Answer or package
+// isolate's Report.
+type Answered struct {
 	Size int `json:"size"`
 }
 
-// MaxAnswer bounds an answer, in bytes.
+// MaxAnswer bounds such an answer, in bytes.
 const MaxAnswer = 32 << 20
 
 // MethodRead is the Builder's only call to an inspector, which leaves once it has answered. Files: FileMemory and FileKernel,

@@ -21,6 +21,7 @@ const (
 	FileMemory   = "memory" // a memfd: the guest's memory
 	FileKernel   = "kernel"
 	FileInitrd   = "initrd"
+	FileProfile  = "profile"   // the profiles of the guest's modules, where its spec names some
 	FileDisk     = "disk"      // an image; one each, in the order of the spec
 	FileBase     = "base"      // what an overlay shows where it holds nothing; one for each of the spec's
 	FileBlock    = "block"     // a vhost-user connection between a disk's front and back end
@@ -36,7 +37,7 @@ const (
 	FileHostTPM  = "host-tpm" // the host's TPM, open
 	FileVars     = "vars"     // the guest's own variable store, for OVMF
 	FileJournal  = "journal"  // what a vTPM's manager leaves to the next one
-	FileAnswer   = "answer"   // a memfd that an inspector writes its answer into
+	FileAnswer   = "answer"   // a memfd that a long answer is written into
 	FileControl  = "control"  // the manager's ends of an engine's channels
 	FileData     = "data"
 	FileLifeline = "lifeline" // and of its lifeline and its output (package foreign)
@@ -149,7 +150,10 @@ const (
 	MethodQuote    = "quote"    // Quote → Quoted
 	MethodActivate = "activate" // Activate → Activated
 	// MethodInspect reads a running guest's memory. Descriptor of the answer: a memfd with it.
-	MethodInspect = "inspect" // Inspect → Inspected
+	MethodInspect = "inspect" // Inspect → Answered
+	// MethodModules has a running guest's emulator say what the guest's modules have done. Descriptor of the answer: a memfd
+	// with it, JSON of isolate.Report.
+	MethodModules = "modules" // Modules → Answered
 	// MethodOpen opens a file of a spec. Descriptor of the answer: the file.
 	MethodOpen = "open" // Open → nothing
 	// MethodVars opens the template of OVMF's variable store. Descriptor of the answer: the file.
@@ -179,7 +183,7 @@ type AttachConsole struct {
 	Caller  Caller `json:"caller"`
 }
 
-// Build asks for a guest. Files: FileKernel, FileInitrd, FileVars, FileDisk…, FileBase…. Descriptors
+// Build asks for a guest. Files: FileKernel, FileInitrd, FileProfile, FileVars, FileDisk…, FileBase…. Descriptors
 // of the answer: the toolstack's ends of the console and the byte channel, the console's log.
 type Build struct {
 	UUID    string     `json:"uuid"`
@@ -270,6 +274,7 @@ const (
 	EventStorage       = "storage"          // the guest's BlkBack was replaced
 	EventNetwork       = "network"          // NetBack was replaced
 	EventVTPM          = "vtpm"             // what the manager has to say of it
+	EventModule        = "module"           // of its kernel: loaded, gone, or did what was refused or noted
 	EventManufactured  = "manufactured"     // keys and certificate are there: the guest can be attested
 	EventEnded         = "ended"
 )
@@ -308,6 +313,7 @@ const (
 	MethodPowerButton = "power-button" // nothing
 	MethodEnd         = "end"          // nothing
 	MethodReadLog     = "read-log"     // nothing → GuestLog
+	MethodReport      = "report"       // Report → Answered: what the guest's modules have done, JSON of isolate.Report
 	MethodDisk        = "disk"         // Disk → nothing, when the back end serves the guest
 	MethodNIC         = "nic"          // NIC → nothing, when the back end serves the guest
 )
@@ -336,7 +342,7 @@ type BackEnd struct {
 }
 
 // Start is all an emulator learns. Files: FileMemory, FileStore, FileConsole, FileChannel, and as the guest
-// has them FileKVM, FileKernel, FileInitrd, FileTPM, FileBlock…, FileNetwork…, and for
+// has them FileKVM, FileKernel, FileInitrd, FileProfile, FileTPM, FileBlock…, FileNetwork…, and for
 // QEMU a FileDoor and a FileEntrance for each of the latter.
 type Start struct {
 	Name       string        `json:"name"`
@@ -348,9 +354,15 @@ type Start struct {
 	Firmware   spec.Firmware `json:"firmware"`
 	PauseAfter time.Duration `json:"pauseAfter"` // wait at the gate before guest and clock stop
 	KVM        bool          `json:"kvm"`        // QEMU only: the guest runs on /dev/kvm
+	Modules    *spec.Modules `json:"modules,omitempty"`
 	// PCI is the bus to build, exactly: one that overlaps or is not for these devices is refused.
 	PCI   topology.Topology `json:"pci"`
 	Files Files             `json:"files"`
+}
+
+// Report asks for a long answer. Files: FileAnswer.
+type Report struct {
+	Files Files `json:"files"`
 }
 
 // MethodAssign is the Builder's only call to a PCIBack, which leaves once it has answered.

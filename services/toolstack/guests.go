@@ -280,6 +280,11 @@ func (t *Toolstack) launch(ctx context.Context, g *guest, opt protocol.Options) 
 			return err
 		}
 	}
+	if s.Modules != nil && s.Modules.Profile != "" {
+		if err := add(protocol.FileProfile, "modules.profile", s.Modules.Profile, false); err != nil {
+			return err
+		}
+	}
 	if s.Boot.Firmware == spec.OVMF {
 		path := t.varsPath(s.Name)
 		if err := t.makeVars(ctx, path); err != nil {

@@ -4,11 +4,11 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"io"
 
 	v1 "redoubt.dev/redoubt/api/redoubt/v1"
 	"redoubt.dev/redoubt/attest/ima"
 	"redoubt.dev/redoubt/ipc/rpc"
+	"redoubt.dev/redoubt/services/answer"
 	"redoubt.dev/redoubt/services/protocol"
 )
 
@@ -41,18 +41,22 @@ func (t *Toolstack) inspect(ctx context.Context, g *guest, q protocol.Question) 
 	if !up {
 		return nil, rpc.Errorf(rpc.Unavailable, "guest %q is down: only one that runs can be inspected (`redoubt run %s`), or a dump (`redoubt inspect --memory`)", g.saved.Spec.Name, g.saved.Spec.Name)
 	}
-	var out protocol.Inspected
 	in := protocol.Inspect{UUID: g.saved.UUID, Name: g.saved.Spec.Name, Question: q, Caller: caller(ctx)}
-	files, err := t.builder.Call(ctx, protocol.MethodInspect, in, &out)
+	return t.ask(ctx, protocol.MethodInspect, in)
+}
+
+// ask asks the Builder what has a long answer.
+func (t *Toolstack) ask(ctx context.Context, method string, in any) ([]byte, error) {
+	var out protocol.Answered
+	files, err := t.builder.Call(ctx, method, in, &out)
 	defer closeFiles(files)
 	if err != nil {
 		return nil, err
 	}
-	if len(files) != 1 || out.Size < 0 || out.Size > protocol.MaxAnswer {
-		return nil, fmt.Errorf("inspect: %d descriptors, an answer of %d bytes", len(files), out.Size)
+	b, err := answer.Read(files, out)
+	if err != nil {
+		err = fmt.Errorf("%s: %w", method, err)
 	}
-	b := make([]byte, out.Size)
-	_, err = io.ReadFull(io.NewSectionReader(files[0], 0, int64(out.Size)), b)
 	return b, err
 }
 

@@ -1385,6 +1385,95 @@ func (x *InspectResponse) GetAnswer() []byte {
 	return nil
 }
 
+type ModulesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ModulesRequest) Reset() {
+	*x = ModulesRequest{}
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ModulesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ModulesRequest) ProtoMessage() {}
+
+func (x *ModulesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ModulesRequest.ProtoReflect.Descriptor instead.
+func (*ModulesRequest) Descriptor() ([]byte, []int) {
+	return file_redoubt_v1_redoubt_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *ModulesRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type ModulesResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// report as JSON (package isolate).
+	Report        []byte `protobuf:"bytes,1,opt,name=report,proto3" json:"report,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ModulesResponse) Reset() {
+	*x = ModulesResponse{}
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ModulesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ModulesResponse) ProtoMessage() {}
+
+func (x *ModulesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ModulesResponse.ProtoReflect.Descriptor instead.
+func (*ModulesResponse) Descriptor() ([]byte, []int) {
+	return file_redoubt_v1_redoubt_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *ModulesResponse) GetReport() []byte {
+	if x != nil {
+		return x.Report
+	}
+	return nil
+}
+
 var File_redoubt_v1_redoubt_proto protoreflect.FileDescriptor
 
 const file_redoubt_v1_redoubt_proto_rawDesc = "" +
@@ -1468,14 +1557,18 @@ const file_redoubt_v1_redoubt_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04what\x18\x02 \x03(\tR\x04what\")\n" +
 	"\x0fInspectResponse\x12\x16\n" +
-	"\x06answer\x18\x01 \x01(\fR\x06answer*~\n" +
+	"\x06answer\x18\x01 \x01(\fR\x06answer\"$\n" +
+	"\x0eModulesRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\")\n" +
+	"\x0fModulesResponse\x12\x16\n" +
+	"\x06report\x18\x01 \x01(\fR\x06report*~\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eSTATE_STARTING\x10\x01\x12\x11\n" +
 	"\rSTATE_RUNNING\x10\x02\x12\x12\n" +
 	"\x0eSTATE_STOPPING\x10\x03\x12\x11\n" +
 	"\rSTATE_STOPPED\x10\x04\x12\x10\n" +
-	"\fSTATE_FAILED\x10\x052\xe4\x05\n" +
+	"\fSTATE_FAILED\x10\x052\xa8\x06\n" +
 	"\fGuestService\x126\n" +
 	"\x03Run\x12\x16.redoubt.v1.RunRequest\x1a\x17.redoubt.v1.RunResponse\x129\n" +
 	"\x04List\x12\x17.redoubt.v1.ListRequest\x1a\x18.redoubt.v1.ListResponse\x126\n" +
@@ -1487,7 +1580,8 @@ const file_redoubt_v1_redoubt_proto_rawDesc = "" +
 	"\x06Events\x12\x19.redoubt.v1.EventsRequest\x1a\x1a.redoubt.v1.EventsResponse0\x01\x12<\n" +
 	"\x05Quote\x12\x18.redoubt.v1.QuoteRequest\x1a\x19.redoubt.v1.QuoteResponse\x12c\n" +
 	"\x12ActivateCredential\x12%.redoubt.v1.ActivateCredentialRequest\x1a&.redoubt.v1.ActivateCredentialResponse\x12B\n" +
-	"\aInspect\x12\x1a.redoubt.v1.InspectRequest\x1a\x1b.redoubt.v1.InspectResponseB.Z,redoubt.dev/redoubt/api/redoubt/v1;redoubtv1b\x06proto3"
+	"\aInspect\x12\x1a.redoubt.v1.InspectRequest\x1a\x1b.redoubt.v1.InspectResponse\x12B\n" +
+	"\aModules\x12\x1a.redoubt.v1.ModulesRequest\x1a\x1b.redoubt.v1.ModulesResponseB.Z,redoubt.dev/redoubt/api/redoubt/v1;redoubtv1b\x06proto3"
 
 var (
 	file_redoubt_v1_redoubt_proto_rawDescOnce sync.Once
@@ -1502,7 +1596,7 @@ func file_redoubt_v1_redoubt_proto_rawDescGZIP() []byte {
 }
 
 var file_redoubt_v1_redoubt_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_redoubt_v1_redoubt_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
+var file_redoubt_v1_redoubt_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
 var file_redoubt_v1_redoubt_proto_goTypes = []any{
 	(State)(0),                         // 0: redoubt.v1.State
 	(*Guest)(nil),                      // 1: redoubt.v1.Guest
@@ -1529,6 +1623,8 @@ var file_redoubt_v1_redoubt_proto_goTypes = []any{
 	(*ActivateCredentialResponse)(nil), // 22: redoubt.v1.ActivateCredentialResponse
 	(*InspectRequest)(nil),             // 23: redoubt.v1.InspectRequest
 	(*InspectResponse)(nil),            // 24: redoubt.v1.InspectResponse
+	(*ModulesRequest)(nil),             // 25: redoubt.v1.ModulesRequest
+	(*ModulesResponse)(nil),            // 26: redoubt.v1.ModulesResponse
 }
 var file_redoubt_v1_redoubt_proto_depIdxs = []int32{
 	0,  // 0: redoubt.v1.Guest.state:type_name -> redoubt.v1.State
@@ -1549,19 +1645,21 @@ var file_redoubt_v1_redoubt_proto_depIdxs = []int32{
 	19, // 15: redoubt.v1.GuestService.Quote:input_type -> redoubt.v1.QuoteRequest
 	21, // 16: redoubt.v1.GuestService.ActivateCredential:input_type -> redoubt.v1.ActivateCredentialRequest
 	23, // 17: redoubt.v1.GuestService.Inspect:input_type -> redoubt.v1.InspectRequest
-	4,  // 18: redoubt.v1.GuestService.Run:output_type -> redoubt.v1.RunResponse
-	6,  // 19: redoubt.v1.GuestService.List:output_type -> redoubt.v1.ListResponse
-	8,  // 20: redoubt.v1.GuestService.Get:output_type -> redoubt.v1.GetResponse
-	10, // 21: redoubt.v1.GuestService.Stop:output_type -> redoubt.v1.StopResponse
-	12, // 22: redoubt.v1.GuestService.Remove:output_type -> redoubt.v1.RemoveResponse
-	14, // 23: redoubt.v1.GuestService.Console:output_type -> redoubt.v1.ConsoleResponse
-	16, // 24: redoubt.v1.GuestService.Logs:output_type -> redoubt.v1.LogsResponse
-	18, // 25: redoubt.v1.GuestService.Events:output_type -> redoubt.v1.EventsResponse
-	20, // 26: redoubt.v1.GuestService.Quote:output_type -> redoubt.v1.QuoteResponse
-	22, // 27: redoubt.v1.GuestService.ActivateCredential:output_type -> redoubt.v1.ActivateCredentialResponse
-	24, // 28: redoubt.v1.GuestService.Inspect:output_type -> redoubt.v1.InspectResponse
-	18, // [18:29] is the sub-list for method output_type
-	7,  // [7:18] is the sub-list for method input_type
+	25, // 18: redoubt.v1.GuestService.Modules:input_type -> redoubt.v1.ModulesRequest
+	4,  // 19: redoubt.v1.GuestService.Run:output_type -> redoubt.v1.RunResponse
+	6,  // 20: redoubt.v1.GuestService.List:output_type -> redoubt.v1.ListResponse
+	8,  // 21: redoubt.v1.GuestService.Get:output_type -> redoubt.v1.GetResponse
+	10, // 22: redoubt.v1.GuestService.Stop:output_type -> redoubt.v1.StopResponse
+	12, // 23: redoubt.v1.GuestService.Remove:output_type -> redoubt.v1.RemoveResponse
+	14, // 24: redoubt.v1.GuestService.Console:output_type -> redoubt.v1.ConsoleResponse
+	16, // 25: redoubt.v1.GuestService.Logs:output_type -> redoubt.v1.LogsResponse
+	18, // 26: redoubt.v1.GuestService.Events:output_type -> redoubt.v1.EventsResponse
+	20, // 27: redoubt.v1.GuestService.Quote:output_type -> redoubt.v1.QuoteResponse
+	22, // 28: redoubt.v1.GuestService.ActivateCredential:output_type -> redoubt.v1.ActivateCredentialResponse
+	24, // 29: redoubt.v1.GuestService.Inspect:output_type -> redoubt.v1.InspectResponse
+	26, // 30: redoubt.v1.GuestService.Modules:output_type -> redoubt.v1.ModulesResponse
+	19, // [19:31] is the sub-list for method output_type
+	7,  // [7:19] is the sub-list for method input_type
 	7,  // [7:7] is the sub-list for extension type_name
 	7,  // [7:7] is the sub-list for extension extendee
 	0,  // [0:7] is the sub-list for field type_name
@@ -1578,7 +1676,7 @@ func file_redoubt_v1_redoubt_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_redoubt_v1_redoubt_proto_rawDesc), len(file_redoubt_v1_redoubt_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   24,
+			NumMessages:   26,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -12,12 +12,13 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"redoubt.dev/redoubt/isolate/attack"
 	"redoubt.dev/redoubt/lab"
 	"redoubt.dev/redoubt/lab/debian"
 )
 
 const usage = `usage:
-  lab fetch                                       bring packages into the cache
+  lab fetch                                       bring packages into the cache, and build kernel modules for tests
   lab run [-timeout D] [-memory MiB] [-cpus N] -- CMD...
                                                   run a command in the lab
   lab test [-timeout D] [-cpus N] [-v] [-run R] [-bench R] PKG...
@@ -80,12 +81,18 @@ func run(ctx context.Context, args []string) (int, error) {
 }
 
 func fetch(ctx context.Context) (int, error) {
-	_, err := debian.Fetch(ctx, os.Stderr)
+	root, err := debian.Fetch(ctx, os.Stderr)
 	if errors.Is(err, debian.ErrUnsupported) {
 		return exitUsage, fmt.Errorf("%w; needed:\n%s", err, debian.List())
 	}
 	if err != nil {
 		return 1, err
+	}
+	// What tests load into guests, built where the cache can be written: in the lab it cannot.
+	for _, k := range attack.Kernels {
+		if _, err := attack.Build(ctx, root, k); err != nil {
+			return 1, err
+		}
 	}
 	return 0, nil
 }

@@ -43,6 +43,7 @@ type Guest struct {
 
 	Kernel   *os.File   `json:"-"` // sealed copies of what the toolstack gave
 	Initrd   *os.File   `json:"-"`
+	Profile  *os.File   `json:"-"` // sealed copy of its modules' profiles, where it has some
 	Firmware *os.File   `json:"-"` // sealed copy of the firmware image, for a guest that boots through it
 	Vars     *os.File   `json:"-"` // OVMF's variable store of this guest
 	Console  *os.File   `json:"-"`
@@ -54,7 +55,7 @@ type Guest struct {
 
 // singles are the files of which a guest has one or none.
 func (g *Guest) singles() []**os.File {
-	return []**os.File{&g.Kernel, &g.Initrd, &g.Firmware, &g.Vars, &g.Console, &g.Channel}
+	return []**os.File{&g.Kernel, &g.Initrd, &g.Profile, &g.Firmware, &g.Vars, &g.Console, &g.Channel}
 }
 
 // files are all of a guest's files, nil for what it has not.

@@ -60,7 +60,7 @@ func TestGuest(t *testing.T) {
 	}{
 		"direct boot": {
 			Guest{
-				Kernel: file(t, "kernel"), Console: file(t, "console"), Channel: file(t, "channel"),
+				Kernel: file(t, "kernel"), Profile: file(t, "profile"), Console: file(t, "console"), Channel: file(t, "channel"),
 				Ends:  []*os.File{file(t, "end 0"), file(t, "end 1"), file(t, "log")},
 				Disks: []*os.File{file(t, "disk 0"), file(t, "disk 1")}, Bases: []*os.File{nil, file(t, "base 1")},
 			},
@@ -146,13 +146,13 @@ func TestNeverRan(t *testing.T) {
 	run := Run{PCI: pci, Memory: file(t, "memory")}
 	for name, spoil := range map[string]func() error{
 		"a descriptor too many": func() error {
-			return store.Put(guestEntry(uuid), savedGuest{Guest: &g, Has: make([]bool, 6)}, run.Memory)
+			return store.Put(guestEntry(uuid), savedGuest{Guest: &g, Has: make([]bool, 7)}, run.Memory)
 		},
 		"a disk too many": func() error {
-			return store.Put(guestEntry(uuid), savedGuest{Guest: &g, Has: make([]bool, 6), Disks: 1})
+			return store.Put(guestEntry(uuid), savedGuest{Guest: &g, Has: make([]bool, 7), Disks: 1})
 		},
 		"a negative disk": func() error {
-			return store.Put(guestEntry(uuid), savedGuest{Guest: &g, Has: make([]bool, 4), Disks: -1})
+			return store.Put(guestEntry(uuid), savedGuest{Guest: &g, Has: make([]bool, 5), Disks: -1})
 		},
 		"no text":   func() error { return store.Put(guestEntry(uuid), 7) },
 		"no memory": func() error { return store.Put(runEntry(uuid), run) },

@@ -5,7 +5,6 @@ package asked
 import (
 	"context"
 	"encoding/json"
-	"fmt"
 	"os"
 	"sync"
 	"time"
@@ -16,6 +15,7 @@ import (
 	"redoubt.dev/redoubt/memfd"
 	"redoubt.dev/redoubt/process"
 	"redoubt.dev/redoubt/services"
+	"redoubt.dev/redoubt/services/answer"
 	"redoubt.dev/redoubt/services/job"
 	"redoubt.dev/redoubt/services/protocol"
 )
@@ -107,35 +107,21 @@ func (a *Asker) Ask(ctx context.Context, name string, g *Guest, m Opened, q prot
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
-	w, err := memfd.New("answer", protocol.MaxAnswer)
-	if err != nil {
-		return nil, err
-	}
-	defer w.Close()
 	q.Layout = g.known()
 	in := protocol.Read{
 		Machine: m.layout, Size: m.size, Question: q,
 		Files: protocol.Files{protocol.FileMemory, protocol.FileKernel, protocol.FileAnswer},
 	}
-	size := 0
-	err = a.Run(ctx, name, func(ctx context.Context, peer *rpc.Peer) error {
-		var out protocol.ReadOut
-		if _, err := peer.Call(ctx, protocol.MethodRead, in, &out, append(m.files, w)...); err != nil {
-			return err
-		}
-		if out.Size < 0 || out.Size > protocol.MaxAnswer {
-			return fmt.Errorf("%s: an answer of %d bytes", services.Inspector, out.Size)
-		}
-		size = out.Size
-		g.learn(out.Layout)
-		return nil
+	return answer.Get(services.Inspector, func(into *os.File) (size int, err error) {
+		err = a.Run(ctx, name, func(ctx context.Context, peer *rpc.Peer) error {
+			var out protocol.ReadOut
+			if _, err := peer.Call(ctx, protocol.MethodRead, in, &out, append(m.files, into)...); err != nil {
+				return err
+			}
+			size = out.Size
+			g.learn(out.Layout)
+			return nil
+		})
+		return size, err
 	})
-	if err != nil {
-		return nil, err
-	}
-	answer, err := memfd.ReadOnly(w)
-	if err != nil {
-		return nil, err
-	}
-	return rpc.WithFiles{Value: protocol.Inspected{Size: size}, Files: []*os.File{answer}}, nil
 }

@@ -198,14 +198,14 @@ func machine(t *testing.T, content io.ReaderAt, size int64) Machine {
 	return Machine{Layout: "flat", Size: uint64(size), Memory: m, Kernel: k}
 }
 
-func (a *asker) ask(g *Guest, m Machine, what string) (protocol.Inspected, []byte, error) {
+func (a *asker) ask(g *Guest, m Machine, what string) (protocol.Answered, []byte, error) {
 	a.t.Helper()
 	o, err := m.Open()
 	must(a.t, err)
 	return a.asked(g, o, what)
 }
 
-func (a *asker) asked(g *Guest, o Opened, what string) (out protocol.Inspected, b []byte, err error) {
+func (a *asker) asked(g *Guest, o Opened, what string) (out protocol.Answered, b []byte, err error) {
 	a.t.Helper()
 	v, err := a.Ask(a.t.Context(), "g", g, o, protocol.Question{What: []string{what}})
 	for _, p := range a.started {
@@ -223,7 +223,7 @@ func (a *asker) asked(g *Guest, o Opened, what string) (out protocol.Inspected, 
 		a.t.Fatalf("%s: %+v", what, v)
 	}
 	defer ipc.CloseAll(w.Files)
-	out, _ = w.Value.(protocol.Inspected)
+	out, _ = w.Value.(protocol.Answered)
 	b = make([]byte, out.Size)
 	_, err = w.Files[0].ReadAt(b, 0)
 	if _, werr := w.Files[0].WriteAt([]byte("x"), 0); werr == nil {

@@ -58,6 +58,8 @@ const (
 	GuestServiceActivateCredentialProcedure = "/redoubt.v1.GuestService/ActivateCredential"
 	// GuestServiceInspectProcedure is the fully-qualified name of the GuestService's Inspect RPC.
 	GuestServiceInspectProcedure = "/redoubt.v1.GuestService/Inspect"
+	// GuestServiceModulesProcedure is the fully-qualified name of the GuestService's Modules RPC.
+	GuestServiceModulesProcedure = "/redoubt.v1.GuestService/Modules"
 )
 
 // GuestServiceClient is a client for the redoubt.v1.GuestService service.
@@ -87,6 +89,8 @@ type GuestServiceClient interface {
 	ActivateCredential(context.Context, *v1.ActivateCredentialRequest) (*v1.ActivateCredentialResponse, error)
 	// Inspect answers with what a running guest's memory says of its kernel. The guest runs on meanwhile.
 	Inspect(context.Context, *v1.InspectRequest) (*v1.InspectResponse, error)
+	// Modules answers with what the isolated modules of a running guest have done since it booted.
+	Modules(context.Context, *v1.ModulesRequest) (*v1.ModulesResponse, error)
 }
 
 // NewGuestServiceClient constructs a client for the redoubt.v1.GuestService service. By default, it
@@ -166,6 +170,12 @@ func NewGuestServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 			connect.WithSchema(guestServiceMethods.ByName("Inspect")),
 			connect.WithClientOptions(opts...),
 		),
+		modules: connect.NewClient[v1.ModulesRequest, v1.ModulesResponse](
+			httpClient,
+			baseURL+GuestServiceModulesProcedure,
+			connect.WithSchema(guestServiceMethods.ByName("Modules")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -182,6 +192,7 @@ type guestServiceClient struct {
 	quote              *connect.Client[v1.QuoteRequest, v1.QuoteResponse]
 	activateCredential *connect.Client[v1.ActivateCredentialRequest, v1.ActivateCredentialResponse]
 	inspect            *connect.Client[v1.InspectRequest, v1.InspectResponse]
+	modules            *connect.Client[v1.ModulesRequest, v1.ModulesResponse]
 }
 
 // Run calls redoubt.v1.GuestService.Run.
@@ -271,6 +282,15 @@ func (c *guestServiceClient) Inspect(ctx context.Context, req *v1.InspectRequest
 	return nil, err
 }
 
+// Modules calls redoubt.v1.GuestService.Modules.
+func (c *guestServiceClient) Modules(ctx context.Context, req *v1.ModulesRequest) (*v1.ModulesResponse, error) {
+	response, err := c.modules.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
 // GuestServiceHandler is an implementation of the redoubt.v1.GuestService service.
 type GuestServiceHandler interface {
 	// Run creates a guest, or starts a stopped one, and answers when its kernel runs.
@@ -298,6 +318,8 @@ type GuestServiceHandler interface {
 	ActivateCredential(context.Context, *v1.ActivateCredentialRequest) (*v1.ActivateCredentialResponse, error)
 	// Inspect answers with what a running guest's memory says of its kernel. The guest runs on meanwhile.
 	Inspect(context.Context, *v1.InspectRequest) (*v1.InspectResponse, error)
+	// Modules answers with what the isolated modules of a running guest have done since it booted.
+	Modules(context.Context, *v1.ModulesRequest) (*v1.ModulesResponse, error)
 }
 
 // NewGuestServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -373,6 +395,12 @@ func NewGuestServiceHandler(svc GuestServiceHandler, opts ...connect.HandlerOpti
 		connect.WithSchema(guestServiceMethods.ByName("Inspect")),
 		connect.WithHandlerOptions(opts...),
 	)
+	guestServiceModulesHandler := connect.NewUnaryHandlerSimple(
+		GuestServiceModulesProcedure,
+		svc.Modules,
+		connect.WithSchema(guestServiceMethods.ByName("Modules")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/redoubt.v1.GuestService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case GuestServiceRunProcedure:
@@ -397,6 +425,8 @@ func NewGuestServiceHandler(svc GuestServiceHandler, opts ...connect.HandlerOpti
 			guestServiceActivateCredentialHandler.ServeHTTP(w, r)
 		case GuestServiceInspectProcedure:
 			guestServiceInspectHandler.ServeHTTP(w, r)
+		case GuestServiceModulesProcedure:
+			guestServiceModulesHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -448,4 +478,8 @@ func (UnimplementedGuestServiceHandler) ActivateCredential(context.Context, *v1.
 
 func (UnimplementedGuestServiceHandler) Inspect(context.Context, *v1.InspectRequest) (*v1.InspectResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("redoubt.v1.GuestService.Inspect is not implemented"))
+}
+
+func (UnimplementedGuestServiceHandler) Modules(context.Context, *v1.ModulesRequest) (*v1.ModulesResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("redoubt.v1.GuestService.Modules is not implemented"))
 }
