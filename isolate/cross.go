@@ -108,7 +108,7 @@ func (i *Isolation) exit(v *view, reason kvm.Reason) (done bool, err error) {
 				return i.trapped(v, r)
 			}
 		}
-		i.refused(v, Event{Kind: Device, Symbol: fmt.Sprintf("port %#x", x.Port)})
+		i.told(v, Event{Kind: Device, Symbol: fmt.Sprintf("port %#x", x.Port)})
 		if !x.Out {
 			for n := range x.Data {
 				x.Data[n] = 0xff
@@ -277,7 +277,15 @@ func (v *view) named(e Event) Event {
 	return e
 }
 
-func (i *Isolation) refused(v *view, e Event) { i.event(v.named(e)) }
+// refused tells of what a module did, with the calls that led to it.
+func (i *Isolation) refused(v *view, e Event) {
+	if v.stack != nil {
+		for _, a := range v.frames.Trace(v.stack.from) {
+			e.Via = append(e.Via, i.describe(a))
+		}
+	}
+	i.event(v.named(e))
+}
 
 // insane says which register that nothing may change was changed.
 func (i *Isolation) insane(v *view) *Event {
@@ -289,9 +297,15 @@ func (i *Isolation) insane(v *view) *Event {
 		name     string
 		got, was uint64
 	}{
-		{"CR0", s.CR0, v.sane.CR0}, {"CR3", s.CR3, v.sane.CR3}, {"CR4", s.CR4, v.sane.CR4}, {"EFER", s.EFER, v.sane.EFER},
-		{"IDTR", s.IDT.Base, v.sane.IDT.Base}, {"IDTR's limit", uint64(s.IDT.Limit), uint64(v.sane.IDT.Limit)},
-		{"GDTR", s.GDT.Base, v.sane.GDT.Base}, {"TR", s.TR.Base, v.sane.TR.Base}, {"CS", uint64(s.CS.Selector), uint64(v.sane.CS.Selector)},
+		{"CR0", s.CR0, v.sane.CR0},
+		{"CR3", s.CR3, v.sane.CR3},
+		{"CR4", s.CR4, v.sane.CR4},
+		{"EFER", s.EFER, v.sane.EFER},
+		{"IDTR", s.IDT.Base, v.sane.IDT.Base},
+		{"IDTR's limit", uint64(s.IDT.Limit), uint64(v.sane.IDT.Limit)},
+		{"GDTR", s.GDT.Base, v.sane.GDT.Base},
+		{"TR", s.TR.Base, v.sane.TR.Base},
+		{"CS", uint64(s.CS.Selector), uint64(v.sane.CS.Selector)},
 		{"GS", s.GS.Base, v.sane.GS.Base},
 	} {
 		if c.got != c.was {

@@ -24,6 +24,8 @@ func (i *Isolation) judgeWrite(v *view, at, n uint64, seen bool) (object string,
 		return "", 0, "by tables that are not the view's"
 	case i.kernel.fixed.has(at) || i.kernel.fixed.has(at+n-1):
 		return i.describe(at), 0, "the kernel's code and constants"
+	case v.self.has(at) || v.self.has(at+n-1):
+		return "struct module", at - v.self.from, "what the kernel keeps of the module"
 	case v.has(at) && v.has(at+n-1):
 		return v.name, 0, ""
 	case i.foreign(v, at) != nil || i.foreign(v, at+n-1) != nil:

@@ -38,6 +38,7 @@ type moduleFields struct {
 	name, state, init, signed, kallsyms types.Field
 	symtab, symbols, strtab             types.Field
 	regions                             []regionFields
+	size                                uint64 // of all of it
 }
 
 type regionFields struct {
@@ -49,6 +50,9 @@ type regionFields struct {
 type span struct{ from, to uint64 }
 
 func (s span) has(a uint64) bool { return a >= s.from && a < s.to }
+
+// meets says whether a page has a part of it.
+func (s span) meets(page uint64) bool { return s.from < page+pageSize && page < s.to }
 
 // Of a kernel of x86-64 (Documentation/arch/x86/x86_64/mm.rst).
 const (
@@ -147,6 +151,8 @@ func (k *kernel) fields(t *types.Types) error {
 	}
 	m := &k.module
 	m.name, m.state, m.init = field("module", "name"), field("module", "state"), field("module", "init")
+	size, serr := t.Size("module")
+	m.size, err = size, errors.Join(err, serr)
 	m.kallsyms = field("module", "kallsyms")
 	m.symtab, m.symbols, m.strtab = field("mod_kallsyms", "symtab"), field("mod_kallsyms", "num_symtab"), field("mod_kallsyms", "strtab")
 	if f, ferr := t.Field("pcpu_hot", "preempt_count"); ferr == nil { // from 6.2

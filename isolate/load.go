@@ -20,6 +20,7 @@ type view struct {
 	name    string
 	profile *policy.Profile
 	regions []region
+	self    span              // its struct module, which is the kernel's
 	begins  map[uint64]string // functions, by address
 
 	vm     *kvm.VM
@@ -145,6 +146,7 @@ func (i *Isolation) isolate(m uint64, name string) (v *view, err error) {
 	if v.regions, err = i.regions(m); err != nil {
 		return nil, err
 	}
+	v.self = span{m, m + i.kernel.module.size}
 	if err := i.functions(m, v); err != nil {
 		return nil, err
 	}

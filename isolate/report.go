@@ -28,13 +28,14 @@ const (
 
 // An Event is what a module did that was refused, or noted and allowed.
 type Event struct {
-	Kind    Kind   `json:"kind"`
-	Module  string `json:"module"`
-	Symbol  string `json:"symbol,omitempty"`  // what was called or touched
-	Address uint64 `json:"address,omitempty"` // of it
-	At      string `json:"at,omitempty"`      // the instruction, or where the call returns to
-	Detail  string `json:"detail,omitempty"`
-	Allowed bool   `json:"allowed"`
+	Kind    Kind     `json:"kind"`
+	Module  string   `json:"module"`
+	Symbol  string   `json:"symbol,omitempty"`  // what was called or touched
+	Address uint64   `json:"address,omitempty"` // of it
+	At      string   `json:"at,omitempty"`      // the instruction, or where the call returns to
+	Via     []string `json:"via,omitempty"`     // the crossings that lie on the stack, innermost first: where the module was called from, and what it called
+	Detail  string   `json:"detail,omitempty"`
+	Allowed bool     `json:"allowed"`
 }
 
 func (e Event) String() string {

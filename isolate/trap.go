@@ -222,7 +222,7 @@ func (i *Isolation) ensure(v *view, at, code uint64) (bool, error) {
 		return true, nil
 	}
 	switch {
-	case v.has(at) && m.Writable, v.objects.whole(page(at)):
+	case v.has(at) && m.Writable && !v.self.meets(page(at)), v.objects.whole(page(at)):
 		return true, i.grant(v, gpa, 0)
 	case i.foreign(v, at) != nil:
 		return true, nil // each access comes to be judged
@@ -251,7 +251,11 @@ func (i *Isolation) accessed(v *view, x kvm.MMIO) (done bool, err error) {
 	n := uint64(len(x.Data))
 	b, err := i.cfg.Memory.Slice(x.Address, n)
 	if err != nil {
-		i.refused(v, Event{Kind: Device, Address: x.Address, Symbol: fmt.Sprintf("%#x", x.Address)})
+		e := Event{Kind: Device, Address: x.Address, Symbol: fmt.Sprintf("%#x", x.Address)}
+		if x.Address >= layout.Physical && x.Address < layout.ROPhysical+layout.ROSize {
+			e.Kind, e.Symbol = Control, "the view's own tables"
+		}
+		i.told(v, e)
 		for k := range x.Data {
 			x.Data[k] = 0xff
 		}
@@ -268,16 +272,20 @@ func (i *Isolation) accessed(v *view, x kvm.MMIO) (done bool, err error) {
 		return false, nil
 	}
 	object, off, why := i.judgeWrite(v, at, n, seen)
+	if why == "" {
+		copy(b, x.Data)
+		i.account(v.name, func(a *Account) { count(a.Writes, object) })
+		return false, nil
+	}
 	e := Event{Kind: WriteData, Address: at, Symbol: object, Detail: fmt.Sprintf("%d bytes at %#x: %s", n, off, why), Allowed: true}
 	switch {
-	case why == "":
 	case i.cfg.Modules.Mode == policy.Monitor && seen:
-		i.event(v.named(e))
+		i.told(v, e)
 	case i.cfg.Modules.Mode == policy.Learn && object != "" && why == notAllowed:
 		i.learn(func() { v.profile.LearnWrite(object, off, n) })
 	default:
 		e.Allowed = false
-		i.event(v.named(e))
+		i.told(v, e)
 		return false, nil // dropped
 	}
 	copy(b, x.Data)
@@ -301,6 +309,14 @@ func (i *Isolation) mayRead(v *view, at uint64, seen bool) bool {
 	case i.cfg.Modules.Mode == policy.Monitor:
 		e.Allowed = true
 	}
-	i.event(v.named(e))
+	i.told(v, e)
 	return e.Allowed
+}
+
+// told tells of an access: the instruction is where the processor stands.
+func (i *Isolation) told(v *view, e Event) {
+	if r, err := v.vcpu.Regs(); err == nil {
+		e.At = v.describe(r.RIP)
+	}
+	i.refused(v, e)
 }

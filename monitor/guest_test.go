@@ -68,6 +68,7 @@ case $what in
     awk '{print "RESULT module", $1}' /proc/modules
     for m in $(awk '{print $1}' /proc/modules); do rmmod $m && echo "RESULT gone $m"; done
     dmesg | grep -iE 'bug|oops|warn|invalid|fault|xor:|failed' ;;
+  script) . /script ;;
   tpm)
     mount -t securityfs sec /sys/kernel/security
     dmesg | grep -iE 'tpm|ima:'; ls /sys/class/tpm
@@ -92,6 +93,8 @@ type boot struct {
 	what    string // guestInit's word
 	extra   string // more command line
 	modules []string
+	files   map[string]string // of this host, by their names in the guest
+	script  string            // /script, which the word script runs
 	change  func(*Config)
 }
 
@@ -127,6 +130,12 @@ func (b boot) build(t testing.TB) *guest {
 			t.Fatal(err)
 		}
 		image.Modules(tree, b.modules...)
+	}
+	for to, from := range b.files {
+		image.HostFile(from, to)
+	}
+	if b.script != "" {
+		image.File("script", []byte(b.script), 0o755)
 	}
 	initrd := filepath.Join(t.TempDir(), "initrd")
 	if err := image.WriteFile(initrd); err != nil {

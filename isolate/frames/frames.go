@@ -13,6 +13,7 @@ package frames
 import (
 	"errors"
 	"fmt"
+	"slices"
 )
 
 // Bounds. A module whose calls do not fit is refused: the kernel's stacks hold 16 KiB.
@@ -183,6 +184,17 @@ func (f *Frames) leave(stack uint64, r record) error {
 	}
 	f.stacks[stack] = append(all, r)
 	return nil
+}
+
+// Trace is the addresses of the crossings on a stack, the innermost first: where the kernel called the module from, and the
+// module the kernel.
+func (f *Frames) Trace(stack uint64) []uint64 {
+	all := f.stacks[stack]
+	out := make([]uint64, 0, len(all))
+	for _, r := range slices.Backward(all) {
+		out = append(out, r.address)
+	}
+	return out
 }
 
 // Drop forgets a stack, which the kernel has given back.

@@ -24,8 +24,13 @@ func TestRead(t *testing.T) {
 		off, n uint64
 		want   bool
 	}{
-		{"kmalloc-4k", 8, 8, true}, {"kmalloc-4k", 12, 4, true}, {"kmalloc-4k", 12, 8, false}, {"kmalloc-4k", 7, 2, false},
-		{"kmalloc-2k", 8, 8, false}, {"kmalloc-4k", ^uint64(0), 8, false}, {"kmalloc-4k", 8, ^uint64(0), false},
+		{"kmalloc-4k", 8, 8, true},
+		{"kmalloc-4k", 12, 4, true},
+		{"kmalloc-4k", 12, 8, false},
+		{"kmalloc-4k", 7, 2, false},
+		{"kmalloc-2k", 8, 8, false},
+		{"kmalloc-4k", ^uint64(0), 8, false},
+		{"kmalloc-4k", 8, ^uint64(0), false},
 	} {
 		if got := a.Writable(c.object, c.off, c.n); got != c.want {
 			t.Errorf("%d bytes at %d of %s: %v", c.n, c.off, c.object, got)

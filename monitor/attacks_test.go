@@ -1,0 +1,111 @@
+package monitor
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"testing"
+
+	"redoubt.dev/redoubt/isolate"
+	"redoubt.dev/redoubt/isolate/attack"
+	"redoubt.dev/redoubt/isolate/policy"
+	"redoubt.dev/redoubt/lab"
+)
+
+// A module that attacks the kernel, another module and the flow of control wins nothing in a view, each attack is told
+// with its name, and the guest lives on. (That each of them wins without is package attack's TestAttacksWin.) What the two
+// modules do without an attack was learnt before, and they keep to it.
+func TestAttacks(t *testing.T) {
+	lab.NeedsKVM(t)
+	for _, kernel := range []string{"6.1-cloud", "6.12"} {
+		t.Run(kernel, func(t *testing.T) { attacked(t, kernel) })
+	}
+}
+
+func attacked(t *testing.T, kernel string) {
+	built, err := attack.Build(t.Context(), cache(t), kernel)
+	if err != nil {
+		t.Fatal(err)
+	}
+	files := map[string]string{}
+	for _, m := range attack.Modules {
+		files["mod/"+m+".ko"] = built[m]
+	}
+	start := attack.Script + "attack_load attack flood_calls=2000; attack none calls; cat /proc/victim >/dev/null\n"
+	script := start
+	for _, a := range attack.All {
+		script += "attack " + a.Name + " " + a.Check + "\n"
+	}
+	script += "echo LIVES; cat /proc/victim\n"
+
+	m := isolate.Modules{Default: isolate.Isolate, Mode: policy.Learn}
+	_, learnt := scripted(t, kernel, &m, files, start+"echo LIVES\n")
+	m = isolate.Modules{Default: isolate.Isolate, Mode: policy.Enforce, Profiles: learnt.Profiles}
+	for n := range m.Profiles {
+		if p := &m.Profiles[n]; p.Module == "attack" {
+			p.LearnCall("memcpy") // what it may be used for is judged by where it writes
+		}
+	}
+	said, r := scripted(t, kernel, &m, files, script)
+	for _, a := range attack.All {
+		before, after, ok := strings.Cut(said[a.Name], " ")
+		won := a.Won
+		if a.Endured {
+			won = "2000"
+		}
+		switch {
+		case !ok || before == won:
+			t.Errorf("%s: shows nothing: %q", a.Name, said[a.Name])
+		case (after == won) != a.Endured:
+			t.Errorf("%s: %s was %s and is %s", a.Name, a.Check, before, after)
+		}
+	}
+	kinds := map[string]int{}
+	for _, e := range r.Events {
+		if e.Allowed {
+			continue
+		}
+		if e.Module != "attack" && e.Kind != isolate.Device { // the victim looks at the port that is attacked
+			t.Errorf("%v", e)
+		}
+		kinds[fmt.Sprintf("%s %s from %s", e.Kind, e.Symbol, e.At)]++
+	}
+	for _, k := range slices.Sorted(maps.Keys(kinds)) {
+		t.Logf("%3d %s", kinds[k], k)
+	}
+}
+
+// scripted boots a guest that runs a script, and returns its lines CHECK by name.
+func scripted(t *testing.T, kernel string, m *isolate.Modules, files map[string]string, script string) (map[string]string, isolate.Report) {
+	t.Helper()
+	tpm := startTPM(t)
+	g := boot{
+		kernel: kernel, what: "script", files: files, script: script, extra: "quiet",
+		change: func(cfg *Config) {
+			cfg.TPM, cfg.Modules = tpm, m
+			cfg.OnModule = func(e isolate.Event) {
+				if !e.Allowed {
+					t.Log(e)
+				}
+			}
+		},
+	}.build(t)
+	if o := g.run(t); o.Kind != PowerOff {
+		t.Errorf("outcome %v", o)
+	}
+	said := map[string]string{}
+	for line := range strings.Lines(g.console.String()) {
+		if name, rest, ok := strings.Cut(strings.TrimRight(strings.TrimPrefix(line, "CHECK "), "\r\n"), " "); ok && strings.HasPrefix(line, "CHECK ") {
+			said[name] = rest
+		}
+	}
+	if t.Failed() || testing.Verbose() || !strings.Contains(g.console.String(), "LIVES") {
+		t.Logf("%s", g.console)
+	}
+	if !strings.Contains(g.console.String(), "LIVES") {
+		t.Error("the guest did not live on")
+	}
+	r, _ := g.Fenced()
+	return said, r
+}
