@@ -37,14 +37,15 @@ func (i *Isolation) enter(v *view, r *kvm.Regs) error {
 		return i.kill(v, r, r.RIP, Event{Kind: Entry, Address: r.RIP, Detail: err.Error()})
 	}
 	i.account(v.name, func(a *Account) {
-		if kind == frames.Call {
+		switch kind {
+		case frames.Call:
 			count(a.Entries, name)
-		} else if kind == frames.Resume {
+		case frames.Resume:
 			a.Resumed++
 		}
 	})
 	if kind == frames.Return {
-		v.objects.made(s.from, r.RSP-8, r.RAX)
+		v.objects.made(s.from, r.RSP-8, r.RAX, i.pageAddress)
 	}
 	if err := i.showStack(v, s, r.RSP); err != nil {
 		return err
@@ -167,11 +168,11 @@ func (i *Isolation) yield(v *view) (done bool, err error) {
 	if inStubs(r.RIP) { // a few instructions of the monitor's
 		return false, nil
 	}
-	if !v.hasCode(r.RIP) && !i.kernel.thunks.has(r.RIP) {
+	if !v.hasCode(r.RIP) && !i.kernel.thunk(r.RIP) {
 		// About to leave: it will.
 		return false, nil
 	}
-	if i.kernel.thunks.has(r.RIP) {
+	if i.kernel.thunk(r.RIP) {
 		// The kernel has the same instructions there: but nobody would bring it back. A few of them remain.
 		return false, nil
 	}
@@ -228,7 +229,7 @@ func (i *Isolation) left(v *view, r kvm.Regs) (done bool, err error) {
 		return true, i.kill(v, &r, ret, Event{Kind: Stack, Symbol: name, At: from, Detail: err.Error()})
 	}
 	i.account(v.name, func(a *Account) { count(a.Calls, name) })
-	v.objects.asked(s.from, name, &r, v.sane.GS.Base)
+	v.objects.asked(s.from, name, &r, v.sane.GS.Base, i.pageAddress)
 	return true, i.toKernel(v, r, base)
 }
 

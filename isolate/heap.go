@@ -10,12 +10,13 @@ import (
 
 // heap finds what an address of the kernel's heap belongs to: which cache's object.
 type heap struct {
-	places struct{ caches, pages uint64 } // slab_caches; vmemmap_base, which holds where the structures of pages begin
-	owner  types.Field                    // of struct slab: its cache
-	list   types.Field                    // of struct kmem_cache, and so on
+	places struct{ caches, pages, direct uint64 } // slab_caches; vmemmap_base and page_offset_base, which hold where the structures of pages begin, and the mapping of all memory
+	owner  types.Field                            // of struct slab: its cache
+	list   types.Field                            // of struct kmem_cache, and so on
 	name   types.Field
 	size   types.Field
-	page   uint64 // size of struct page
+	page   uint64      // size of struct page
+	kind   types.Field // of struct page: page_type
 
 	caches map[uint64]cache // by where their structures are
 }
@@ -41,9 +42,10 @@ func (h *heap) find(t *types.Types, symbol func(string) uint64) error {
 	}
 	h.owner = field("slab", "slab_cache")
 	h.list, h.name, h.size = field("kmem_cache", "list.next"), field("kmem_cache", "name"), field("kmem_cache", "size")
+	h.kind = field("page", "page_type")
 	size, serr := t.Size("page")
 	h.page = size
-	h.places.caches, h.places.pages = symbol("slab_caches"), symbol("vmemmap_base")
+	h.places.caches, h.places.pages, h.places.direct = symbol("slab_caches"), symbol("vmemmap_base"), symbol("page_offset_base")
 	return errors.Join(err, serr)
 }
 
@@ -72,6 +74,58 @@ func (i *Isolation) slab(gpa uint64) (name string, off uint64, ok bool) {
 		return "", 0, false
 	}
 	return c.name, (gpa - begin) % c.size, true
+}
+
+// pageAddress is where the kernel sees the page of a struct page.
+func (i *Isolation) pageAddress(at uint64) uint64 {
+	h := &i.kernel.heap
+	return i.wordAt(h.places.direct) + (at-i.wordAt(h.places.pages))/h.page*pageSize
+}
+
+// isTable says whether a page is one of the kernel's own page tables. They may be any pages, and are noted nowhere: so all
+// tables are looked through, which are some hundred.
+func (i *Isolation) isTable(gpa uint64) bool {
+	left := mostTables * 8
+	var in func(table uint64, level int) bool
+	in = func(table uint64, level int) bool {
+		if table == gpa {
+			return true
+		}
+		left--
+		b, err := i.cfg.Memory.Slice(table, pageSize)
+		if err != nil || level == 1 {
+			return false
+		}
+		if left < 0 { // more than a kernel has: fail closed
+			return true
+		}
+		const present, large, address = 1 << 0, 1 << 7, 0x000f_ffff_ffff_f000
+		from := 0
+		if level == 4 {
+			from = pageSize / 2 // the kernel's half
+		}
+		for ; from < pageSize; from += 8 {
+			e := word(b[from:])
+			if e&present != 0 && (e&large == 0 || level == 4) && in(e&address, level-1) {
+				return true
+			}
+		}
+		return false
+	}
+	return in(i.kernel.space.Root&^(pageSize-1), 4)
+}
+
+// userTable says whether the kernel notes that a page is a page table: it does for those of processes.
+func (i *Isolation) userTable(gpa uint64) bool {
+	h := &i.kernel.heap
+	b, err := i.bytes(i.wordAt(h.places.pages)+gpa/pageSize*h.page+h.kind.Offset, 4)
+	if err != nil {
+		return true // what cannot be judged
+	}
+	// A page that is mapped by no process has a kind: until 6.10 the bit of its kind is cleared of ones, from 6.12 its highest
+	// byte is the kind's number, all others being zero. A page that is in none is all ones.
+	const kinds, table = 0xf000_0000, 0x0000_0400
+	return binary.LittleEndian.Uint32(b)&(kinds|table) == kinds
 }
 
 // readCaches lists the kernel's caches.

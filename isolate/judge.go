@@ -41,12 +41,26 @@ func (i *Isolation) judgeWrite(v *view, at, n uint64, seen bool) (object string,
 	}
 	object, off = i.object(at)
 	switch {
+	case policy.NeverWritten(object):
+		return object, off, "no module may write it"
 	case object == i.kernel.counter && off >= i.kernel.counts.Offset && off+n <= i.kernel.counts.Offset+i.kernel.counts.Size:
 		return object, off, "" // preempt_disable and preempt_enable, which compilers put into modules
+	case object == pages && i.table(at):
+		return "page table", off, "no module may write it"
 	case v.profile.Writable(object, off, n):
 		return object, off, ""
 	}
 	return object, off, notAllowed
+}
+
+// table says whether an address is of a page table.
+func (i *Isolation) table(at uint64) bool {
+	m, err := i.place(at)
+	if err != nil {
+		return true
+	}
+	gpa := page(m.Physical + at - m.Virtual)
+	return i.userTable(gpa) || i.isTable(gpa)
 }
 
 // foreign is the other isolated module that an address is of.
@@ -189,6 +203,7 @@ type objects struct {
 // A request is a call that has not returned.
 type request struct {
 	size, base uint64
+	page       bool
 }
 
 // An allocator is a function that gives its caller memory: which argument says how much.
@@ -196,26 +211,31 @@ type allocator struct {
 	size   int
 	pages  bool // the argument is an order
 	perCPU bool // what it returns is added to where the processor's variables are
+	page   bool // what it returns is the struct page
 }
 
 var allocators = map[string]allocator{
-	"__alloc_percpu": {0, false, true}, "__alloc_percpu_gfp": {0, false, true}, "pcpu_alloc": {0, false, true},
-	"__kmalloc": {0, false, false}, "__kmalloc_node": {0, false, false}, "kmalloc_trace": {2, false, false}, "kmalloc_node_trace": {3, false, false}, "kmem_cache_alloc_trace": {2, false, false},
-	"kmalloc_large": {0, false, false}, "kmalloc_large_node": {0, false, false}, "__kmalloc_node_track_caller": {0, false, false}, "kvmalloc_node": {0, false, false},
-	"vmalloc": {0, false, false}, "vzalloc": {0, false, false}, "vmalloc_node": {0, false, false}, "vzalloc_node": {0, false, false}, "__vmalloc": {0, false, false},
-	"__get_free_pages": {1, true, false}, "get_zeroed_page": {-1, true, false}, "devm_kmalloc": {1, false, false},
-	"__kmalloc_cache": {2, false, false}, "__kmalloc_cache_node": {3, false, false}, "__kmalloc_large": {0, false, false}, "__kvmalloc_node": {0, false, false},
+	"alloc_pages": {1, true, false, true}, "__alloc_pages": {1, true, false, true},
+	"__alloc_percpu": {0, false, true, false}, "__alloc_percpu_gfp": {0, false, true, false}, "pcpu_alloc": {0, false, true, false},
+	"__kmalloc": {0, false, false, false}, "__kmalloc_node": {0, false, false, false}, "kmalloc_trace": {2, false, false, false}, "kmalloc_node_trace": {3, false, false, false}, "kmem_cache_alloc_trace": {2, false, false, false},
+	"kmalloc_large": {0, false, false, false}, "kmalloc_large_node": {0, false, false, false}, "__kmalloc_node_track_caller": {0, false, false, false}, "kvmalloc_node": {0, false, false, false},
+	"vmalloc": {0, false, false, false}, "vzalloc": {0, false, false, false}, "vmalloc_node": {0, false, false, false}, "vzalloc_node": {0, false, false, false}, "__vmalloc": {0, false, false, false},
+	"__get_free_pages": {1, true, false, false}, "get_zeroed_page": {-1, true, false, false}, "devm_kmalloc": {1, false, false, false},
+	"__kmalloc_cache": {2, false, false, false}, "__kmalloc_cache_node": {3, false, false, false}, "__kmalloc_large": {0, false, false, false}, "__kvmalloc_node": {0, false, false, false},
 }
 
-var deallocators = map[string]int{"kfree": 0, "kvfree": 0, "vfree": 0, "kfree_sensitive": 0, "kmem_cache_free": 1, "free_pages": 0, "devm_kfree": 1, "free_percpu": 0}
+var deallocators = map[string]int{"kfree": 0, "kvfree": 0, "vfree": 0, "kfree_sensitive": 0, "kmem_cache_free": 1, "free_pages": 0, "devm_kfree": 1, "free_percpu": 0, "__free_pages": 0}
 
 // asked notes a call of the module's that allocates or frees.
-func (o *objects) asked(stack uint64, name string, r *kvm.Regs, perCPU uint64) {
+func (o *objects) asked(stack uint64, name string, r *kvm.Regs, perCPU uint64, page func(uint64) uint64) {
 	name = strings.TrimSuffix(name, "_noprof")
 	if n, ok := deallocators[name]; ok {
 		at := argument(r, n)
-		if name == "free_percpu" {
+		switch name {
+		case "free_percpu":
 			at += perCPU
+		case "__free_pages", "put_page", "__folio_put":
+			at = page(at)
 		}
 		if k, found := o.find(at); found {
 			o.all = slices.Delete(o.all, k, k+1)
@@ -236,7 +256,7 @@ func (o *objects) asked(stack uint64, name string, r *kvm.Regs, perCPU uint64) {
 	if o.pending == nil {
 		o.pending = map[[2]uint64]request{}
 	}
-	a0 := request{size: size}
+	a0 := request{size: size, page: a.page}
 	if a.perCPU {
 		a0.base = perCPU
 	}
@@ -244,7 +264,7 @@ func (o *objects) asked(stack uint64, name string, r *kvm.Regs, perCPU uint64) {
 }
 
 // made notes what a call returned.
-func (o *objects) made(stack, slot, at uint64) {
+func (o *objects) made(stack, slot, at uint64, page func(uint64) uint64) {
 	key := [2]uint64{stack, slot}
 	a, ok := o.pending[key]
 	if !ok {
@@ -256,7 +276,9 @@ func (o *objects) made(stack, slot, at uint64) {
 	if at == 0 || at == 16 || at >= errors || size == 0 || at+size < at || len(o.all) >= maxObjects { // ZERO_SIZE_PTR, ERR_PTR
 		return
 	}
-	at += a.base
+	if at += a.base; a.page {
+		at = page(at)
+	}
 	k, found := o.find(at)
 	if found {
 		o.all[k].size = size

@@ -22,7 +22,7 @@ type kernel struct {
 	sorted  []symbols.Symbol // the same, by address
 	text    span             // code
 	fixed   span             // code and read-only data
-	thunks  span
+	thunks  []span
 	refusal uint64 // a function that does nothing but fail, without arguments
 
 	module  moduleFields
@@ -84,7 +84,7 @@ func readKernel(memory Memory, s *kvm.Sregs) (*kernel, error) {
 	}
 	k.text = span{at("_text"), at("_etext")}
 	k.fixed = span{at("_text"), at("__end_rodata")}
-	k.thunks = span{at("__indirect_thunk_start"), at("__indirect_thunk_end")}
+	k.findThunks()
 	btf := span{at("__start_BTF"), at("__stop_BTF")}
 	tables := at("init_top_pgt")
 	k.refusal = at("sys_ni_syscall")
@@ -111,6 +111,32 @@ func readKernel(memory Memory, s *kvm.Sregs) (*kernel, error) {
 	}
 	k.space.Root = m.Physical + tables - m.Virtual
 	return k, nil
+}
+
+// findThunks finds the code that a compiler puts in the place of indirect calls and returns, by the kernel's mitigations.
+func (k *kernel) findThunks() {
+	lookup := func(name string) uint64 {
+		s, _ := k.symbols.Lookup(name)
+		return s.Address
+	}
+	all := span{lookup("__indirect_thunk_start"), lookup("__indirect_thunk_end")}
+	if all.from == 0 { // from 6.9 the section has no symbols of its own
+		all = span{from: lookup("__x86_indirect_thunk_array")}
+		all.to, _ = k.symbols.After(lookup("__x86_return_thunk"))
+	}
+	if all.from != 0 && all.to > all.from {
+		k.thunks = append(k.thunks, all)
+	}
+	// Of AMD's Zen 3 and 4, where its address matters: the two functions, of a few bytes, lie together.
+	const few = 32
+	if at := lookup("srso_alias_safe_ret"); at != 0 && !all.has(at) {
+		k.thunks = append(k.thunks, span{at, at + few})
+	}
+}
+
+// thunk says whether an address is of one.
+func (k *kernel) thunk(at uint64) bool {
+	return slices.ContainsFunc(k.thunks, func(s span) bool { return s.has(at) })
 }
 
 // image is the kernel as it lies in memory, in one piece, and where it is seen.

@@ -91,7 +91,7 @@ func (i *Isolation) Report() Report {
 }
 
 // maxCounted bounds the names that an account counts.
-const maxCounted = 1 << 12
+const maxCounted = 1 << 9
 
 func count(m map[string]uint64, name string) {
 	if _, ok := m[name]; ok || len(m) < maxCounted {

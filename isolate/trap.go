@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 
+	"redoubt.dev/redoubt/introspect/paging"
 	"redoubt.dev/redoubt/isolate/policy"
 	layout "redoubt.dev/redoubt/isolate/view"
 	"redoubt.dev/redoubt/kvm"
@@ -74,7 +75,7 @@ func (i *Isolation) hand(v *view, r kvm.Regs, t layout.Trap) error {
 	if err := v.drain(); err != nil {
 		return err
 	}
-	if !v.hasCode(r.RIP) && !i.kernel.thunks.has(r.RIP) {
+	if !v.hasCode(r.RIP) && !i.kernel.thunk(r.RIP) {
 		return i.kill(v, &r, 0, Event{Kind: Control, Detail: fmt.Sprintf("exception %d at %#x, where the module has no code", t.Vector, r.RIP)})
 	}
 	if e := i.insane(v); e != nil {
@@ -187,14 +188,11 @@ func (i *Isolation) raise(r kvm.Regs, vector byte, code uint64) error {
 // ensure maps the page of an address that a module touches, as the kernel has it mapped, and grants it as far as may be. false:
 // the kernel has no such page either, or not for this.
 func (i *Isolation) ensure(v *view, at, code uint64) (bool, error) {
-	m, err := i.place(at)
-	if err != nil {
-		return false, nil // as for the kernel itself: its handler will say
+	m, ok := i.mapped(at)
+	if !ok { // as for the kernel itself: its handler will say
+		return false, nil
 	}
 	if code&faultWrite != 0 && !m.Writable {
-		if code&faultPresent == 0 {
-			code |= faultPresent
-		}
 		i.refused(v, Event{Kind: WriteData, Address: at, Symbol: i.describe(at), Detail: "read-only for the kernel, too"})
 		return false, nil
 	}
@@ -215,8 +213,8 @@ func (i *Isolation) ensure(v *view, at, code uint64) (bool, error) {
 		return false, err
 	}
 	v.seen[gpa] = page(at)
-	if _, err := i.cfg.Memory.Slice(gpa, pageSize); err != nil {
-		return true, nil // a device's: each access comes to be judged
+	if !i.isRAM(gpa) { // a device's: each access comes to be judged
+		return true, nil
 	}
 	if _, granted := v.slots[gpa]; granted {
 		return true, nil
@@ -227,11 +225,24 @@ func (i *Isolation) ensure(v *view, at, code uint64) (bool, error) {
 	case i.foreign(v, at) != nil:
 		return true, nil // each access comes to be judged
 	}
+	if !v.room() { // each access comes
+		return true, nil
+	}
 	if err := i.grant(v, gpa, kvm.ReadOnly); err != nil {
-		return true, nil // no room: each access comes
+		return false, err
 	}
 	i.account(v.name, func(a *Account) { a.Reads++ })
 	return true, nil
+}
+
+func (i *Isolation) mapped(at uint64) (paging.Mapping, bool) {
+	m, err := i.place(at)
+	return m, err == nil
+}
+
+func (i *Isolation) isRAM(gpa uint64) bool {
+	_, err := i.cfg.Memory.Slice(gpa, pageSize)
+	return err == nil
 }
 
 // mapPage maps a page, and starts the tables anew where they are full.

@@ -64,9 +64,9 @@ type (
 		u                   [8]uint32 // MSI: address low, high, data; chip: chip, pin
 	}
 	enableCap struct {
-		id, flags uint32
-		args      [4]uint64
-		_         [64]byte
+		id, _ uint32 // flags: none
+		args  [4]uint64
+		_     [64]byte
 	}
 	xcrs struct {
 		n, flags uint32

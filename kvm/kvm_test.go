@@ -27,6 +27,9 @@ func TestStructureSizes(t *testing.T) {
 		{"kvm_coalesced_mmio_zone", unsafe.Sizeof(coalescedZone{}), 16},
 		{"kvm_coalesced_mmio", unsafe.Sizeof(coalescedEntry{}), coalescedEntrySize},
 		{"kvm_irq_routing_entry", unsafe.Sizeof(routeEntry{}), 48},
+		{"kvm_enable_cap", unsafe.Sizeof(enableCap{}), 104},
+		{"kvm_xcrs", unsafe.Sizeof(xcrs{}), 392},
+		{"kvm_msr_filter", unsafe.Sizeof(msrFilter{}), 392},
 		{"kvm_device_attr", unsafe.Sizeof(deviceAttr{}), 24},
 		{"kvm_run up to its union's end", unsafe.Sizeof(runHeader{}), 32 + 256},
 	} {

@@ -105,6 +105,9 @@ func (p *Profile) check() error {
 		}
 	}
 	for _, w := range p.Writes {
+		if NeverWritten(w.Object) {
+			return fmt.Errorf("module %s: writes: %s is never allowed", p.Module, w.Object)
+		}
 		if w.Object == "" || len(w.Object) > maxName || w.From >= w.To {
 			return fmt.Errorf("module %s: writes: %.40q from %d to %d is no range", p.Module, w.Object, w.From, w.To)
 		}
@@ -150,6 +153,17 @@ func init() {
 
 // Never says whether a function may be called by no module.
 func Never(function string) bool { return never[function] }
+
+// NeverWritten says whether an object of the kernel may be written by no module: credentials, what it runs as root, its list of
+// modules.
+func NeverWritten(object string) bool {
+	switch object {
+	case "cred", "cred_jar", "init_cred", "modules", "modprobe_path", "core_pattern", "uevent_helper", "poweroff_cmd", "reboot_cmd",
+		"selinux_state", "security_hook_heads", "kptr_restrict", "modules_disabled", "idt_table", "init_top_pgt":
+		return true
+	}
+	return false
+}
 
 // Always are functions that a compiler calls of itself, and the trampolines of the kernel's own that do nothing for
 // their caller but return to it.

@@ -51,6 +51,7 @@ func TestRefused(t *testing.T) {
 		"module: a\ncalls: [commit_creds]\n":                          "commit_creds is never allowed",
 		"module: a\ncalls: ['']\n":                                    "no name of a function",
 		"module: a\nwrites: [{object: x, from: 8, to: 8}]\n":          "is no range",
+		"module: a\nwrites: [{object: cred_jar, from: 0, to: 8}]\n":   "cred_jar is never allowed",
 		"module: a\nwrites: [{object: '', from: 8, to: 9}]\n":         "is no range",
 		"module: a\nexecutes: all\n":                                  "executes",
 		"module: [a]\n":                                               "cannot unmarshal",

@@ -1,0 +1,216 @@
+package isolate
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+
+	"golang.org/x/sys/unix"
+
+	layout "redoubt.dev/redoubt/isolate/view"
+	"redoubt.dev/redoubt/kvm"
+)
+
+// machine makes the virtual machine that a module runs in.
+func (i *Isolation) machine(v *view) (err error) {
+	if v.vm, err = i.cfg.System.CreateVM(); err != nil {
+		return err
+	}
+	for n, size := range []int{layout.RWSize, layout.ROSize} {
+		if v.memory[n], err = unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_ANONYMOUS); err != nil {
+			return fmt.Errorf("the view's memory: %w", err)
+		}
+	}
+	if v.layout, err = layout.New(v.memory[0], v.memory[1]); err != nil {
+		return err
+	}
+	err = errors.Join(
+		v.vm.SetPrivatePages(0xfeff_c000, 0xfeff_d000), // as the guest's own machine
+		v.vm.ExitOnEmulationFailure(),
+		v.vm.DenyMSRs(),
+		v.vm.SetMemory(slotRW, 0, layout.Physical, v.memory[0]),
+		v.vm.SetMemory(slotRO, kvm.ReadOnly, layout.ROPhysical, v.memory[1]),
+	)
+	if err != nil {
+		return err
+	}
+	if v.vcpu, err = v.vm.CreateVCPU(0); err != nil {
+		return err
+	}
+	v.vcpu.Lock()
+	if err := v.vcpu.SetCPUID(i.cfg.CPUID); err != nil {
+		return err
+	}
+	s, err := i.cfg.Kernel.Sregs()
+	if err != nil {
+		return err
+	}
+	s.CR3 = v.layout.Root()
+	s.CR4 &^= 1 << 17 // PCIDE: each entry may drop all translations by loading CR3
+	s.GDT = kvm.Table{Base: layout.GDTBase, Limit: layout.GDTLimit}
+	s.IDT = kvm.Table{Base: layout.IDTBase, Limit: layout.IDTLimit}
+	s.TR.Base, s.TR.Limit = layout.TSSBase, layout.TSSLimit
+	s.InterruptBitmap = [4]uint64{}
+	if err := v.vcpu.CopyXCRs(i.cfg.Kernel); err != nil {
+		return err
+	}
+	if err := v.vcpu.SetSregs(s); err != nil {
+		return err
+	}
+	if v.sane, err = v.vcpu.Sregs(); err != nil {
+		return err
+	}
+	return i.copyThunks(v)
+}
+
+// copyThunks gives the view the kernel's thunks at their own addresses, and nothing else of the pages that they are on:
+// what else a module calls there ends in a halt.
+func (i *Isolation) copyThunks(v *view) error {
+	n := 0
+	for _, t := range i.kernel.thunks {
+		for at := page(t.from); at < t.to; at += pageSize {
+			if n == layout.MaxThunks {
+				return fmt.Errorf("the kernel's thunks take more than %d pages", n)
+			}
+			from, err := i.bytes(at, pageSize)
+			if err != nil {
+				return err
+			}
+			to, gpa := v.layout.Thunk(n)
+			for k := range to {
+				to[k] = halt
+				if i.kernel.thunk(at + uint64(k)) {
+					to[k] = from[k]
+				}
+			}
+			if err := v.layout.Map(at, gpa, layout.Execute); err != nil {
+				return err
+			}
+			n++
+		}
+	}
+	return nil
+}
+
+const halt = 0xf4
+
+// grant gives a view a page of the guest's.
+func (i *Isolation) grant(v *view, gpa uint64, flags kvm.MemoryFlags) error {
+	b, err := i.cfg.Memory.Slice(gpa, pageSize)
+	if err != nil {
+		return err
+	}
+	slot, ok := v.slots[gpa]
+	if ok {
+		if err := v.vm.SetMemory(slot, 0, gpa, nil); err != nil {
+			return err
+		}
+	} else {
+		if !v.room() {
+			return fmt.Errorf("the view has %d pages already", len(v.slots))
+		}
+		slot = v.next
+		v.next++
+	}
+	if err := v.vm.SetMemory(slot, flags, gpa, b); err != nil {
+		return err
+	}
+	v.slots[gpa] = slot
+	return nil
+}
+
+// room says whether the view may have another page.
+func (v *view) room() bool { return len(v.slots) < maxGrants && v.next < maxSlots }
+
+// revoke takes a page from a view.
+func (v *view) revoke(gpa uint64) error {
+	at, seen := v.seen[gpa]
+	if seen {
+		v.layout.Unmap(at)
+		delete(v.seen, gpa)
+		v.stale = true
+	}
+	slot, ok := v.slots[gpa]
+	if !ok {
+		return nil
+	}
+	delete(v.slots, gpa)
+	return v.vm.SetMemory(slot, 0, gpa, nil)
+}
+
+// punch takes the code of all views out of the kernel's.
+func (i *Isolation) punch() error {
+	var pages []uint64
+	for at := range i.text {
+		p, err := i.place(at)
+		if err != nil {
+			return err
+		}
+		pages = append(pages, p.Physical+at-p.Virtual)
+	}
+	slices.Sort(pages)
+	return i.cfg.Punch(pages)
+}
+
+// forget takes everything from a view but its own, its code and its stack.
+func (i *Isolation) forget(v *view) error {
+	if err := v.layout.Clear(); err != nil {
+		return err
+	}
+	v.stale = true
+	if s := v.stack; s != nil { // its contents stay
+		for n := range s.pages {
+			_, gpa := v.layout.Stack(n)
+			if err := v.layout.Map(s.from+uint64(n)*pageSize, gpa, layout.Write); err != nil {
+				return err
+			}
+		}
+	}
+	code := map[uint64]bool{}
+	for _, r := range v.regions {
+		for at := page(r.code.from); at < r.code.to; at += pageSize {
+			p, err := i.place(at)
+			if err != nil {
+				return err
+			}
+			gpa := p.Physical + at - p.Virtual
+			code[gpa] = true
+			if err := v.layout.Map(at, gpa, layout.Execute); err != nil {
+				return err
+			}
+		}
+	}
+	for gpa, slot := range v.slots {
+		if code[gpa] {
+			continue
+		}
+		if err := v.vm.SetMemory(slot, 0, gpa, nil); err != nil {
+			return err
+		}
+		delete(v.slots, gpa)
+		delete(v.seen, gpa)
+	}
+	v.next = firstGrant
+	for _, slot := range v.slots {
+		v.next = max(v.next, slot+1)
+	}
+	return i.copyThunks(v)
+}
+
+func (v *view) close() error {
+	var errs []error
+	if v.vcpu != nil {
+		v.vcpu.Unlock()
+		errs = append(errs, v.vcpu.Close())
+	}
+	if v.vm != nil {
+		errs = append(errs, v.vm.Close())
+	}
+	for n, m := range v.memory {
+		if m != nil {
+			errs = append(errs, unix.Munmap(m))
+			v.memory[n] = nil
+		}
+	}
+	return errors.Join(errs...)
+}
