@@ -3,7 +3,6 @@ package isolate
 import (
 	"errors"
 	"fmt"
-	"time"
 
 	"redoubt.dev/redoubt/isolate/frames"
 	"redoubt.dev/redoubt/isolate/policy"
@@ -16,6 +15,8 @@ const (
 	flagsOfModule = 0x40ed5
 	flagsFixed    = 1 << 1
 	flagIF        = 1 << 9
+	flagDF        = 1 << 10
+	flagAC        = 1 << 18
 	flagTF        = 1 << 8
 	flagNT        = 1 << 14
 	flagRF        = 1 << 16
@@ -47,6 +48,12 @@ func (i *Isolation) enter(v *view, r *kvm.Regs) error {
 	if kind == frames.Return {
 		v.objects.made(s.from, r.RSP-8, r.RAX, i.pageAddress)
 	}
+	for _, gpa := range v.user { // of the process that ran then
+		if err := v.revoke(gpa); err != nil {
+			return err
+		}
+	}
+	v.user = v.user[:0]
 	if err := i.showStack(v, s, r.RSP); err != nil {
 		return err
 	}
@@ -55,6 +62,9 @@ func (i *Isolation) enter(v *view, r *kvm.Regs) error {
 	}
 	return i.run(v)
 }
+
+// maxAside is how many slices a module may be found outside its code, one after another.
+const maxAside = 16
 
 // resume makes the view go on with registers.
 func (i *Isolation) resume(v *view, r kvm.Regs) error {
@@ -67,14 +77,10 @@ func (i *Isolation) resume(v *view, r kvm.Regs) error {
 
 // run runs the view until the kernel is to go on.
 func (i *Isolation) run(v *view) error {
-	if i.timer == nil {
-		i.timer = time.AfterFunc(slice, func() {})
-	}
+	defer v.timer.Stop()
 	for {
-		i.timer.Stop()
-		i.timer = time.AfterFunc(slice, v.vcpu.Kick)
+		v.timer.Reset(slice)
 		reason, err := v.vcpu.Run()
-		i.timer.Stop()
 		if errors.Is(err, kvm.ErrInterrupted) {
 			v.vcpu.ClearKick()
 			done, err := i.yield(v)
@@ -165,19 +171,20 @@ func (i *Isolation) yield(v *view) (done bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	if inStubs(r.RIP) { // a few instructions of the monitor's
+	if !v.hasCode(r.RIP) {
+		// In a stub, in a thunk (the kernel has that, too, but nobody would bring it back), or about to leave: a few
+		// instructions. What stays there for long is no module that does its work.
+		if v.aside++; v.aside > maxAside {
+			return true, i.kill(v, &r, 0, Event{Kind: Control, Detail: fmt.Sprintf("it runs at %#x and does not come back", r.RIP)})
+		}
 		return false, nil
 	}
-	if !v.hasCode(r.RIP) && !i.kernel.thunk(r.RIP) {
-		// About to leave: it will.
-		return false, nil
-	}
-	if i.kernel.thunk(r.RIP) {
-		// The kernel has the same instructions there: but nobody would bring it back. A few of them remain.
-		return false, nil
-	}
+	v.aside = 0
 	s := v.stack
 	base, _ := v.frames.Base(s.from)
+	if !s.leaves(r.RSP) { // the kernel would take its interrupts there
+		return true, i.kill(v, &r, r.RIP, Event{Kind: Stack, Detail: fmt.Sprintf("the stack pointer is %#x", r.RSP)})
+	}
 	if err := v.frames.Interrupt(s.from, r.RIP, r.RSP); err != nil {
 		return true, i.kill(v, &r, r.RIP, Event{Kind: Stack, Detail: err.Error()})
 	}
@@ -188,7 +195,7 @@ func (i *Isolation) yield(v *view) (done bool, err error) {
 func (i *Isolation) left(v *view, r kvm.Regs) (done bool, err error) {
 	s := v.stack
 	base, ok := v.frames.Base(s.from)
-	if !ok || r.RSP < s.from || r.RSP > s.to-8 {
+	if !ok || !s.leaves(r.RSP) {
 		return true, i.kill(v, &r, 0, Event{Kind: Stack, Detail: fmt.Sprintf("the stack pointer is %#x", r.RSP)})
 	}
 	if e := i.insane(v); e != nil {
@@ -198,6 +205,7 @@ func (i *Isolation) left(v *view, r kvm.Regs) (done bool, err error) {
 	if err != nil {
 		return true, i.kill(v, &r, 0, Event{Kind: Stack, Address: r.RIP, Symbol: i.describe(r.RIP), Detail: err.Error()})
 	}
+	r.RFLAGS &^= flagAC | flagDF // a function is called, and returns, with both clear: with the first, SMAP would be off
 	if back {
 		return true, i.toKernel(v, r, base)
 	}
@@ -229,8 +237,22 @@ func (i *Isolation) left(v *view, r kvm.Regs) (done bool, err error) {
 		return true, i.kill(v, &r, ret, Event{Kind: Stack, Symbol: name, At: from, Detail: err.Error()})
 	}
 	i.account(v.name, func(a *Account) { count(a.Calls, name) })
-	v.objects.asked(s.from, name, &r, v.sane.GS.Base, i.pageAddress)
+	if err := i.gone(v, v.objects.asked(s.from, name, &r, v.sane.GS.Base, i.pageAddress)); err != nil {
+		return false, err
+	}
 	return true, i.toKernel(v, r, base)
+}
+
+// gone takes an object that a module frees from its view.
+func (i *Isolation) gone(v *view, o object) error {
+	for at := page(o.at); at < o.at+o.size; at += pageSize {
+		if m, ok := i.mapped(at); ok && !v.objects.whole(at) {
+			if err := v.revoke(page(m.Physical + at - m.Virtual)); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // called is what the function that begins at an address is called: one of the kernel's, or of another module.

@@ -99,7 +99,6 @@ type Isolation struct {
 	others []*view          // modules that are not isolated: only where they lie and what they are called
 	text   map[uint64]*view // by page of code, virtual
 	stacks map[uint64]*stack
-	timer  *time.Timer
 
 	mu       sync.Mutex // over the rest, which Report reads
 	report   Report

@@ -226,8 +226,8 @@ var allocators = map[string]allocator{
 
 var deallocators = map[string]int{"kfree": 0, "kvfree": 0, "vfree": 0, "kfree_sensitive": 0, "kmem_cache_free": 1, "free_pages": 0, "devm_kfree": 1, "free_percpu": 0, "__free_pages": 0}
 
-// asked notes a call of the module's that allocates or frees.
-func (o *objects) asked(stack uint64, name string, r *kvm.Regs, perCPU uint64, page func(uint64) uint64) {
+// asked notes a call of the module's that allocates or frees, and says what it frees.
+func (o *objects) asked(stack uint64, name string, r *kvm.Regs, perCPU uint64, page func(uint64) uint64) (freed object) {
 	name = strings.TrimSuffix(name, "_noprof")
 	if n, ok := deallocators[name]; ok {
 		at := argument(r, n)
@@ -238,13 +238,14 @@ func (o *objects) asked(stack uint64, name string, r *kvm.Regs, perCPU uint64, p
 			at = page(at)
 		}
 		if k, found := o.find(at); found {
+			freed = o.all[k]
 			o.all = slices.Delete(o.all, k, k+1)
 		}
-		return
+		return freed
 	}
 	a, ok := allocators[name]
 	if !ok || len(o.pending) >= maxObjects {
-		return
+		return freed
 	}
 	size := uint64(0)
 	if a.size >= 0 {
@@ -261,6 +262,7 @@ func (o *objects) asked(stack uint64, name string, r *kvm.Regs, perCPU uint64, p
 		a0.base = perCPU
 	}
 	o.pending[[2]uint64{stack, r.RSP}] = a0
+	return freed
 }
 
 // made notes what a call returned.

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
+	"time"
 
 	"redoubt.dev/redoubt/isolate/frames"
 	"redoubt.dev/redoubt/isolate/policy"
@@ -32,7 +34,12 @@ type view struct {
 	next   uint32
 	frames frames.Frames
 	stack  *stack // that is mapped
-	stale  bool   // what the processor has kept of its tables is to be dropped
+	timer  *time.Timer
+	kicks  sync.Mutex // over dead
+	dead   bool       // the processor is gone
+	aside  int        // slices in which it was found outside its code
+	user   []uint64   // pages of the process that runs, which the view has
+	stale  bool       // what the processor has kept of its tables is to be dropped
 
 	objects objects
 }

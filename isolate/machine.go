@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -38,6 +39,8 @@ func (i *Isolation) machine(v *view) (err error) {
 		return err
 	}
 	v.vcpu.Lock()
+	v.timer = time.AfterFunc(slice, v.kick)
+	v.timer.Stop()
 	if err := v.vcpu.SetCPUID(i.cfg.CPUID); err != nil {
 		return err
 	}
@@ -197,8 +200,20 @@ func (i *Isolation) forget(v *view) error {
 	return i.copyThunks(v)
 }
 
+// kick ends the module's slice.
+func (v *view) kick() {
+	v.kicks.Lock()
+	defer v.kicks.Unlock()
+	if !v.dead { // the timer may be late
+		v.vcpu.Kick()
+	}
+}
+
 func (v *view) close() error {
 	var errs []error
+	v.kicks.Lock()
+	v.dead = true
+	v.kicks.Unlock()
 	if v.vcpu != nil {
 		v.vcpu.Unlock()
 		errs = append(errs, v.vcpu.Close())

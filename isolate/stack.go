@@ -56,6 +56,12 @@ func (i *Isolation) stackOf(sp uint64) (*stack, error) {
 	return s, nil
 }
 
+// room is what the kernel needs below a stack pointer to take an interrupt or an exception.
+const room = 512
+
+// leaves says whether a stack pointer is on the stack, and leaves room.
+func (s *stack) leaves(sp uint64) bool { return sp >= s.from+room && sp <= s.to-8 }
+
 // word is 8 bytes of the kernel's own stack.
 func (s *stack) word(at uint64) []byte {
 	off := at - s.from

@@ -16,6 +16,10 @@ const (
 	invalidOpcode     = 6
 	generalProtection = 13
 	pageFault         = 14
+
+	// mended are the exceptions that a module's own instructions raise and that the kernel's handlers mend or make an oops of. Of
+	// others (double faults, machine checks, software interrupts, single steps) a module could only pretend that they came.
+	mended = 1<<0 | 1<<3 | 1<<4 | 1<<5 | 1<<invalidOpcode | 1<<10 | 1<<11 | 1<<12 | 1<<generalProtection | 1<<pageFault | 1<<16 | 1<<17 | 1<<19
 )
 
 // Of a page fault's error code.
@@ -78,6 +82,9 @@ func (i *Isolation) hand(v *view, r kvm.Regs, t layout.Trap) error {
 	if !v.hasCode(r.RIP) && !i.kernel.thunk(r.RIP) {
 		return i.kill(v, &r, 0, Event{Kind: Control, Detail: fmt.Sprintf("exception %d at %#x, where the module has no code", t.Vector, r.RIP)})
 	}
+	if t.Vector >= 32 || mended>>t.Vector&1 == 0 {
+		return i.kill(v, &r, r.RIP, Event{Kind: Control, Detail: fmt.Sprintf("exception %d", t.Vector)})
+	}
 	if e := i.insane(v); e != nil {
 		return i.kill(v, &r, 0, *e)
 	}
@@ -87,7 +94,7 @@ func (i *Isolation) hand(v *view, r kvm.Regs, t layout.Trap) error {
 	}
 	s := v.stack
 	base, ok := v.frames.Base(s.from)
-	if !ok || r.RSP < s.from || r.RSP > base {
+	if !ok || !s.leaves(r.RSP) || r.RSP > base {
 		return i.kill(v, &r, r.RIP, Event{Kind: Stack, Detail: fmt.Sprintf("the stack pointer is %#x", r.RSP)})
 	}
 	if err := v.frames.Fault(s.from, r.RIP, r.RSP); err != nil {
@@ -213,6 +220,9 @@ func (i *Isolation) ensure(v *view, at, code uint64) (bool, error) {
 		return false, err
 	}
 	v.seen[gpa] = page(at)
+	if m.User {
+		v.user = append(v.user, gpa)
+	}
 	if !i.isRAM(gpa) { // a device's: each access comes to be judged
 		return true, nil
 	}

@@ -93,6 +93,7 @@ var All = []Attack{
 	{Name: "forged-return", Check: "return", Won: "forged"},
 	{Name: "frame", Needs: []string{"vfs_write", "do_init_module"}, Check: "frame", Won: "changed"},
 	{Name: "pivot", Check: "stack", Won: "moved"},
+	{Name: "pivot-interrupt", Check: "ground", Won: "changed"},
 	// Last: /proc/modules no longer has the attacker.
 	{Name: "hide", Needs: []string{"modules"}, Check: "list", Won: "hidden"},
 }

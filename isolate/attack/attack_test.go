@@ -136,7 +136,7 @@ func run(t *testing.T, kernel, script string) []string {
 func TestCalls(t *testing.T) {
 	data := []string{ // and variables, and what the kernel's loader resolves to nothing
 		"BUG_func", "__preempt_count", "const_pcpu_hot", "current_task", "init_task", "init_user_ns", "page_offset_base", "param_ops_charp", "param_ops_ulong",
-		"pcpu_hot", "pv_ops", "victim_came_back", "victim_ops", "victim_page",
+		"jiffies", "pcpu_hot", "pv_ops", "victim_came_back", "victim_ground", "victim_ops", "victim_page",
 	}
 	for _, kernel := range Kernels {
 		_, files := build(t, kernel)

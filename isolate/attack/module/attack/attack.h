@@ -28,7 +28,7 @@ int attack_cr3(void), attack_idt(void), attack_idt_table(void), attack_idt_own(v
 int attack_cred_write(void), attack_cred_call(void), attack_memcpy_gadget(void), attack_ops_pointer(void);
 int attack_superblock(void), attack_unexported(void), attack_foreign_data(void), attack_foreign_code(void);
 int attack_hide(void), attack_exec_data(void), attack_flood(void);
-int attack_middle(void), attack_forged_return(void), attack_frame(void), attack_pivot(void);
+int attack_middle(void), attack_forged_return(void), attack_frame(void), attack_pivot(void), attack_pivot_interrupt(void);
 
 /* Calls an address, by a return to it: indirect calls would have to find endbr64 there on processors that look for it. */
 unsigned long call_at(unsigned long f, unsigned long a, unsigned long b);

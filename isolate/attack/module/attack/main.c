@@ -77,6 +77,7 @@ static const struct {
 	{ "forged-return", attack_forged_return },
 	{ "frame", attack_frame },
 	{ "pivot", attack_pivot },
+	{ "pivot-interrupt", attack_pivot_interrupt },
 };
 
 static bool same(const char *a, const char *b)

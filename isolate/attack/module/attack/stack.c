@@ -95,3 +95,25 @@ int attack_pivot(void)
 	loud(flags);
 	return 0;
 }
+
+/* Another module's data as a stack: it is the kernel that writes there, when it takes an interrupt. */
+int attack_pivot_interrupt(void)
+{
+	unsigned long start;
+
+	preempt_disable();
+	start = READ_ONCE(jiffies);
+	asm volatile("mov %%rsp, %%rbx\n"
+		     "mov %[other], %%rsp\n"
+		     "1: pause\n"
+		     "mov %[now], %%rax\n"
+		     "sub %[start], %%rax\n"
+		     "cmp $4, %%rax\n"
+		     "jb 1b\n"
+		     "mov %%rbx, %%rsp\n"
+		     :
+		     : [other] "r"(victim_ground + sizeof(victim_ground)), [now] "m"(jiffies), [start] "r"(start)
+		     : "rax", "rbx", "memory", "cc");
+	preempt_enable();
+	return 0;
+}

@@ -100,6 +100,8 @@ EXPORT_SYMBOL_GPL(victim_ops);
 
 unsigned char victim_page[4096] __aligned(4096);
 EXPORT_SYMBOL_GPL(victim_page);
+unsigned char victim_ground[4096] __aligned(4096);
+EXPORT_SYMBOL_GPL(victim_ground);
 
 static unsigned long told[VICTIM_TOLD];
 
@@ -167,6 +169,7 @@ static int show(struct seq_file *m, void *unused)
 	LINE("stack", seen_stack, "moved");
 	LINE("ops", victim_ops.call(), "taken");
 	seq_printf(m, "data=%s\n", zero(victim_page, sizeof(victim_page)));
+	seq_printf(m, "ground=%s\n", zero(victim_ground, sizeof(victim_ground)));
 	LINE("code", victim_entered, "entered");
 	LINE("return", victim_returned[VICTIM_RETURN], "forged");
 	LINE("frame", victim_returned[VICTIM_FRAME], "changed");

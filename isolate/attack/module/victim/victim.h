@@ -10,7 +10,7 @@ struct victim_ops {
 extern struct victim_ops victim_ops;
 
 /* All zero. */
-extern unsigned char victim_page[4096];
+extern unsigned char victim_page[4096], victim_ground[4096];
 
 /* Looks at the processor as it is now: what is not as it was is kept for /proc/victim. */
 void victim_look(void);
