@@ -22,6 +22,7 @@ type view struct {
 	regions []region
 	self    span              // its struct module, which is the kernel's
 	begins  map[uint64]string // functions, by address
+	imports []string          // functions of the kernel, and of other modules, that it was linked with
 
 	vm     *kvm.VM
 	vcpu   *kvm.VCPU
@@ -154,6 +155,13 @@ func (i *Isolation) isolate(m uint64, name string) (v *view, err error) {
 	v.self = span{m, m + i.kernel.module.size}
 	if err := i.functions(m, v); err != nil {
 		return nil, err
+	}
+	if i.cfg.Modules.Mode == policy.Learn { // all of them, also those that it calls seldom
+		i.learn(func() {
+			for _, n := range v.imports {
+				v.profile.LearnCall(n)
+			}
+		})
 	}
 	if err := i.machine(v); err != nil {
 		return nil, err
@@ -294,12 +302,17 @@ func (i *Isolation) functions(m uint64, v *view) error {
 		}
 		value := word(sym[8:])
 		const function = 2
-		if sym[4]&0xf != function || !v.hasCode(value) {
+		imported := sym[6] == 0 && sym[7] == 0 // SHN_UNDEF: the kernel has filled in where it is
+		if imported && len(i.called(value)) == 0 || !imported && (sym[4]&0xf != function || !v.hasCode(value)) {
 			continue
 		}
 		name, err := i.text256(where[2] + uint64(binary.LittleEndian.Uint32(sym[:])))
 		if err != nil {
 			return fmt.Errorf("symbol %d: %w", s, err)
+		}
+		if imported {
+			v.imports = append(v.imports, name)
+			continue
 		}
 		v.begins[value] = name
 	}

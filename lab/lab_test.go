@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -107,5 +108,46 @@ func TestNeedsKVM(t *testing.T) {
 		if want := c.want; v != want {
 			t.Errorf("in the lab %q, later %q: %q, want %q", c.in, c.later, v, want)
 		}
+	}
+}
+
+func TestShares(t *testing.T) {
+	var all []testPackage
+	for name, n := range map[string]int{"a": 19, "b": 16, "c": 4, "d": 1} {
+		all = append(all, testPackage{path: name, tests: make([]string, n)})
+	}
+	got := map[string]bool{}
+	for _, share := range shares(all, 2) {
+		var names string
+		for _, p := range share {
+			names += p.path
+		}
+		got[names] = true
+	}
+	if !got["ad"] && !got["a"] || !got["bc"] && !got["bcd"] {
+		t.Errorf("shares %v", got)
+	}
+	if n := len(shares(all[:1], 2)); n != 1 {
+		t.Errorf("one package takes %d machines", n)
+	}
+}
+
+// Two machines' lines do not mix, and none is lost.
+func TestLines(t *testing.T) {
+	var out bytes.Buffer
+	var mu sync.Mutex
+	a, b := &lines{mu: &mu, to: &out}, &lines{mu: &mu, to: &out}
+	for _, w := range []struct {
+		l    *lines
+		text string
+	}{{a, "one "}, {b, "two\nthr"}, {a, "line\nand"}, {b, "ee\n"}} {
+		if n, err := w.l.Write([]byte(w.text)); n != len(w.text) || err != nil {
+			t.Fatalf("%d, %v", n, err)
+		}
+	}
+	a.flush()
+	b.flush()
+	if want := "two\none line\nthree\nand\n"; out.String() != want {
+		t.Errorf("%q, want %q", out.String(), want)
 	}
 }

@@ -2,6 +2,7 @@ package lab
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -13,7 +14,10 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
+	"slices"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -28,7 +32,8 @@ type TestRun struct {
 }
 
 // Test runs the tests of the packages that call NeedsKVM: by `go test` where KVM is usable,
-// else compiled here and run in one boot of L1. The status is 0 where all passed.
+// else compiled here and run in L1: in two machines at once where this host has the processors, as one
+// L1 keeps one of them busy. Benchmarks have a machine to themselves. The status is 0 where all passed.
 func Test(ctx context.Context, r TestRun) (status int, err error) {
 	packages, err := kvmTests(ctx, r)
 	if err != nil {
@@ -42,15 +47,53 @@ func Test(ctx context.Context, r TestRun) (status int, err error) {
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	script := "failed=0\n"
-	for i, p := range packages {
-		bin := filepath.Join(dir, fmt.Sprintf("%d.test", i))
-		cmd := exec.CommandContext(ctx, "go", "test", "-c", "-o", bin, p.path)
+	for i := range packages {
+		p := &packages[i]
+		p.binary = filepath.Join(dir, fmt.Sprintf("%d.test", i))
+		cmd := exec.CommandContext(ctx, "go", "test", "-c", "-o", p.binary, p.path)
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 		if out, err := cmd.CombinedOutput(); err != nil {
 			return 0, fmt.Errorf("go test -c %s: %w\n%s", p.path, err, out)
 		}
-		args := []string{bin, "-test.timeout=" + left(ctx).String()}
+	}
+	if KVM() {
+		cmd := exec.CommandContext(ctx, "/bin/sh", "-c", script(ctx, r, packages))
+		cmd.Stdout, cmd.Stderr = r.Output, r.Output
+		err := cmd.Run()
+		if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
+			return exit.ExitCode(), nil
+		}
+		return 0, err
+	}
+	machines := 2
+	if r.Bench != "" || r.CPUs > 1 || runtime.NumCPU() < 2 {
+		machines = 1
+	}
+	var (
+		running sync.WaitGroup
+		mu      sync.Mutex // over status and err, and the output
+	)
+	for _, share := range shares(packages, machines) {
+		job := Job{Args: []string{"/bin/sh", "-c", script(ctx, r, share)}, CPUs: r.CPUs}
+		out := &lines{mu: &mu, to: r.Output}
+		job.Output = out
+		running.Go(func() {
+			s, jerr := Run(ctx, job)
+			out.flush()
+			mu.Lock()
+			defer mu.Unlock()
+			status, err = max(status, s), errors.Join(err, jerr)
+		})
+	}
+	running.Wait()
+	return status, err
+}
+
+// script runs the tests of packages one after another.
+func script(ctx context.Context, r TestRun, packages []testPackage) string {
+	script := "failed=0\n"
+	for _, p := range packages {
+		args := []string{p.binary, "-test.timeout=" + left(ctx).String()}
 		switch {
 		case r.Bench != "":
 			args = append(args, "-test.run=^$", "-test.bench="+r.Bench)
@@ -69,18 +112,46 @@ func Test(ctx context.Context, r TestRun) (status int, err error) {
 		script += fmt.Sprintf("if %s; then w=ok; else w=FAIL; failed=1; fi\n", strings.Join(args, " "))
 		script += fmt.Sprintf("printf '%%s\\t%%s\\t%%ss\\n' $w %s $(echo $start $(cut -d' ' -f1 /proc/uptime) | awk '{print $2-$1}')\n", quote(p.path))
 	}
-	script += "exit $failed\n"
-	job := Job{Args: []string{"/bin/sh", "-c", script}, CPUs: r.CPUs, Output: r.Output}
-	if KVM() {
-		cmd := exec.CommandContext(ctx, job.Args[0], job.Args[1:]...)
-		cmd.Stdout, cmd.Stderr = r.Output, r.Output
-		err := cmd.Run()
-		if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
-			return exit.ExitCode(), nil
-		}
-		return 0, err
+	return script + "exit $failed\n"
+}
+
+// shares deals packages out to n machines at most, so that each has about as many tests.
+func shares(packages []testPackage, n int) [][]testPackage {
+	sorted := slices.SortedStableFunc(slices.Values(packages), func(a, b testPackage) int { return cmp.Compare(len(b.tests), len(a.tests)) })
+	all := make([][]testPackage, min(n, len(sorted)))
+	tests := make([]int, len(all))
+	for _, p := range sorted {
+		least := slices.Index(tests, slices.Min(tests))
+		all[least] = append(all[least], p)
+		tests[least] += len(p.tests)
 	}
-	return Run(ctx, job)
+	return all
+}
+
+// lines passes whole lines on, so that two machines' do not mix.
+type lines struct {
+	mu  *sync.Mutex // over to
+	to  io.Writer
+	buf []byte
+}
+
+func (l *lines) Write(p []byte) (int, error) {
+	l.buf = append(l.buf, p...)
+	n := bytes.LastIndexByte(l.buf, '\n') + 1
+	if n == 0 {
+		return len(p), nil
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	_, err := l.to.Write(l.buf[:n])
+	l.buf = l.buf[n:]
+	return len(p), err
+}
+
+func (l *lines) flush() {
+	if len(l.buf) > 0 {
+		_, _ = l.Write([]byte{'\n'})
+	}
 }
 
 // left is how long a package may take: what ctx leaves.
@@ -95,6 +166,7 @@ func left(ctx context.Context) time.Duration {
 type testPackage struct {
 	path, dir string
 	tests     []string
+	binary    string
 }
 
 // kvmTests lists the packages that hold such tests, with the tests' names.

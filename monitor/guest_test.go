@@ -63,6 +63,14 @@ case $what in
       seq 1 20000 >/data; dd if=/data of=/dev/nullb0 bs=4096 conv=fsync 2>/dev/null; echo 3 >/proc/sys/vm/drop_caches
       echo "RESULT nullb0 $(head -c $(wc -c </data) /dev/nullb0 | md5sum) $(md5sum </data)"
     fi
+    if [ -e /fs.img ]; then
+      mkdir -p /mnt; seq 1 3000 >/data
+      mount -t vfat -o loop /fs.img /mnt && echo "RESULT vfat $(cat /mnt/greeting.txt) $(ls /mnt | wc -l)"
+      mkdir /mnt/dir; for n in 1 2 3 4 5; do cp /data /mnt/dir/a-longer-name-$n; done; rm /mnt/dir/a-longer-name-2; mv /mnt/greeting.txt /mnt/dir/moved
+      umount /mnt; echo 3 >/proc/sys/vm/drop_caches; mount -t vfat -o loop /fs.img /mnt
+      echo "RESULT vfat $(find /mnt | sort | xargs echo) $(cat /mnt/dir/a-* | md5sum) $(cat /data /data /data /data | md5sum) $(cat /mnt/dir/moved)"
+      umount /mnt
+    fi
     [ -e /dev/hwrng ] && echo "RESULT rng $(cat /sys/class/misc/hw_random/rng_current) $(head -c 64 /dev/hwrng | wc -c)"
     for c in crc32c xxhash64; do grep -q "^name *: $c" /proc/crypto && echo "RESULT $c $(grep -A9 "^name *: $c" /proc/crypto | grep -c 'selftest *: passed')"; done
     awk '{print "RESULT module", $1}' /proc/modules
