@@ -51,7 +51,7 @@ bench: fetch build guest
 	@$(GO) run ./lab/cmd/peers
 	REDOUBT_LAB_LATER=1 $(GO) test -run '^$$' -bench '$(BENCH)' -benchtime 5x -timeout 60m ./vtpm/... ./services/netback ./e2e
 	$(GO) test -run '^$$' -bench '$(BENCH)' -benchtime 1s ./store/...
-	$(LAB) test -timeout 60m -bench '$(BENCH)' ./e2e
+	$(LAB) test -timeout 60m -bench '$(BENCH)' ./monitor ./e2e
 
 soak: fetch build guest
 	REDOUBT_SOAK=1 $(GO) test -run 'Soak' -timeout 6h -v ./e2e

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -9,6 +10,8 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"redoubt.dev/redoubt/isolate"
+	"redoubt.dev/redoubt/kvm"
 	"redoubt.dev/redoubt/programs"
 	"redoubt.dev/redoubt/qemu"
 	"redoubt.dev/redoubt/sandbox"
@@ -66,16 +69,16 @@ func (a *app) examine() []finding {
 		What: "run as root", OK: root, Needed: true, Detail: fmt.Sprintf("effective user %d", os.Geteuid()), Mend: "use sudo",
 	}}
 	accel, why := qemu.ChooseAccel()
-	kvm := finding{What: "native monitor (KVM)", OK: accel == qemu.KVM, Detail: why}
-	if !kvm.OK {
-		kvm.Mend = "load kvm_intel or kvm_amd on a processor with VT-x or AMD-V (and nested virtualisation inside another machine); meanwhile guests run under QEMU"
+	native := finding{What: "native monitor (KVM)", OK: accel == qemu.KVM, Detail: why}
+	if !native.OK {
+		native.Mend = "load kvm_intel or kvm_amd on a processor with VT-x or AMD-V (and nested virtualisation inside another machine); meanwhile guests run under QEMU"
 	}
-	all = append(all, kvm)
+	all = append(all, native, modules(native.OK))
 	qemuAt := program("qemu-system-x86_64", "QEMU back end", false, "install qemu-system-x86")
 	if qemuAt.OK && accel != qemu.KVM {
 		qemuAt.Detail += ", software emulation: about ten times slower than KVM"
 	}
-	if !kvm.OK {
+	if !native.OK {
 		qemuAt.Needed = true
 	}
 	all = append(all, qemuAt,
@@ -102,6 +105,26 @@ func (a *app) examine() []finding {
 		running.Detail = "not started on " + a.runDir
 	}
 	return append(all, running)
+}
+
+// modules: what the native monitor isolates a guest's kernel modules with.
+func modules(native bool) finding {
+	f := finding{What: "isolation of kernel modules", Mend: "a kernel from 5.14 on; guests without `modules:` in their spec need none of it"}
+	if !native {
+		f.Detail, f.Mend = "only guests of the native monitor", ""
+		return f
+	}
+	s, err := kvm.Open()
+	if err != nil {
+		f.Detail = err.Error()
+		return f
+	}
+	if err := errors.Join(isolate.Supported(s), s.Close()); err != nil {
+		f.Detail = err.Error()
+		return f
+	}
+	f.OK, f.Detail, f.Mend = true, "guests with one vCPU and a TPM", ""
+	return f
 }
 
 // sandboxes: without any part of them no service starts.

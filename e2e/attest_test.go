@@ -125,6 +125,9 @@ func sealing(t *testing.T, emulator string) {
 	boot := func(what, cmdline string) string {
 		h.start(start{emulator: emulator, what: what, cmdline: cmdline, withGuest: true, args: []string{"--disk", disk}})
 		h.awaitDown("guest", bootTime)
+		if g := h.show("guest"); g.State != "stopped" {
+			h.t.Errorf("the guest is %s: %s", g.State, g.Reason)
+		}
 		return h.console("guest")
 	}
 	// The same command line both times: the disk says whether there is something to open.

@@ -108,9 +108,14 @@ type Isolation struct {
 // ErrConfig says that an Isolation cannot be made of a Config.
 var ErrConfig = errors.New("isolation of modules")
 
+// Supported says what a host's KVM lacks for isolating modules, if anything.
+func Supported(s *kvm.System) error {
+	return s.Require(kvm.EmulationFailure, kvm.MSRFilter, kvm.ReadOnlyMemory, kvm.ImmediateExit)
+}
+
 // New makes an Isolation. Nothing is isolated before Plant.
 func New(cfg Config) (*Isolation, error) {
-	if err := cfg.System.Require(kvm.EmulationFailure, kvm.MSRFilter, kvm.ReadOnlyMemory, kvm.ImmediateExit); err != nil {
+	if err := Supported(cfg.System); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrConfig, err)
 	}
 	i := &Isolation{

@@ -44,11 +44,14 @@ func attacked(t *testing.T, kernel string) {
 	_, learnt := scripted(t, kernel, &m, files, start+"echo LIVES\n")
 	m = isolate.Modules{Default: isolate.Isolate, Trusted: []string{"dummy"}, Mode: policy.Enforce, Profiles: learnt.Profiles}
 	for n := range m.Profiles {
-		if p := &m.Profiles[n]; p.Module == "attack" {
+		switch p := &m.Profiles[n]; p.Module {
+		case "attack":
 			p.LearnCall("memcpy") // what it may be used for is judged by where it writes
 			dummy := *p
 			dummy.Module = "dummy"
 			m.Profiles = append(m.Profiles, dummy)
+		case "victim":
+			p.LearnRead("dummy") // it goes through the list of modules
 		}
 	}
 	said, r := scripted(t, kernel, &m, files, script)
@@ -84,7 +87,7 @@ func attacked(t *testing.T, kernel string) {
 }
 
 // scripted boots a guest that runs a script, and returns its lines CHECK by name.
-func scripted(t *testing.T, kernel string, m *isolate.Modules, files map[string]string, script string) (map[string]string, isolate.Report) {
+func scripted(t testing.TB, kernel string, m *isolate.Modules, files map[string]string, script string) (map[string]string, isolate.Report) {
 	t.Helper()
 	tpm := startTPM(t)
 	g := boot{

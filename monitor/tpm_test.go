@@ -22,7 +22,7 @@ type swtpm struct {
 	first func() // before the first command goes out
 }
 
-func startTPM(t *testing.T) *swtpm {
+func startTPM(t testing.TB) *swtpm {
 	t.Helper()
 	dir := t.TempDir()
 	socket := filepath.Join(dir, "data")
