@@ -121,7 +121,7 @@ func inspected(h *host, console, policy string) {
 	if os.Getenv(lab.InLab) != "" { // a dump is read without KVM, and there it takes long
 		return
 	}
-	kernel, err := h.cache.Vmlinuz("6.1")
+	kernel, err := h.cache.Vmlinuz(usualKernel)
 	if err != nil {
 		h.t.Fatal(err)
 	}

@@ -1,6 +1,7 @@
 package isolate
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 
@@ -212,6 +213,9 @@ func (i *Isolation) left(v *view, r kvm.Regs) (done bool, err error) {
 	ret := word(v.shown(r.RSP))
 	from := v.describe(ret)
 	names := i.called(r.RIP)
+	if names == nil && i.patched(v, ret, r.RIP) {
+		names = []string{policy.Trampoline}
+	}
 	if len(names) == 0 {
 		return true, i.kill(v, &r, ret, Event{Kind: Call, Symbol: i.describe(r.RIP), Address: r.RIP, At: from, Detail: "no function begins there"})
 	}
@@ -242,6 +246,38 @@ func (i *Isolation) left(v *view, r kvm.Regs) (done bool, err error) {
 	}
 	return true, i.toKernel(v, r, base)
 }
+
+// patched says whether a call, which returns to ret, is one that the kernel has put into the module's code, to code that it has made
+// for that (a trampoline of ftrace's): the module cannot write its own code, and what it was linked with are functions.
+func (i *Isolation) patched(v *view, ret, to uint64) bool {
+	const length = 5 // call rel32
+	if to < firstMade || !v.hasCode(ret-length) || !v.hasCode(ret-1) {
+		return false
+	}
+	var code [length]byte
+	for k := range code {
+		b, err := i.bytes(ret-length+uint64(k), 1)
+		if err != nil {
+			return false
+		}
+		code[k] = b[0]
+	}
+	if code[0] != 0xe8 || ret+uint64(int64(int32(binary.LittleEndian.Uint32(code[1:])))) != to {
+		return false
+	}
+	for _, all := range [][]*view{i.views, i.others} {
+		for _, o := range all {
+			if o.has(to) {
+				return false
+			}
+		}
+	}
+	m, ok := i.mapped(to)
+	return ok && m.Executable && !m.User
+}
+
+// firstMade is where the kernel has what code it makes, and modules.
+const firstMade = 0xffffffffc0000000
 
 // gone takes an object that a module frees from its view.
 func (i *Isolation) gone(v *view, o object) error {

@@ -3,6 +3,7 @@ package lab
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -111,24 +112,48 @@ func TestNeedsKVM(t *testing.T) {
 	}
 }
 
+// Each test is in one share, and the shares cost about the same.
 func TestShares(t *testing.T) {
 	var all []testPackage
-	for name, n := range map[string]int{"a": 19, "b": 16, "c": 4, "d": 1} {
-		all = append(all, testPackage{path: name, tests: make([]string, n)})
-	}
-	got := map[string]bool{}
-	for _, share := range shares(all, 2) {
-		var names string
-		for _, p := range share {
-			names += p.path
+	for name, n := range map[string]int{"x/e2e": 19, "x/monitor": 19, "x/kvm": 4, "x/network": 1} {
+		p := testPackage{path: name}
+		for i := range n {
+			p.tests = append(p.tests, fmt.Sprint(name, i))
 		}
-		got[names] = true
+		all = append(all, p)
 	}
-	if !got["ad"] && !got["a"] || !got["bc"] && !got["bcd"] {
-		t.Errorf("shares %v", got)
+	for n := 1; n <= 4; n++ {
+		seen := map[string]int{}
+		got := shares(all, n)
+		if len(got) != n {
+			t.Errorf("%d machines: %d shares", n, len(got))
+		}
+		for _, share := range got {
+			cost := 0
+			for _, p := range share {
+				for _, test := range p.tests {
+					seen[test]++
+					cost++
+					if p.path == "x/e2e" {
+						cost += starting - 1
+					}
+				}
+			}
+			if want := (19*starting + 24) / n; cost < want-2*starting || cost > want+2*starting {
+				t.Errorf("%d machines: a share costs %d, about %d would be fair", n, cost, want)
+			}
+		}
+		for test, times := range seen {
+			if times != 1 {
+				t.Errorf("%d machines: %s is run %d times", n, test, times)
+			}
+		}
+		if len(seen) != 43 {
+			t.Errorf("%d machines: %d tests of 43", n, len(seen))
+		}
 	}
-	if n := len(shares(all[:1], 2)); n != 1 {
-		t.Errorf("one package takes %d machines", n)
+	if got := shares(nil, 2); len(got) != 0 {
+		t.Errorf("nothing is shared as %v", got)
 	}
 }
 

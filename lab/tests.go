@@ -13,6 +13,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -33,7 +34,7 @@ type TestRun struct {
 
 // Test runs the tests of the packages that call NeedsKVM: by `go test` where KVM is usable,
 // else compiled here and run in L1: in two machines at once where this host has the processors, as one
-// L1 keeps one of them busy. Benchmarks have a machine to themselves. The status is 0 where all passed.
+// L1 keeps one of them busy. Benchmarks, and tests that were named, have a machine to themselves. The status is 0 where all passed.
 func Test(ctx context.Context, r TestRun) (status int, err error) {
 	packages, err := kvmTests(ctx, r)
 	if err != nil {
@@ -66,7 +67,7 @@ func Test(ctx context.Context, r TestRun) (status int, err error) {
 		return 0, err
 	}
 	machines := 2
-	if r.Bench != "" || r.CPUs > 1 || runtime.NumCPU() < 2 {
+	if r.Bench != "" || r.Run != "" || r.CPUs > 1 || runtime.NumCPU() < 2 {
 		machines = 1
 	}
 	var (
@@ -115,15 +116,40 @@ func script(ctx context.Context, r TestRun, packages []testPackage) string {
 	return script + "exit $failed\n"
 }
 
-// shares deals packages out to n machines at most, so that each has about as many tests.
+// starting is how much longer a test of package e2e takes than one of another: it starts all services, and guests.
+const starting = 3
+
+// shares deals tests out to n machines at most, so that each has about as much to do. A package whose tests are dealt out to
+// several is in several shares.
 func shares(packages []testPackage, n int) [][]testPackage {
-	sorted := slices.SortedStableFunc(slices.Values(packages), func(a, b testPackage) int { return cmp.Compare(len(b.tests), len(a.tests)) })
-	all := make([][]testPackage, min(n, len(sorted)))
-	tests := make([]int, len(all))
-	for _, p := range sorted {
-		least := slices.Index(tests, slices.Min(tests))
-		all[least] = append(all[least], p)
-		tests[least] += len(p.tests)
+	cost := func(p testPackage) int {
+		if path.Base(p.path) == "e2e" {
+			return starting
+		}
+		return 1
+	}
+	left := 0
+	for _, p := range packages {
+		left += cost(p) * len(p.tests)
+	}
+	// The dear tests first: what is left is then shared out by smaller parts.
+	sorted := slices.SortedStableFunc(slices.Values(packages), func(a, b testPackage) int { return cmp.Compare(cost(b), cost(a)) })
+	var all [][]testPackage
+	for ; n > 0 && left > 0; n-- {
+		var share []testPackage
+		room := (left + n - 1) / n
+		for len(sorted) > 0 && room > 0 {
+			p := sorted[0]
+			k := min(len(p.tests), (room+cost(p)-1)/cost(p))
+			part := p
+			part.tests, p.tests = p.tests[:k], p.tests[k:]
+			share = append(share, part)
+			room, left = room-k*cost(p), left-k*cost(p)
+			if sorted[0] = p; len(p.tests) == 0 {
+				sorted = sorted[1:]
+			}
+		}
+		all = append(all, share)
 	}
 	return all
 }

@@ -56,6 +56,14 @@ case $what in
     if [ -e /sys/class/net/dummy0 ]; then
       ip link set dummy0 up; ip addr add 192.0.2.1/24 dev dummy0; arp -i dummy0 -s 192.0.2.9 02:00:00:00:00:09
       ping -c 3 -i 0.1 -W 1 192.0.2.9 >/dev/null; ip link set dummy0 mtu 1400; ip link show dummy0 | sed -n 's/.*mtu \([0-9]*\).*/RESULT mtu \1/p'
+      # The kernel patches the module's code: ftrace's place, and a breakpoint behind it.
+      if mount -t tracefs t /sys/kernel/tracing 2>/dev/null; then
+        T=/sys/kernel/tracing; echo dummy_xmit >$T/set_ftrace_filter; echo function >$T/current_tracer
+        ping -c 2 -i 0.1 -W 1 192.0.2.9 >/dev/null; echo "RESULT traced $(grep -q dummy_xmit $T/trace && echo yes)"; echo nop >$T/current_tracer
+        echo 'p:behind dummy_xmit+5' >$T/kprobe_events && echo 1 >$T/events/kprobes/behind/enable
+        ping -c 2 -i 0.1 -W 1 192.0.2.9 >/dev/null; echo "RESULT probed $(grep -q behind $T/trace && echo yes)"
+        echo 0 >$T/events/kprobes/behind/enable; echo >$T/kprobe_events; umount $T
+      fi
       ip link set dummy0 down
       echo "RESULT dummy0 $([ $(cat /sys/class/net/dummy0/statistics/tx_packets) -ge 3 ] && echo sent)"
     fi

@@ -165,11 +165,14 @@ func NeverWritten(object string) bool {
 	return false
 }
 
+// Trampoline is what code is called that the kernel has made for a place in a module's code (ftrace).
+const Trampoline = "(trampoline)"
+
 // Always are functions that a compiler calls of itself, and the trampolines of the kernel's own that do nothing for
 // their caller but return to it.
 func Always(function string) bool {
 	switch function {
-	case "__fentry__", "ftrace_caller", "ftrace_regs_caller", "__stack_chk_fail", "__x86_return_thunk", "__fortify_panic":
+	case "__fentry__", "ftrace_caller", "ftrace_regs_caller", "__stack_chk_fail", "__x86_return_thunk", "__fortify_panic", Trampoline:
 		return true
 	}
 	return strings.HasPrefix(function, "__SCT__") || strings.HasPrefix(function, "__x86_indirect_thunk_")
