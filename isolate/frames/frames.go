@@ -47,6 +47,10 @@ type record struct {
 	address uint64
 }
 
+// near says whether a stack pointer is where an exception found it, or a word beside: the kernel carries out instructions that
+// it has put breakpoints on, which may push or pop.
+func (r record) near(sp uint64) bool { return sp == r.at || sp+8 == r.at || sp == r.at+8 }
+
 // Frames are one module's.
 type Frames struct {
 	stacks map[uint64][]record // by where the stack lies
@@ -78,7 +82,7 @@ func (f *Frames) Enter(stack, address, sp, top uint64, begins bool) (Entry, erro
 		case last.kind == called && last.at+8 == sp && last.address == address:
 			f.set(stack, all[:len(all)-1])
 			return Return, nil
-		case last.kind == interrupted && last.at == sp && last.address == address, last.kind == faulted && last.at == sp:
+		case last.kind == interrupted && last.at == sp && last.address == address, last.kind == faulted && last.near(sp):
 			f.set(stack, all[:len(all)-1])
 			return Resume, nil
 		case last.kind == called && last.at == sp && last.address == top && begins:
