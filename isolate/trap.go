@@ -209,6 +209,11 @@ func (i *Isolation) ensure(v *view, at, code uint64) (bool, error) {
 			return false, nil
 		}
 	}
+	if !v.room() { // the slots are used up, most by pages that it had once
+		if err := i.forget(v); err != nil {
+			return false, err
+		}
+	}
 	rights := layout.Rights(0)
 	if m.Writable {
 		rights |= layout.Write
@@ -234,9 +239,6 @@ func (i *Isolation) ensure(v *view, at, code uint64) (bool, error) {
 		return true, i.grant(v, gpa, 0)
 	case i.foreign(v, at) != nil:
 		return true, nil // each access comes to be judged
-	}
-	if !v.room() { // each access comes
-		return true, nil
 	}
 	if err := i.grant(v, gpa, kvm.ReadOnly); err != nil {
 		return false, err
@@ -293,13 +295,9 @@ func (i *Isolation) accessed(v *view, x kvm.MMIO) (done bool, err error) {
 		return false, nil
 	}
 	object, off, why := i.judgeWrite(v, at, n, seen)
-	if why == "" {
-		copy(b, x.Data)
-		i.account(v.name, func(a *Account) { count(a.Writes, object) })
-		return false, nil
-	}
 	e := Event{Kind: WriteData, Address: at, Symbol: object, Detail: fmt.Sprintf("%d bytes at %#x: %s", n, off, why), Allowed: true}
 	switch {
+	case why == "":
 	case i.cfg.Modules.Mode == policy.Monitor && seen:
 		i.told(v, e)
 	case i.cfg.Modules.Mode == policy.Learn && object != "" && why == notAllowed:
@@ -322,7 +320,7 @@ func (i *Isolation) mayRead(v *view, at uint64, seen bool) bool {
 	switch {
 	case !seen:
 		e.Detail = "by tables that are not the view's"
-	case o == nil || v.profile.Readable(o.name): // a page there was no room for
+	case o == nil || v.profile.Readable(o.name):
 		return true
 	case i.cfg.Modules.Mode == policy.Learn:
 		i.learn(func() { v.profile.LearnRead(o.name) })

@@ -38,7 +38,7 @@ func build(t *testing.T, kernel string) (*debian.Root, map[string]string) {
 // Every attack succeeds on a kernel whose modules are not isolated, and what says so says it of no other.
 func TestAttacksWin(t *testing.T) {
 	if testing.Short() {
-		t.Skip("boots emulated guests: a minute for each kernel")
+		t.Skip("boots emulated guests, half a minute for each kernel: needs a run without -short, as `make test` is")
 	}
 	const early = "foreign-data" // tried at the module's start
 	script := testInit + Script + "attack_load dummy what=" + early + "\ngrep ^data= /proc/victim | sed 's/^data=/EARLY /'\nrmmod dummy\n" +

@@ -40,7 +40,7 @@ func TestLayout(t *testing.T) {
 // What a compiler says reaches who builds, and nothing stays of what failed.
 func TestBuildFails(t *testing.T) {
 	if testing.Short() {
-		t.Skip("runs a compiler")
+		t.Skip("runs a compiler: needs a run without -short, as `make test` is")
 	}
 	root, err := debian.Open()
 	if err != nil {
