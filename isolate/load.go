@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -355,23 +356,32 @@ func (v *view) describe(at uint64) string {
 	return fmt.Sprintf("%s+%#x [%s]", name, at-from, v.name)
 }
 
+// drop forgets the region that begins at an address, and the functions in it: the kernel will have other code there.
+func (v *view) drop(from uint64) (region, bool) {
+	k := slices.IndexFunc(v.regions, func(g region) bool { return g.from == from })
+	if k < 0 {
+		return region{}, false
+	}
+	g := v.regions[k]
+	v.regions = slices.Delete(v.regions, k, k+1)
+	maps.DeleteFunc(v.begins, func(at uint64, _ string) bool { return g.has(at) })
+	return g, true
+}
+
 // freed is called where the kernel is about to free memory of modules: module_memfree(region).
 func (i *Isolation) freed(r *kvm.Regs) error {
 	for n, v := range i.others {
-		v.regions = slices.DeleteFunc(v.regions, func(g region) bool { return g.from == r.RDI })
-		if len(v.regions) == 0 {
+		if _, ok := v.drop(r.RDI); ok && len(v.regions) == 0 {
 			i.others = slices.Delete(i.others, n, n+1)
 			i.account(v.name, func(a *Account) { a.Unloaded = true })
 			return nil
 		}
 	}
 	for n, v := range i.views {
-		k := slices.IndexFunc(v.regions, func(g region) bool { return g.from == r.RDI })
-		if k < 0 {
+		g, ok := v.drop(r.RDI)
+		if !ok {
 			continue
 		}
-		g := v.regions[k]
-		v.regions = slices.Delete(v.regions, k, k+1)
 		for at := page(g.from); at < g.to; at += pageSize {
 			delete(i.text, at)
 			v.layout.Unmap(at)
