@@ -123,7 +123,7 @@ func modules(native bool) finding {
 		f.Detail = err.Error()
 		return f
 	}
-	f.OK, f.Detail, f.Mend = true, "guests with one vCPU and a TPM", ""
+	f.OK, f.Detail, f.Mend = true, "guests with a TPM", ""
 	return f
 }
 

@@ -24,7 +24,8 @@ func (a *app) modulesCommand() *cobra.Command {
 		Short: "Say what the isolated modules of a guest's kernel have done",
 		Long: `Says, of each module that a running guest's kernel has loaded since it booted, what became of it and what crossed the
 border around it: the functions of it that the kernel called, the functions that it called, what it wrote of the kernel's
-data, what was refused; then the last events, of which ` + "`redoubt events`" + ` has the first. The guest's spec has a section
+data, what was refused; and what the kernel's view and the module's allow on the memory of both (r, w, x; - for what they do
+not); then the last events, of which ` + "`redoubt events`" + ` has the first. The guest's spec has a section
 modules (` + "`redoubt run --modules`" + `).
 
 With --learned it prints the profiles of the isolated modules, with what they have learnt where the guest runs with
@@ -80,7 +81,24 @@ func (a *app) printReport(r *isolate.Report) error {
 		p.line("%s\t%s\t%s\t%d\t%d\t%d\t%d\t%d\t%d", printable(name), printable(string(m.Verdict)), state, m.Pages,
 			sum(m.Entries), sum(m.Calls), m.Reads, sum(m.Writes), m.Refused)
 	}
-	head := "\nMODULE\tWHAT\tSYMBOL\tTIMES"
+	head := "\nMODULE\tMEMORY\tPAGES\tKERNEL'S VIEW\tMODULE'S VIEW\tFROM\tTO"
+	for _, name := range all {
+		for _, m := range r.Modules[name].Permissions {
+			if head != "" {
+				p.line("%s", head)
+				head = ""
+			}
+			own, from, to := m.Module, "", ""
+			if m.Judged {
+				own += ", writes judged"
+			}
+			if m.From != 0 {
+				from, to = fmt.Sprintf("%#x", m.From), fmt.Sprintf("%#x", m.To)
+			}
+			p.line("%s\t%s\t%d\t%s\t%s\t%s\t%s", printable(name), printable(m.What), m.Pages, printable(m.Kernel), printable(own), from, to)
+		}
+	}
+	head = "\nMODULE\tWHAT\tSYMBOL\tTIMES"
 	for _, name := range all {
 		m := r.Modules[name]
 		for _, kind := range []struct {

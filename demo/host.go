@@ -20,6 +20,7 @@ import (
 
 // host is one Redoubt with directories of its own.
 type host struct {
+	bin     string // where all programs are
 	program string // the command line
 	probe   string // the program that attacks
 	guest   string // the program that loads a guest's disk

@@ -26,6 +26,7 @@ func main() { os.Exit(run()) }
 func run() int {
 	bin := flag.String("bin", "bin", "directory of the built programs")
 	limit := flag.Duration("timeout", 5*time.Minute, "time limit of the whole demo")
+	part := flag.String("part", "", "only a part of it: fenced")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	defer stop() // the last thing: a second Ctrl-C does not interrupt the tidying
@@ -38,6 +39,9 @@ func run() int {
 		return 1
 	}
 	all := steps()
+	if *part == "fenced" {
+		all = fencedSteps()
+	}
 	d := &demo{host: h, to: os.Stdout}
 	d.say("Redoubt: trusted virtual machines. Each guest has its own TPM and is measured and attested")
 	d.say("from its first instruction. Below: unmodified Debian kernels, Debian's programs in them.")
@@ -59,7 +63,7 @@ func newHost(bin string) (*host, error) {
 	if err != nil {
 		return nil, err
 	}
-	h := &host{program: filepath.Join(bin, "redoubt"), probe: filepath.Join(bin, "attack-probe"), guest: filepath.Join(bin, "e2e-guest")}
+	h := &host{bin: bin, program: filepath.Join(bin, "redoubt"), probe: filepath.Join(bin, "attack-probe"), guest: filepath.Join(bin, "e2e-guest")}
 	for _, p := range []string{h.program, h.probe, h.guest} {
 		if _, err := os.Stat(p); err != nil {
 			return nil, fmt.Errorf("%w: run `make demo`", err)

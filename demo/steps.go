@@ -58,6 +58,14 @@ func steps() []step {
 			name: "builder", needs: []string{"load"}, do: (*demo).builder,
 			title: "The Builder, which has all privileges, is killed under the same guest: the next one goes on",
 		},
+		{
+			name: "rootkit", needs: []string{"up"}, do: (*demo).unfenced,
+			title: "A kernel module that is a rootkit: the guest's kernel is its",
+		},
+		{
+			name: "fenced", needs: []string{"rootkit"}, do: (*demo).fenced,
+			title: "The same guest with its modules isolated: the rootkit is stopped, and named",
+		},
 		{name: "down", needs: []string{"up"}, title: "All goes down, nothing is left behind", do: (*demo).down},
 	}
 }

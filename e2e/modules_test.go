@@ -20,7 +20,7 @@ func TestModulesNative(t *testing.T) {
 	h := newHost(t)
 	boot := func(args ...string) string {
 		t.Helper()
-		h.start(start{emulator: "native", what: "modules", args: append([]string{"--wait", "--modules", "isolate"}, args...)})
+		h.start(start{emulator: "native", what: "modules", args: append([]string{"--wait", "--cpus", "2", "--modules", "isolate"}, args...)})
 		return h.await("guest", "READY", bootTime)
 	}
 	report := func() (r isolate.Report) {

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"time"
 
 	"redoubt.dev/redoubt/isolate/frames"
 	"redoubt.dev/redoubt/isolate/policy"
@@ -72,16 +73,30 @@ func (i *Isolation) resume(v *view, r kvm.Regs) error {
 	if v.stale {
 		v.layout.SetEntry(r.RIP, r.RAX)
 		r.RIP, v.stale = layout.Entry, false
+		clear(v.past)
 	}
 	return v.vcpu.SetRegs(r)
 }
 
 // run runs the view until the kernel is to go on.
 func (i *Isolation) run(v *view) error {
-	defer v.timer.Stop()
-	for {
-		v.timer.Reset(slice)
+	cpu := i.turn.id
+	v.running = true
+	defer func() {
+		v.running = false
+		v.timer.Stop()
+	}()
+	for begin := time.Now(); ; {
+		if v.timer.Reset(slice); time.Since(begin) > spell {
+			begin = time.Now()
+			v.vcpu.Kick()
+		}
+		i.turns.Unlock()
 		reason, err := v.vcpu.Run()
+		i.take(cpu)
+		if v.gone { // unloaded under its own feet
+			return i.orphaned(v)
+		}
 		if errors.Is(err, kvm.ErrInterrupted) {
 			v.vcpu.ClearKick()
 			done, err := i.yield(v)
@@ -98,6 +113,20 @@ func (i *Isolation) run(v *view) error {
 			return err
 		}
 	}
+}
+
+// orphaned ends what a module was doing whose memory the kernel has freed meanwhile: there is nothing to go back to.
+func (i *Isolation) orphaned(v *view) error {
+	r, err := v.vcpu.Regs()
+	if err != nil {
+		return err
+	}
+	i.refused(v, Event{Kind: Control, Detail: "it was unloaded while it ran"})
+	if base, ok := v.frames.Base(v.stack.from); ok {
+		r.RSP = base
+	}
+	r.RFLAGS = r.RFLAGS&flagsOfModule | flagsFixed
+	return errors.Join(i.raise(r, invalidOpcode, 0), v.close())
 }
 
 // exit serves one exit of a view; done: the kernel is to go on.
@@ -210,7 +239,7 @@ func (i *Isolation) left(v *view, r kvm.Regs) (done bool, err error) {
 	if back {
 		return true, i.toKernel(v, r, base)
 	}
-	ret := word(v.shown(r.RSP))
+	ret := word(v.mine(r.RSP))
 	from := v.describe(ret)
 	names := i.called(r.RIP)
 	if names == nil && i.patched(v, ret, r.RIP) {
@@ -241,8 +270,10 @@ func (i *Isolation) left(v *view, r kvm.Regs) (done bool, err error) {
 		return true, i.kill(v, &r, ret, Event{Kind: Stack, Symbol: name, At: from, Detail: err.Error()})
 	}
 	i.account(v.name, func(a *Account) { count(a.Calls, name) })
-	if err := i.gone(v, v.objects.asked(s.from, name, &r, v.sane.GS.Base, i.pageAddress)); err != nil {
-		return false, err
+	for _, o := range v.objects.asked(s.from, name, &r, i.perCPU(), i.pageAddress) {
+		if err := i.freedObject(v.module, o); err != nil {
+			return false, err
+		}
 	}
 	return true, i.toKernel(v, r, base)
 }
@@ -265,7 +296,7 @@ func (i *Isolation) patched(v *view, ret, to uint64) bool {
 	if code[0] != 0xe8 || ret+uint64(int64(int32(binary.LittleEndian.Uint32(code[1:])))) != to {
 		return false
 	}
-	for _, all := range [][]*view{i.views, i.others} {
+	for _, all := range [][]*module{i.modules, i.others} {
 		for _, o := range all {
 			if o.has(to) {
 				return false
@@ -279,11 +310,15 @@ func (i *Isolation) patched(v *view, ret, to uint64) bool {
 // firstMade is where the kernel has what code it makes, and modules.
 const firstMade = 0xffffffffc0000000
 
-// gone takes an object that a module frees from its view.
-func (i *Isolation) gone(v *view, o object) error {
+// freedObject takes an object that a module frees from its views.
+func (i *Isolation) freedObject(m *module, o object) error {
 	for at := page(o.at); at < o.at+o.size; at += pageSize {
-		if m, ok := i.mapped(at); ok && !v.objects.whole(at) {
-			if err := v.revoke(page(m.Physical + at - m.Virtual)); err != nil {
+		p, ok := i.mapped(at)
+		if !ok || m.objects.whole(at) {
+			continue
+		}
+		for _, v := range i.viewsOf(m) {
+			if err := v.revoke(page(p.Physical + at - p.Virtual)); err != nil {
 				return err
 			}
 		}
@@ -296,9 +331,9 @@ func (i *Isolation) called(at uint64) []string {
 	if names := i.kernel.functions(at); names != nil {
 		return names
 	}
-	for _, all := range [][]*view{i.views, i.others} {
-		for _, v := range all {
-			if n, ok := v.begins[at]; ok {
+	for _, all := range [][]*module{i.modules, i.others} {
+		for _, m := range all {
+			if n, ok := m.begins[at]; ok {
 				return []string{n}
 			}
 		}
@@ -321,19 +356,14 @@ func (i *Isolation) mayCall(v *view, names []string) (string, bool) {
 }
 
 func (i *Isolation) describe(at uint64) string {
-	for _, all := range [][]*view{i.views, i.others} {
-		for _, v := range all {
-			if v.has(at) {
-				return v.describe(at)
+	for _, all := range [][]*module{i.modules, i.others} {
+		for _, m := range all {
+			if m.has(at) {
+				return m.describe(at)
 			}
 		}
 	}
 	return i.kernel.describe(at)
-}
-
-func (v *view) named(e Event) Event {
-	e.Module = v.name
-	return e
 }
 
 // refused tells of what a module did, with the calls that led to it.
@@ -378,7 +408,7 @@ func (i *Isolation) insane(v *view) *Event {
 func (i *Isolation) toKernel(v *view, r kvm.Regs, base uint64) error {
 	i.writeBack(v, r.RSP, base)
 	r.RFLAGS = r.RFLAGS&flagsOfModule | flagsFixed
-	return i.cfg.Kernel.SetRegs(r)
+	return i.turn.VCPU.SetRegs(r)
 }
 
 // kill ends what the module was doing: the kernel finds an invalid instruction where it was, and makes an oops of that, which

@@ -19,6 +19,9 @@ const notAllowed = "its profile does not allow it"
 // judgeWrite says of which object of the kernel's n bytes at an address are, and why a module may not write them: "" where it
 // may.
 func (i *Isolation) judgeWrite(v *view, at, n uint64, seen bool) (object string, off uint64, why string) {
+	if seen {
+		at = i.home(at)
+	}
 	switch {
 	case !seen:
 		return "", 0, "by tables that are not the view's"
@@ -47,10 +50,45 @@ func (i *Isolation) judgeWrite(v *view, at, n uint64, seen bool) (object string,
 		return object, off, "" // preempt_disable and preempt_enable, which compilers put into modules
 	case object == pages && i.table(at):
 		return "page table", off, "no module may write it"
+	case object == pages && i.onThreadStack(at):
+		return "stack of a thread", off, "no module may write it"
 	case v.profile.Writable(object, off, n):
 		return object, off, ""
 	}
 	return object, off, notAllowed
+}
+
+// home is the address by which memory of the kernel's image, or of a module's, is known, where at is another of it: the kernel
+// sees all memory once more (page_offset_base).
+func (i *Isolation) home(at uint64) uint64 {
+	m, ok := i.mapped(at)
+	if !ok {
+		return at
+	}
+	gpa := m.Physical + at - m.Virtual
+	if i.kernel.loaded.has(gpa) {
+		return i.kernel.begin + gpa - i.kernel.loaded.from
+	}
+	if home, ok := i.homes[page(gpa)]; ok {
+		return home + gpa%pageSize
+	}
+	return at
+}
+
+// settle notes where the memory of a module lies, or no longer does.
+func (i *Isolation) settle(g region, there bool) error {
+	for at := page(g.from); at < g.to; at += pageSize {
+		m, err := i.place(at)
+		switch {
+		case err != nil:
+			return err
+		case there:
+			i.homes[page(m.Physical+at-m.Virtual)] = at
+		default:
+			delete(i.homes, page(m.Physical+at-m.Virtual))
+		}
+	}
+	return nil
 }
 
 // table says whether an address is of a page table.
@@ -63,10 +101,15 @@ func (i *Isolation) table(at uint64) bool {
 	return i.userTable(gpa) || i.isTable(gpa)
 }
 
+func (i *Isolation) onThreadStack(at uint64) bool {
+	m, err := i.place(at)
+	return err != nil || i.ofThread(page(m.Physical+at-m.Virtual))
+}
+
 // foreign is the other isolated module that an address is of.
-func (i *Isolation) foreign(v *view, at uint64) *view {
-	for _, o := range i.views {
-		if o != v && o.has(at) {
+func (i *Isolation) foreign(v *view, at uint64) *module {
+	for _, o := range i.modules {
+		if o != v.module && o.has(at) {
 			return o
 		}
 	}
@@ -82,28 +125,16 @@ func (i *Isolation) foreignData(v *view, at uint64) (object string, off uint64, 
 	return o.data(at)
 }
 
-// data names what an address is of a module's data.
-func (v *view) data(at uint64) (object string, off uint64, ok bool) {
-	for _, r := range v.regions {
-		if at < page(r.from) || at >= page(r.to+pageSize-1) {
-			continue
-		}
-		if at < page(r.code.to+pageSize-1) && r.code.to > 0 && at >= page(r.code.from) {
-			return "", 0, false
-		}
-		return fmt.Sprintf("[%s]%s", v.name, r.kind), at - r.from, true
-	}
-	return "", 0, false
-}
-
 // object names what lies at an address: a variable of the kernel's, or of its per-CPU ones, else the page.
 func (i *Isolation) object(at uint64) (string, uint64) {
 	if s, ok := i.kernel.variable(at); ok {
 		return s.Name, at - s.Address
 	}
-	if base := i.perCPU(); at >= base && at < base+i.kernel.perCPU.to-i.kernel.perCPU.from {
-		if s, ok := i.kernel.symbols.At(i.kernel.perCPU.from + at - base); ok {
-			return s.Name, i.kernel.perCPU.from + at - base - s.Address
+	for _, offset := range i.perCPU() {
+		if linked := at - offset; i.kernel.perCPU.has(linked) {
+			if s, ok := i.kernel.symbols.At(linked); ok {
+				return s.Name, linked - s.Address
+			}
 		}
 	}
 	for _, o := range i.others {
@@ -119,12 +150,15 @@ func (i *Isolation) object(at uint64) (string, uint64) {
 	return pages, at & (pageSize - 1)
 }
 
-// perCPU is where the vCPU's copy of the per-CPU variables lies: what the kernel's GS points to.
-func (i *Isolation) perCPU() uint64 {
-	for _, v := range i.views {
-		return v.sane.GS.Base
+// perCPU is how far each processor's copies of the per-CPU variables lie from where those are linked.
+func (i *Isolation) perCPU() []uint64 {
+	offsets := make([]uint64, 0, len(i.cpus))
+	for n := range i.cpus {
+		if at := i.wordAt(i.kernel.offsets + uint64(n)*8); at != 0 {
+			offsets = append(offsets, at)
+		}
 	}
-	return 0
+	return offsets
 }
 
 func (k *kernel) variable(at uint64) (symbols.Symbol, bool) {
@@ -150,8 +184,19 @@ func argument(r *kvm.Regs, n int) uint64 {
 	return [...]uint64{r.RDI, r.RSI, r.RDX, r.RCX, r.R8, r.R9}[n]
 }
 
-// judgeArguments judges what a function of the kernel's would write for the module.
+// judgeArguments judges what a function of the kernel's would write for the module, itself or by a device.
 func (i *Isolation) judgeArguments(v *view, name string, r *kvm.Regs) *Event {
+	if all, ok, err := i.dma(name, r); ok {
+		if err != nil {
+			return &Event{Kind: WriteData, Detail: "by a device, with " + name + ": " + err.Error()}
+		}
+		for _, p := range all {
+			if e := i.judgeSpan(v, "a device, with "+name, p.at, p.size); e != nil {
+				return e
+			}
+		}
+		return nil
+	}
 	w, ok := writers[name]
 	if !ok {
 		return nil
@@ -160,35 +205,48 @@ func (i *Isolation) judgeArguments(v *view, name string, r *kvm.Regs) *Event {
 	if w.size >= 0 {
 		n = argument(r, w.size)
 	}
-	if n == 0 {
+	if n > 0 && to+n > to {
+		if base, ok := v.frames.Base(v.stack.from); ok && to >= v.stack.from && to+n <= base {
+			return nil // its own frames
+		}
+		if v.stack.has(to) && to+n <= v.stack.to { // of its callers': what they gave it the address of
+			for at := to &^ 7; at < to+n; at += 8 {
+				if i.leadsToCode(word(v.stack.word(at))) {
+					return &Event{Kind: Stack, Address: at, Detail: "a return address of the kernel's, by " + name, Allowed: i.cfg.Modules.Mode == policy.Monitor}
+				}
+			}
+			return nil
+		}
+	}
+	return i.judgeSpan(v, name, to, n)
+}
+
+// maxSpan bounds what one call may write.
+const maxSpan = 1 << 28
+
+// judgeSpan judges n bytes that are written for a module, page by page: what follows a page is nothing of its.
+func (i *Isolation) judgeSpan(v *view, by string, to, n uint64) *Event {
+	if to+n < to || n > maxSpan {
+		return &Event{Kind: WriteData, Address: to, Symbol: i.describe(to), Detail: fmt.Sprintf("%d bytes by %s", n, by)}
+	}
+	if v.objects.has(to, n) {
 		return nil
 	}
-	if to+n < to {
-		return &Event{Kind: WriteData, Address: to, Symbol: i.describe(to), Detail: fmt.Sprintf("%d bytes by %s", n, name)}
-	}
-	if base, ok := v.frames.Base(v.stack.from); ok && to >= v.stack.from && to+n <= base {
-		return nil // its own frames
-	}
-	if v.stack.has(to) && to+n <= v.stack.to { // of its callers': what they gave it the address of
-		for at := to &^ 7; at < to+n; at += 8 {
-			if i.leadsToCode(word(v.stack.word(at))) {
-				return &Event{Kind: Stack, Address: at, Detail: "a return address of the kernel's, by " + name, Allowed: i.cfg.Modules.Mode == policy.Monitor}
+	for end := to + n; to < end; to += n {
+		n = min(end-to, pageSize-to%pageSize)
+		object, off, why := i.judgeWrite(v, to, n, true)
+		switch {
+		case why == "":
+		case i.cfg.Modules.Mode == policy.Learn && why == notAllowed:
+			i.learn(func() { v.profile.LearnWrite(object, off, n) })
+		default:
+			return &Event{
+				Kind: WriteData, Address: to, Symbol: object, Detail: fmt.Sprintf("%d bytes at %#x by %s: %s", n, off, by, why),
+				Allowed: i.cfg.Modules.Mode == policy.Monitor,
 			}
 		}
-		return nil
 	}
-	object, off, why := i.judgeWrite(v, to, n, true)
-	switch {
-	case why == "":
-		return nil
-	case i.cfg.Modules.Mode == policy.Learn && why == notAllowed:
-		i.learn(func() { v.profile.LearnWrite(object, off, n) })
-		return nil
-	}
-	return &Event{
-		Kind: WriteData, Address: to, Symbol: object, Detail: fmt.Sprintf("%d bytes at %#x by %s: %s", n, off, name, why),
-		Allowed: i.cfg.Modules.Mode == policy.Monitor,
-	}
+	return nil
 }
 
 // An object is memory that a module has allocated.
@@ -202,8 +260,9 @@ type objects struct {
 
 // A request is a call that has not returned.
 type request struct {
-	size, base uint64
-	page       bool
+	size  uint64
+	bases []uint64 // what is added to what it returns: an object for each; none: one object
+	page  bool
 }
 
 // An allocator is a function that gives its caller memory: which argument says how much.
@@ -226,20 +285,24 @@ var allocators = map[string]allocator{
 
 var deallocators = map[string]int{"kfree": 0, "kvfree": 0, "vfree": 0, "kfree_sensitive": 0, "kmem_cache_free": 1, "free_pages": 0, "devm_kfree": 1, "free_percpu": 0, "__free_pages": 0}
 
-// asked notes a call of the module's that allocates or frees, and says what it frees.
-func (o *objects) asked(stack uint64, name string, r *kvm.Regs, perCPU uint64, page func(uint64) uint64) (freed object) {
+// asked notes a call of the module's that allocates or frees, and says what it frees. perCPU is how far the processors' variables
+// lie from what stands for them.
+func (o *objects) asked(stack uint64, name string, r *kvm.Regs, perCPU []uint64, page func(uint64) uint64) (freed []object) {
 	name = strings.TrimSuffix(name, "_noprof")
 	if n, ok := deallocators[name]; ok {
+		bases := []uint64{0}
 		at := argument(r, n)
 		switch name {
 		case "free_percpu":
-			at += perCPU
-		case "__free_pages", "put_page", "__folio_put":
+			bases = perCPU
+		case "__free_pages":
 			at = page(at)
 		}
-		if k, found := o.find(at); found {
-			freed = o.all[k]
-			o.all = slices.Delete(o.all, k, k+1)
+		for _, base := range bases {
+			if k, found := o.find(at + base); found {
+				freed = append(freed, o.all[k])
+				o.all = slices.Delete(o.all, k, k+1)
+			}
 		}
 		return freed
 	}
@@ -257,9 +320,9 @@ func (o *objects) asked(stack uint64, name string, r *kvm.Regs, perCPU uint64, p
 	if o.pending == nil {
 		o.pending = map[[2]uint64]request{}
 	}
-	a0 := request{size: size, page: a.page}
+	a0 := request{size: size, page: a.page, bases: []uint64{0}}
 	if a.perCPU {
-		a0.base = perCPU
+		a0.bases = perCPU
 	}
 	o.pending[[2]uint64{stack, r.RSP}] = a0
 	return freed
@@ -275,18 +338,19 @@ func (o *objects) made(stack, slot, at uint64, page func(uint64) uint64) {
 	delete(o.pending, key)
 	size := a.size
 	const errors = ^uint64(4095)
-	if at == 0 || at == 16 || at >= errors || size == 0 || at+size < at || len(o.all) >= maxObjects { // ZERO_SIZE_PTR, ERR_PTR
+	if at == 0 || at == 16 || at >= errors || size == 0 || at+size < at || len(o.all)+len(a.bases) > maxObjects { // ZERO_SIZE_PTR, ERR_PTR
 		return
 	}
-	if at += a.base; a.page {
+	if a.page {
 		at = page(at)
 	}
-	k, found := o.find(at)
-	if found {
-		o.all[k].size = size
-		return
+	for _, base := range a.bases {
+		if k, found := o.find(at + base); found {
+			o.all[k].size = size
+		} else {
+			o.all = slices.Insert(o.all, k, object{at + base, size})
+		}
 	}
-	o.all = slices.Insert(o.all, k, object{at, size})
 }
 
 // find is where an object that begins at an address is, or would be.

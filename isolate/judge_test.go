@@ -1,6 +1,7 @@
 package isolate
 
 import (
+	"slices"
 	"testing"
 
 	"redoubt.dev/redoubt/kvm"
@@ -14,7 +15,7 @@ func TestObjects(t *testing.T) {
 	var o objects
 	allocate := func(name string, r kvm.Regs, at uint64) {
 		r.RSP = 0x1000
-		o.asked(stack, name, &r, 0x10000, same)
+		o.asked(stack, name, &r, []uint64{0x10000, 0x30000}, same)
 		o.made(stack, 0x1000, at, same)
 	}
 	allocate("__kmalloc", kvm.Regs{RDI: 100}, 0x5000)
@@ -60,13 +61,13 @@ func TestObjects(t *testing.T) {
 	if !o.whole(0x9000) || o.whole(0x5000) || o.whole(0xb000) {
 		t.Error("whole pages")
 	}
-	if f := o.asked(stack, "kfree", &kvm.Regs{RDI: 0x5000}, 0, same); f != (object{0x5000, 100}) {
+	if f := o.asked(stack, "kfree", &kvm.Regs{RDI: 0x5000}, nil, same); !slices.Equal(f, []object{{0x5000, 100}}) {
 		t.Errorf("freed %+v", f)
 	}
-	if f := o.asked(stack, "kfree", &kvm.Regs{RDI: 0x5001}, 0, same); f != (object{}) {
+	if f := o.asked(stack, "kfree", &kvm.Regs{RDI: 0x5001}, nil, same); f != nil {
 		t.Errorf("what is no object is freed: %+v", f)
 	}
-	if f := o.asked(stack, "free_percpu", &kvm.Regs{RDI: 0x20}, 0x10000, same); f != (object{0x10020, 16}) {
+	if f := o.asked(stack, "free_percpu", &kvm.Regs{RDI: 0x20}, []uint64{0x10000, 0x30000}, same); !slices.Equal(f, []object{{0x10020, 16}, {0x30020, 16}}) {
 		t.Errorf("freed %+v", f)
 	}
 	if o.has(0x5000, 1) || o.has(0x10020, 1) || !o.has(0x5100, 1) {
@@ -77,7 +78,7 @@ func TestObjects(t *testing.T) {
 func TestObjectsBounded(t *testing.T) {
 	var o objects
 	for n := range uint64(2 * maxObjects) {
-		o.asked(1, "__kmalloc", &kvm.Regs{RDI: 8, RSP: n * 8}, 0, same)
+		o.asked(1, "__kmalloc", &kvm.Regs{RDI: 8, RSP: n * 8}, nil, same)
 	}
 	if len(o.pending) > maxObjects {
 		t.Errorf("%d calls are kept", len(o.pending))

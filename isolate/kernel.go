@@ -20,6 +20,8 @@ type kernel struct {
 	space   paging.Space // the kernel's own
 	symbols *symbols.Table
 	sorted  []symbols.Symbol // the same, by address
+	loaded  span             // where it lies, physically, and
+	begin   uint64           // where it sees that
 	text    span             // code
 	fixed   span             // code and read-only data
 	thunks  []span
@@ -28,9 +30,12 @@ type kernel struct {
 	module  moduleFields
 	end     uint64 // of its variables
 	perCPU  span   // of its per-CPU variables, as they are linked
+	offsets uint64 // of a word for each processor: how far its copies lie from those
 	counter string // the per-CPU variable that counts why the process may not be switched, or that this is a part of
 	counts  types.Field
 	heap    heap
+	threads threads
+	lists   lists
 }
 
 // moduleFields are the members of struct module, mod_kallsyms and what they hold.
@@ -71,6 +76,7 @@ func readKernel(memory Memory, s *kvm.Sregs) (*kernel, error) {
 	if err != nil {
 		return nil, err
 	}
+	k.begin = begin
 	if k.symbols, err = symbols.Find(image); err != nil {
 		return nil, err
 	}
@@ -90,6 +96,7 @@ func readKernel(memory Memory, s *kvm.Sregs) (*kernel, error) {
 	k.refusal = at("sys_ni_syscall")
 	k.end = at("_end")
 	k.perCPU = span{at("__per_cpu_start"), at("__per_cpu_end")}
+	k.offsets = at("__per_cpu_offset")
 	k.counter, k.counts = "__preempt_count", types.Field{Size: 4}
 	if err != nil {
 		return nil, err
@@ -102,7 +109,7 @@ func readKernel(memory Memory, s *kvm.Sregs) (*kernel, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := errors.Join(k.fields(all), k.heap.find(all, at), err); err != nil {
+	if err := errors.Join(k.fields(all), k.heap.find(all, at), k.threads.find(all, at), k.lists.find(all), err); err != nil {
 		return nil, err
 	}
 	m, err := k.space.Walk(tables)
@@ -139,7 +146,7 @@ func (k *kernel) thunk(at uint64) bool {
 	return slices.ContainsFunc(k.thunks, func(s span) bool { return s.has(at) })
 }
 
-// image is the kernel as it lies in memory, in one piece, and where it is seen.
+// image finds the kernel as it lies in memory, in one piece, and where it is seen.
 func (k *kernel) image() ([]byte, uint64, error) {
 	var begin, physical, size uint64
 	for m, err := range k.space.Mappings(firstText, lastText, mostTables) {
@@ -152,6 +159,7 @@ func (k *kernel) image() ([]byte, uint64, error) {
 		case size == 0:
 			begin, physical = m.Virtual, m.Physical
 		case m.Virtual != begin+size || m.Physical != physical+size:
+			k.loaded = span{physical, physical + size}
 			b, err := k.memory.Slice(physical, size)
 			return b, begin, err
 		}
@@ -162,6 +170,7 @@ func (k *kernel) image() ([]byte, uint64, error) {
 	if size == 0 {
 		return nil, 0, errors.New("its tables map no code")
 	}
+	k.loaded = span{physical, physical + size}
 	b, err := k.memory.Slice(physical, size)
 	return b, begin, err
 }

@@ -5,61 +5,10 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
-	"sync"
-	"time"
 
-	"redoubt.dev/redoubt/isolate/frames"
 	"redoubt.dev/redoubt/isolate/policy"
-	layout "redoubt.dev/redoubt/isolate/view"
 	"redoubt.dev/redoubt/kvm"
-)
-
-// view is one isolated module and the machine that it runs in.
-type view struct {
-	name    string
-	profile *policy.Profile
-	regions []region
-	self    span              // its struct module, which is the kernel's
-	begins  map[uint64]string // functions, by address
-	imports []string          // functions of the kernel, and of other modules, that it was linked with
-
-	vm     *kvm.VM
-	vcpu   *kvm.VCPU
-	layout *layout.View
-	memory [2][]byte // the layout's
-	sane   kvm.Sregs // the registers that nothing may change
-
-	slots  map[uint64]uint32 // pages of the guest's that the view has, by guest-physical address
-	seen   map[uint64]uint64 // where they were mapped last
-	next   uint32
-	frames frames.Frames
-	stack  *stack // that is mapped
-	timer  *time.Timer
-	kicks  sync.Mutex // over dead
-	dead   bool       // the processor is gone
-	aside  int        // slices in which it was found outside its code
-	user   []uint64   // pages of the process that runs, which the view has
-	stale  bool       // what the processor has kept of its tables is to be dropped
-
-	objects objects
-}
-
-// region is a part of a module's memory.
-type region struct {
-	span
-	code span   // within it
-	kind string // what tells it from the module's others: "" for the first
-}
-
-// Slots of a view's machine.
-const (
-	slotRW = iota
-	slotRO
-	firstGrant
-
-	maxSlots = 32_000 // of KVM's
 )
 
 // loaded is called where the kernel is about to run a module's first function: do_init_module(mod).
@@ -86,14 +35,11 @@ func (i *Isolation) loaded(r *kvm.Regs) error {
 	case Refuse:
 		return i.refuseLoad(m, name, "the policy refuses it")
 	}
-	v, err := i.isolate(m, name)
-	if err != nil { // fail closed: what cannot be fenced does not run
+	before := len(i.text)
+	if err := i.isolate(m, name); err != nil { // fail closed: what cannot be fenced does not run
 		return i.refuseLoad(m, name, err.Error())
 	}
-	pages := 0
-	for _, r := range v.regions {
-		pages += int(pagesOf(r.code) / pageSize)
-	}
+	pages := len(i.text) - before
 	i.account(name, func(a *Account) { *a = *fresh(Isolate, pages) })
 	i.event(Event{Kind: Loaded, Module: name, Detail: fmt.Sprintf("isolated: %d pages of code", pages), Allowed: true})
 	return nil
@@ -138,58 +84,48 @@ func pagesOf(s span) uint64 {
 	return page(s.to+pageSize-1) - page(s.from)
 }
 
-// isolate makes a view of a module and takes its code out of the kernel's.
-func (i *Isolation) isolate(m uint64, name string) (v *view, err error) {
-	if len(i.views) >= maxModules {
-		return nil, fmt.Errorf("%d modules are isolated already", maxModules)
+// isolate fences a module: it takes its code out of the kernel's view, and makes the view of the vCPU that loads it.
+func (i *Isolation) isolate(at uint64, name string) (err error) {
+	if len(i.modules) >= maxModules {
+		return fmt.Errorf("%d modules are isolated already", maxModules)
 	}
-	v = &view{name: name, slots: map[uint64]uint32{}, seen: map[uint64]uint64{}, next: firstGrant, begins: map[uint64]string{}}
-	v.profile = i.profile(name)
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, v.close())
-		}
-	}()
-	if v.regions, err = i.regions(m); err != nil {
-		return nil, err
+	m := &module{name: name, begins: map[uint64]string{}, views: make([]*view, len(i.cpus)), profile: i.profile(name)}
+	if m.regions, err = i.regions(at); err != nil {
+		return err
 	}
-	v.self = span{m, m + i.kernel.module.size}
-	if err := i.functions(m, v); err != nil {
-		return nil, err
+	m.self = span{at, at + i.kernel.module.size}
+	if err := i.functions(at, m); err != nil {
+		return err
 	}
 	if i.cfg.Modules.Mode == policy.Learn { // all of them, also those that it calls seldom
 		i.learn(func() {
-			for _, n := range v.imports {
-				v.profile.LearnCall(n)
+			for _, n := range m.imports {
+				m.profile.LearnCall(n)
 			}
 		})
 	}
-	if err := i.machine(v); err != nil {
-		return nil, err
+	pages := len(i.text)
+	for _, r := range m.regions {
+		pages += int(pagesOf(r.code) / pageSize)
 	}
-	total := len(i.text)
-	for _, r := range v.regions {
+	if pages > maxPages {
+		return fmt.Errorf("more than %d pages of code", maxPages)
+	}
+	if _, err := i.view(m); err != nil {
+		return err
+	}
+	for _, r := range m.regions {
 		for at := page(r.code.from); at < r.code.to; at += pageSize {
-			if total++; total > maxPages {
-				return nil, fmt.Errorf("more than %d pages of code", maxPages)
-			}
-			p, err := i.place(at)
-			if err != nil {
-				return nil, err
-			}
-			gpa := p.Physical + at - p.Virtual
-			if err := i.grant(v, gpa, kvm.ReadOnly); err != nil {
-				return nil, err
-			}
-			if err := v.layout.Map(at, gpa, layout.Execute); err != nil {
-				return nil, err
-			}
-			v.seen[gpa] = at
-			i.text[at] = v
+			i.text[at] = m
 		}
 	}
-	i.views = append(i.views, v)
-	return v, i.punch()
+	i.modules = append(i.modules, m)
+	for _, r := range m.regions {
+		if err := i.settle(r, true); err != nil {
+			return err
+		}
+	}
+	return i.punch()
 }
 
 // profile is what a module may do: a copy of its own profile, or what it has learnt when it was loaded before.
@@ -212,18 +148,23 @@ func (i *Isolation) profile(name string) *policy.Profile {
 }
 
 // trust notes where a module lies that is not isolated: the others may be allowed to call it.
-func (i *Isolation) trust(m uint64, name string) (err error) {
-	v := &view{name: name, begins: map[uint64]string{}}
-	if v.regions, err = i.regions(m); err != nil {
+func (i *Isolation) trust(at uint64, name string) (err error) {
+	m := &module{name: name, begins: map[uint64]string{}}
+	if m.regions, err = i.regions(at); err != nil {
 		return err
 	}
-	if err := i.functions(m, v); err != nil {
+	if err := i.functions(at, m); err != nil {
 		return err
 	}
 	if len(i.others) >= maxTrusted {
 		return fmt.Errorf("%d modules are trusted already", maxTrusted)
 	}
-	i.others = append(i.others, v)
+	i.others = append(i.others, m)
+	for _, r := range m.regions {
+		if err := i.settle(r, true); err != nil {
+			return err
+		}
+	}
 	return nil
 }
 
@@ -272,13 +213,13 @@ func (i *Isolation) regions(m uint64) ([]region, error) {
 const maxSymbols = 1 << 16
 
 // functions reads a module's symbols, of which the kernel has all while it is loaded.
-func (i *Isolation) functions(m uint64, v *view) error {
+func (i *Isolation) functions(at uint64, m *module) error {
 	f := i.kernel.module
-	b, err := i.bytes(m+f.kallsyms.Offset, 8)
+	b, err := i.bytes(at+f.kallsyms.Offset, 8)
 	if err != nil {
 		return err
 	}
-	at := word(b)
+	at = word(b)
 	var where [3]uint64
 	for n, member := range []uint64{f.symtab.Offset, f.symbols.Offset, f.strtab.Offset} {
 		b, err := i.bytes(at+member, 8)
@@ -304,7 +245,7 @@ func (i *Isolation) functions(m uint64, v *view) error {
 		value := word(sym[8:])
 		const function = 2
 		imported := sym[6] == 0 && sym[7] == 0 // SHN_UNDEF: the kernel has filled in where it is
-		if imported && len(i.called(value)) == 0 || !imported && (sym[4]&0xf != function || !v.hasCode(value)) {
+		if imported && len(i.called(value)) == 0 || !imported && (sym[4]&0xf != function || !m.hasCode(value)) {
 			continue
 		}
 		name, err := i.text256(where[2] + uint64(binary.LittleEndian.Uint32(sym[:])))
@@ -312,96 +253,57 @@ func (i *Isolation) functions(m uint64, v *view) error {
 			return fmt.Errorf("symbol %d: %w", s, err)
 		}
 		if imported {
-			v.imports = append(v.imports, name)
+			m.imports = append(m.imports, name)
 			continue
 		}
-		v.begins[value] = name
+		m.begins[value] = name
 	}
 	return nil
 }
 
-func (v *view) hasCode(a uint64) bool {
-	for _, r := range v.regions {
-		if r.code.has(a) {
-			return true
-		}
-	}
-	return false
-}
-
-func (v *view) has(a uint64) bool {
-	for _, r := range v.regions {
-		if a >= page(r.from) && a < page(r.to+pageSize-1) {
-			return true
-		}
-	}
-	return false
-}
-
-// describe names an address of the module's.
-func (v *view) describe(at uint64) string {
-	var from uint64
-	var name string
-	for a, n := range v.begins {
-		if a <= at && a > from {
-			from, name = a, n
-		}
-	}
-	switch {
-	case name == "" || !v.hasCode(at):
-		return fmt.Sprintf("%#x [%s]", at, v.name)
-	case from == at:
-		return fmt.Sprintf("%s [%s]", name, v.name)
-	}
-	return fmt.Sprintf("%s+%#x [%s]", name, at-from, v.name)
-}
-
-// drop forgets the region that begins at an address, and the functions in it: the kernel will have other code there.
-func (v *view) drop(from uint64) (region, bool) {
-	k := slices.IndexFunc(v.regions, func(g region) bool { return g.from == from })
-	if k < 0 {
-		return region{}, false
-	}
-	g := v.regions[k]
-	v.regions = slices.Delete(v.regions, k, k+1)
-	maps.DeleteFunc(v.begins, func(at uint64, _ string) bool { return g.has(at) })
-	return g, true
-}
-
 // freed is called where the kernel is about to free memory of modules: module_memfree(region).
 func (i *Isolation) freed(r *kvm.Regs) error {
-	for n, v := range i.others {
-		if _, ok := v.drop(r.RDI); ok && len(v.regions) == 0 {
-			i.others = slices.Delete(i.others, n, n+1)
-			i.account(v.name, func(a *Account) { a.Unloaded = true })
-			return nil
+	for n, m := range i.others {
+		g, ok := m.drop(r.RDI)
+		if !ok {
+			continue
 		}
+		if len(m.regions) == 0 {
+			i.others = slices.Delete(i.others, n, n+1)
+			i.account(m.name, func(a *Account) { a.Unloaded = true })
+		}
+		return i.settle(g, false)
 	}
-	for n, v := range i.views {
-		g, ok := v.drop(r.RDI)
+	for n, m := range i.modules {
+		g, ok := m.drop(r.RDI)
 		if !ok {
 			continue
 		}
 		for at := page(g.from); at < g.to; at += pageSize {
 			delete(i.text, at)
-			v.layout.Unmap(at)
 		}
-		if err := i.punch(); err != nil {
+		if err := i.settle(g, false); err != nil {
 			return err
 		}
-		if len(v.regions) == 0 {
-			i.views = slices.Delete(i.views, n, n+1)
-			i.account(v.name, func(a *Account) { a.Unloaded = true })
-			i.event(Event{Kind: Unloaded, Module: v.name, Allowed: true})
-			return v.close()
+		if err := lose(i.viewsOf(m), span{page(g.from), g.to}, nil); err != nil {
+			return err
 		}
-		return i.forget(v)
+		if err := i.punch(); err != nil || len(m.regions) > 0 {
+			return err
+		}
+		i.modules = slices.Delete(i.modules, n, n+1)
+		i.account(m.name, func(a *Account) { a.Unloaded = true })
+		i.event(Event{Kind: Unloaded, Module: m.name, Allowed: true})
+		return m.close()
 	}
 	return nil
 }
 
 // flushed is called where the kernel is about to drop translations of its own, flush_tlb_kernel_range(from, to): what the
 // views have of them goes, too.
+//
+// A view whose vCPU is in it just now keeps what its processor remembers until that next comes from the kernel. It will,
+// before the flush is over: the kernel waits until all processors have taken its interrupt.
 func (i *Isolation) flushed(r *kvm.Regs) error {
 	gone := span{page(r.RDI), r.RSI}
 	for base, s := range i.stacks {
@@ -409,17 +311,9 @@ func (i *Isolation) flushed(r *kvm.Regs) error {
 			delete(i.stacks, base)
 		}
 	}
-	for _, v := range i.views {
-		if v.stack != nil && v.stack.from < gone.to && gone.from < v.stack.to {
-			v.unmapStack()
-		}
-		for gpa, at := range v.seen {
-			if !gone.has(at) || i.text[at] == v {
-				continue
-			}
-			if err := v.revoke(gpa); err != nil {
-				return err
-			}
+	for _, m := range i.modules {
+		if err := lose(i.viewsOf(m), gone, func(at uint64) bool { return i.text[at] == m }); err != nil {
+			return err
 		}
 	}
 	return nil

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -12,7 +13,92 @@ import (
 	"redoubt.dev/redoubt/kvm"
 )
 
-// machine makes the virtual machine that a module runs in.
+// view is a module's machine for one vCPU: another virtual machine over the guest's memory. The vCPU's thread runs both.
+type view struct {
+	*module
+	vm     *kvm.VM
+	vcpu   *kvm.VCPU
+	layout *layout.View
+	memory [2][]byte // the layout's
+	sane   kvm.Sregs // the registers that nothing may change
+
+	slots map[uint64]grant  // pages of the guest's that the view has, by guest-physical address
+	seen  map[uint64]uint64 // where they were mapped last
+	past  map[uint64]uint64 // the same of pages that were taken away while the processor may remember them
+	next  uint32
+	stack *stack // that is mapped
+	shown shown  // what it was when the module came
+	timer *time.Timer
+	kicks sync.Mutex // over dead
+	dead  bool       // the processor is gone
+	aside int        // slices in which it was found outside its code
+	user  []uint64   // pages of the process that runs, which the view has
+
+	running bool // the vCPU is in it: it is to be kicked, and what it remembers stays until it comes back from the kernel
+	stale   bool // what the processor has kept of its tables is to be dropped
+	restack bool // the stack that is mapped, too
+}
+
+// A grant is a page that a view has: a slot of one page.
+type grant struct {
+	slot  uint32
+	flags kvm.MemoryFlags
+}
+
+// Slots of a view's machine.
+const (
+	slotRW = iota
+	slotRO
+	firstGrant
+
+	maxSlots = 32_000 // of KVM's
+)
+
+// view is the view of a module for the vCPU whose turn it is: made when that is first in it.
+func (i *Isolation) view(m *module) (v *view, err error) {
+	if v = m.views[i.turn.id]; v != nil {
+		return v, nil
+	}
+	v = &view{module: m, slots: map[uint64]grant{}, seen: map[uint64]uint64{}, past: map[uint64]uint64{}, next: firstGrant}
+	defer func() {
+		if err != nil {
+			v, err = nil, errors.Join(err, v.close())
+		}
+	}()
+	if err := i.machine(v); err != nil {
+		return v, err
+	}
+	if err := i.code(v, true); err != nil {
+		return v, err
+	}
+	m.views[i.turn.id] = v
+	return v, nil
+}
+
+// code maps a module's code, and grants it.
+func (i *Isolation) code(v *view, grant bool) error {
+	for _, r := range v.regions {
+		for at := page(r.code.from); at < r.code.to; at += pageSize {
+			p, err := i.place(at)
+			if err != nil {
+				return err
+			}
+			gpa := p.Physical + at - p.Virtual
+			if grant {
+				if err := i.grant(v, gpa, kvm.ReadOnly); err != nil {
+					return err
+				}
+			}
+			if err := v.layout.Map(at, gpa, layout.Execute); err != nil {
+				return err
+			}
+			v.seen[gpa] = at
+		}
+	}
+	return nil
+}
+
+// machine makes the virtual machine.
 func (i *Isolation) machine(v *view) (err error) {
 	if v.vm, err = i.cfg.System.CreateVM(); err != nil {
 		return err
@@ -38,13 +124,13 @@ func (i *Isolation) machine(v *view) (err error) {
 	if v.vcpu, err = v.vm.CreateVCPU(0); err != nil {
 		return err
 	}
-	v.vcpu.Lock()
+	v.vcpu.Follow(i.turn.VCPU)
 	v.timer = time.AfterFunc(slice, v.kick)
 	v.timer.Stop()
-	if err := v.vcpu.SetCPUID(i.cfg.CPUID); err != nil {
+	if err := v.vcpu.SetCPUID(i.turn.CPUID); err != nil {
 		return err
 	}
-	s, err := i.cfg.Kernel.Sregs()
+	s, err := i.turn.VCPU.Sregs()
 	if err != nil {
 		return err
 	}
@@ -54,7 +140,7 @@ func (i *Isolation) machine(v *view) (err error) {
 	s.IDT = kvm.Table{Base: layout.IDTBase, Limit: layout.IDTLimit}
 	s.TR.Base, s.TR.Limit = layout.TSSBase, layout.TSSLimit
 	s.InterruptBitmap = [4]uint64{}
-	if err := v.vcpu.CopyXCRs(i.cfg.Kernel); err != nil {
+	if err := v.vcpu.CopyXCRs(i.turn.VCPU); err != nil {
 		return err
 	}
 	if err := v.vcpu.SetSregs(s); err != nil {
@@ -103,22 +189,23 @@ func (i *Isolation) grant(v *view, gpa uint64, flags kvm.MemoryFlags) error {
 	if err != nil {
 		return err
 	}
-	slot, ok := v.slots[gpa]
+	g, ok := v.slots[gpa]
 	if ok {
-		if err := v.vm.SetMemory(slot, 0, gpa, nil); err != nil {
+		if err := v.vm.SetMemory(g.slot, 0, gpa, nil); err != nil {
 			return err
 		}
 	} else {
 		if !v.room() {
 			return fmt.Errorf("the view has %d pages already", len(v.slots))
 		}
-		slot = v.next
+		g.slot = v.next
 		v.next++
 	}
-	if err := v.vm.SetMemory(slot, flags, gpa, b); err != nil {
+	if err := v.vm.SetMemory(g.slot, flags, gpa, b); err != nil {
 		return err
 	}
-	v.slots[gpa] = slot
+	g.flags = flags
+	v.slots[gpa] = g
 	return nil
 }
 
@@ -131,14 +218,17 @@ func (v *view) revoke(gpa uint64) error {
 	if seen {
 		v.layout.Unmap(at)
 		delete(v.seen, gpa)
+		if v.running && len(v.past) < maxGrants {
+			v.past[gpa] = at
+		}
 		v.stale = true
 	}
-	slot, ok := v.slots[gpa]
+	g, ok := v.slots[gpa]
 	if !ok {
 		return nil
 	}
 	delete(v.slots, gpa)
-	return v.vm.SetMemory(slot, 0, gpa, nil)
+	return v.vm.SetMemory(g.slot, 0, gpa, nil)
 }
 
 // punch takes the code of all views out of the kernel's.
@@ -152,10 +242,10 @@ func (i *Isolation) punch() error {
 		pages = append(pages, p.Physical+at-p.Virtual)
 	}
 	slices.Sort(pages)
-	return i.cfg.Punch(pages)
+	return i.cfg.Punch(i.turn.id, pages)
 }
 
-// forget takes everything from a view but its own, its code and its stack.
+// forget takes everything from a view but its own, its code and its stack. The view does not run.
 func (i *Isolation) forget(v *view) error {
 	if err := v.layout.Clear(); err != nil {
 		return err
@@ -169,33 +259,22 @@ func (i *Isolation) forget(v *view) error {
 			}
 		}
 	}
-	code := map[uint64]bool{}
-	for _, r := range v.regions {
-		for at := page(r.code.from); at < r.code.to; at += pageSize {
-			p, err := i.place(at)
-			if err != nil {
-				return err
-			}
-			gpa := p.Physical + at - p.Virtual
-			code[gpa] = true
-			if err := v.layout.Map(at, gpa, layout.Execute); err != nil {
-				return err
-			}
-		}
+	clear(v.seen)
+	if err := i.code(v, false); err != nil {
+		return err
 	}
-	for gpa, slot := range v.slots {
-		if code[gpa] {
+	for gpa, g := range v.slots {
+		if _, code := v.seen[gpa]; code {
 			continue
 		}
-		if err := v.vm.SetMemory(slot, 0, gpa, nil); err != nil {
+		if err := v.vm.SetMemory(g.slot, 0, gpa, nil); err != nil {
 			return err
 		}
 		delete(v.slots, gpa)
-		delete(v.seen, gpa)
 	}
 	v.next = firstGrant
-	for _, slot := range v.slots {
-		v.next = max(v.next, slot+1)
+	for _, g := range v.slots {
+		v.next = max(v.next, g.slot+1)
 	}
 	return i.copyThunks(v)
 }
@@ -215,7 +294,6 @@ func (v *view) close() error {
 	v.dead = true
 	v.kicks.Unlock()
 	if v.vcpu != nil {
-		v.vcpu.Unlock()
 		errs = append(errs, v.vcpu.Close())
 	}
 	if v.vm != nil {

@@ -63,6 +63,8 @@ type Account struct {
 	Writes   map[string]uint64 `json:"writes"`   // of data of the kernel's, judged one by one
 	Refused  uint64            `json:"refused"`  // of all that
 	Unloaded bool              `json:"unloaded"` // it is gone
+	// Permissions are those of the two views now, while the module is isolated.
+	Permissions []Permission `json:"permissions,omitempty"`
 }
 
 // Report is what has happened so far.
@@ -74,11 +76,18 @@ type Report struct {
 
 // Report tells what has happened so far. Any goroutine may call it.
 func (i *Isolation) Report() Report {
+	i.turns.Lock()
+	defer i.turns.Unlock()
+	permissions := map[string][]Permission{}
+	for _, m := range i.modules {
+		permissions[m.name] = i.permissions(m)
+	}
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	r := Report{Modules: map[string]*Account{}, Events: slices.Clone(i.report.Events)}
 	for n, a := range i.report.Modules {
 		c := *a
+		c.Permissions = permissions[n]
 		c.Entries, c.Calls, c.Writes = maps.Clone(a.Entries), maps.Clone(a.Calls), maps.Clone(a.Writes)
 		r.Modules[n] = &c
 	}

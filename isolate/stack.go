@@ -1,6 +1,7 @@
 package isolate
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 
@@ -68,8 +69,8 @@ func (s *stack) word(at uint64) []byte {
 	return s.pages[off/pageSize][off%pageSize&^7:][:8]
 }
 
-// shown is 8 bytes of the stack as the module sees it.
-func (v *view) shown(at uint64) []byte {
+// mine is 8 bytes of the stack as the module sees it.
+func (v *view) mine(at uint64) []byte {
 	off := at - v.stack.from
 	p, _ := v.layout.Stack(int(off / pageSize))
 	return p[off%pageSize&^7:][:8]
@@ -79,12 +80,23 @@ func (v *view) unmapStack() {
 	for a := v.stack.from; a < v.stack.to; a += pageSize {
 		v.layout.Unmap(a)
 	}
-	v.stack, v.stale = nil, true
+	v.stack, v.stale, v.restack = nil, true, false
+}
+
+// shown is a stack as the module was shown it, from an address up.
+type shown struct {
+	from  uint64
+	words [layout.StackPages * pageSize]byte
+}
+
+// changed says whether the module has changed a word that it was shown; what lay below is its own.
+func (v *view) changed(at uint64) bool {
+	return at < v.shown.from || !bytes.Equal(v.mine(at), v.shown.words[at-v.stack.from:][:8])
 }
 
 // showStack gives the view a stack, as it is from the stack pointer up. What lies below is the module's own.
 func (i *Isolation) showStack(v *view, s *stack, sp uint64) error {
-	if v.stack != s {
+	if v.stack != s || v.restack {
 		if v.stack != nil {
 			v.unmapStack()
 		}
@@ -104,18 +116,23 @@ func (i *Isolation) showStack(v *view, s *stack, sp uint64) error {
 		}
 		to, _ := v.layout.Stack(n)
 		off := max(sp, begin) - begin
-		copy(to[off:], from[off:])
+		copy(v.shown.words[uint64(n)*pageSize+off:][:pageSize-off], from[off:])
+		copy(to[off:], v.shown.words[uint64(n)*pageSize+off:][:pageSize-off])
 	}
+	v.shown.from = sp
 	return nil
 }
 
-// writeBack brings what the module left on its stack to the kernel's: from the stack pointer to base all of it, above that
-// each word that it changed. But a word of the kernel's that leads into code never changes: the return addresses of what
-// called the module stay.
+// writeBack brings what the module left on its stack to the kernel's: each word from the stack pointer up that it has changed.
+// Others stay: another processor may have written what lies on the stack (the entry of a queue that it waits in). And a word
+// of the kernel's, above base, that leads into code never changes: the return addresses of what called the module stay.
 func (i *Isolation) writeBack(v *view, sp, base uint64) {
 	s := v.stack
 	for at := max(sp&^7, s.from); at < s.to; at += 8 {
-		mine, theirs := v.shown(at), s.word(at)
+		if !v.changed(at) && !i.cfg.Modules.Weakened.Stack {
+			continue
+		}
+		mine, theirs := v.mine(at), s.word(at)
 		now, was := binary.LittleEndian.Uint64(mine), binary.LittleEndian.Uint64(theirs)
 		if now == was {
 			continue
@@ -125,7 +142,25 @@ func (i *Isolation) writeBack(v *view, sp, base uint64) {
 			continue
 		}
 		copy(theirs, mine)
+		if at >= v.shown.from {
+			copy(v.shown.words[at-s.from:][:8], mine)
+		}
 	}
+}
+
+// publish brings the kernel's stack up to what the module has on its own, before others are told of something there.
+func (i *Isolation) publish(v *view, sp uint64) {
+	s := v.stack
+	base, ok := v.frames.Base(s.from)
+	if !ok || !s.leaves(sp) || sp > base {
+		return
+	}
+	sp &^= 7
+	i.writeBack(v, sp, base)
+	for at := sp; at < v.shown.from; at += 8 {
+		copy(v.shown.words[at-s.from:][:8], v.mine(at))
+	}
+	v.shown.from = min(v.shown.from, sp)
 }
 
 // leadsToCode says whether a word is an address of the kernel's code or where modules have theirs.

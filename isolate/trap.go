@@ -124,19 +124,19 @@ func (i *Isolation) privileged(v *view, r kvm.Regs, t layout.Trap) *Event {
 }
 
 func (i *Isolation) setCR2(a uint64) error {
-	s, err := i.cfg.Kernel.Sregs()
+	s, err := i.turn.VCPU.Sregs()
 	if err != nil {
 		return err
 	}
 	s.CR2 = a
-	return i.cfg.Kernel.SetSregs(s)
+	return i.turn.VCPU.SetSregs(s)
 }
 
 // raise delivers an exception to the kernel as a processor would, with the registers that it had (Intel SDM volume 3A,
 // 6.14 "Exception and Interrupt Handling in 64-bit Mode"): by the kernel's own descriptor tables, on its own stack. That
 // KVM would do it, too; but each vendor's processors want their own words for what the module's breakpoints are.
 func (i *Isolation) raise(r kvm.Regs, vector byte, code uint64) error {
-	s, err := i.cfg.Kernel.Sregs()
+	s, err := i.turn.VCPU.Sregs()
 	if err != nil {
 		return err
 	}
@@ -189,7 +189,7 @@ func (i *Isolation) raise(r kvm.Regs, vector byte, code uint64) error {
 	}
 	r.RIP, r.RSP = handler, sp
 	r.RFLAGS &^= flagIF | flagTF | flagNT | flagRF
-	return i.cfg.Kernel.SetRegs(r)
+	return i.turn.VCPU.SetRegs(r)
 }
 
 // ensure maps the page of an address that a module touches, as the kernel has it mapped, and grants it as far as may be. false:
@@ -237,7 +237,7 @@ func (i *Isolation) ensure(v *view, at, code uint64) (bool, error) {
 	switch {
 	case v.has(at) && m.Writable && !v.self.meets(page(at)), v.objects.whole(page(at)):
 		return true, i.grant(v, gpa, 0)
-	case i.foreign(v, at) != nil:
+	case i.foreign(v, i.home(at)) != nil:
 		return true, nil // each access comes to be judged
 	}
 	if err := i.grant(v, gpa, kvm.ReadOnly); err != nil {
@@ -284,7 +284,7 @@ func (i *Isolation) accessed(v *view, x kvm.MMIO) (done bool, err error) {
 		}
 		return false, nil
 	}
-	at, seen := v.seen[page(x.Address)]
+	at, seen := i.seen(v, page(x.Address))
 	at += x.Address & (pageSize - 1)
 	if !x.Write {
 		if !i.mayRead(v, at, seen) {
@@ -307,14 +307,39 @@ func (i *Isolation) accessed(v *view, x kvm.MMIO) (done bool, err error) {
 		i.told(v, e)
 		return false, nil // dropped
 	}
-	copy(b, x.Data)
+	before, err := i.store(v, b, at, x)
+	if err != nil {
+		return false, err
+	}
+	if before != nil {
+		if err := v.drain(); err != nil {
+			return false, err
+		}
+		return false, i.resume(v, *before)
+	}
 	i.account(v.name, func(a *Account) { count(a.Writes, object) })
 	return false, nil
+}
+
+// seen is where a view's page is mapped. What was taken away while the processor remembered it counts as long as the kernel
+// has it there: it drops more addresses than it frees.
+func (i *Isolation) seen(v *view, gpa uint64) (at uint64, ok bool) {
+	if at, ok = v.seen[gpa]; ok {
+		return at, true
+	}
+	if at, ok = v.past[gpa]; ok {
+		m, mapped := i.mapped(at)
+		return at, mapped && page(m.Physical+at-m.Virtual) == gpa
+	}
+	return 0, false
 }
 
 // mayRead judges a read of a page that the view does not have: of another isolated module's, or by tables that are not the
 // view's.
 func (i *Isolation) mayRead(v *view, at uint64, seen bool) bool {
+	if seen {
+		at = i.home(at)
+	}
 	e := Event{Kind: ReadData, Address: at, Symbol: i.describe(at), Detail: notAllowed}
 	o := i.foreign(v, at)
 	switch {

@@ -58,6 +58,9 @@ func (c *VCPU) Lock() {
 	c.tid.Store(int32(unix.Gettid()))
 }
 
+// Follow makes Kick signal the thread that another vCPU is bound to: the same goroutine runs both.
+func (c *VCPU) Follow(o *VCPU) { c.tid.Store(o.tid.Load()) }
+
 // Unlock ends what Lock began.
 func (c *VCPU) Unlock() {
 	c.tid.Store(0)
@@ -70,7 +73,7 @@ func (c *VCPU) Unlock() {
 // The system call is announced to the Go scheduler: a thread in a guest must not hold up the
 // collector.
 //
-// Preconditions: the goroutine called Lock.
+// Preconditions: the goroutine called Lock, or Follow with one for which it did.
 func (c *VCPU) Run() (Reason, error) {
 	_, _, e := unix.Syscall(unix.SYS_IOCTL, c.file.Fd(), kvmRun, 0)
 	switch e {

@@ -2,6 +2,7 @@ package monitor
 
 import (
 	"fmt"
+	"io"
 	"maps"
 	"slices"
 	"strings"
@@ -11,6 +12,7 @@ import (
 	"redoubt.dev/redoubt/isolate/attack"
 	"redoubt.dev/redoubt/isolate/policy"
 	"redoubt.dev/redoubt/lab"
+	"redoubt.dev/redoubt/pci"
 )
 
 // A module that attacks the kernel, another module and the flow of control wins nothing in a view, each attack is told
@@ -41,7 +43,10 @@ func attacked(t *testing.T, kernel string) {
 	script += "echo LIVES; cat /proc/victim\n"
 
 	m := isolate.Modules{Default: isolate.Isolate, Mode: policy.Learn}
-	_, learnt := scripted(t, kernel, &m, files, start+"echo LIVES\n")
+	said, learnt := scripted(t, kernel, &m, files, start+"attack alias core\necho LIVES\n")
+	if said["alias"] != "ok ok" { // also where all is allowed that may be
+		t.Errorf("alias, learning: %s", said["alias"])
+	}
 	m = isolate.Modules{Default: isolate.Isolate, Trusted: []string{"dummy"}, Mode: policy.Enforce, Profiles: learnt.Profiles}
 	for n := range m.Profiles {
 		switch p := &m.Profiles[n]; p.Module {
@@ -86,14 +91,39 @@ func attacked(t *testing.T, kernel string) {
 	}
 }
 
-// scripted boots a guest that runs a script, and returns its lines CHECK by name.
+// scripts is a guest that runs a script; zero values have usable meanings.
+type scripts struct {
+	kernel  string
+	vcpus   int
+	modules *isolate.Modules
+	files   map[string]string // of this host, by their names in the guest
+	debian  []string          // the kernel's own modules, in /mod
+	script  string
+	extra   string    // more command line
+	rng     bool      // it has the device
+	watch   io.Writer // is told what the guest prints, too
+	built   func(*guest)
+}
+
 func scripted(t testing.TB, kernel string, m *isolate.Modules, files map[string]string, script string) (map[string]string, isolate.Report) {
+	t.Helper()
+	return scripts{kernel: kernel, modules: m, files: files, script: script}.run(t)
+}
+
+// run returns the script's lines CHECK by name.
+func (s scripts) run(t testing.TB) (map[string]string, isolate.Report) {
 	t.Helper()
 	tpm := startTPM(t)
 	g := boot{
-		kernel: kernel, what: "script", files: files, script: script, extra: "quiet",
+		kernel: s.kernel, vcpus: s.vcpus, what: "script", files: s.files, modules: s.debian, script: s.script, extra: "quiet " + s.extra,
 		change: func(cfg *Config) {
-			cfg.TPM, cfg.Modules = tpm, m
+			cfg.TPM, cfg.Modules = tpm, s.modules
+			if s.rng {
+				cfg.Devices = []pci.Placed{rng(t)}
+			}
+			if s.watch != nil {
+				cfg.ConsoleOut = io.MultiWriter(cfg.ConsoleOut, s.watch)
+			}
 			cfg.OnModule = func(e isolate.Event) {
 				if !e.Allowed {
 					t.Log(e)
@@ -101,6 +131,9 @@ func scripted(t testing.TB, kernel string, m *isolate.Modules, files map[string]
 			}
 		},
 	}.build(t)
+	if s.built != nil {
+		s.built(g)
+	}
 	if o := g.run(t); o.Kind != PowerOff {
 		t.Errorf("outcome %v", o)
 	}

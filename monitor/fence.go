@@ -22,9 +22,14 @@ func (m *Machine) makeFence(sys *kvm.System) error {
 	if err != nil {
 		return err
 	}
+	var cpus []isolate.CPU
+	for id, c := range m.vcpus {
+		cpus = append(cpus, isolate.CPU{VCPU: c.VCPU, CPUID: cpuid(supported, id, len(m.vcpus), deadline > 0)})
+	}
 	m.fence, err = isolate.New(isolate.Config{
-		System: sys, Kernel: m.vcpus[0].VCPU, CPUID: cpuid(supported, 0, 1, deadline > 0),
-		Memory: m.mem, Punch: m.punch, Modules: *m.cfg.Modules, OnEvent: m.cfg.OnModule,
+		System: sys, CPUs: cpus, Memory: m.mem, Modules: *m.cfg.Modules, OnEvent: m.cfg.OnModule, Hold: m.hold,
+		// RAM is in no slot while a piece of it is made two.
+		Punch: func(cpu int, pages []uint64) error { return m.hold(cpu, func() error { return m.punch(pages) }) },
 	})
 	if err != nil {
 		return err
@@ -38,6 +43,59 @@ func (m *Machine) Fenced() (isolate.Report, bool) {
 		return isolate.Report{}, false
 	}
 	return m.fence.Report(), true
+}
+
+// fenced lets a vCPU do something at the fence, where it may wait for others and run a module: it is not in the guest meanwhile,
+// and does not go back while another one holds it.
+func (c *vcpu) fenced(do func() (bool, error)) (bool, error) {
+	c.m.mu.Lock()
+	c.away = true
+	if c.m.held {
+		c.m.changed.Broadcast()
+	}
+	c.m.mu.Unlock()
+	ours, err := do()
+	c.m.mu.Lock()
+	defer c.m.mu.Unlock()
+	for c.m.held && !c.m.stop {
+		c.m.changed.Wait()
+	}
+	c.away = false
+	return ours, err
+}
+
+// hold runs f while no vCPU but the caller's, which is out, is in the guest. One at a time may hold: the fence sees to that.
+func (m *Machine) hold(cpu int, f func() error) error {
+	m.mu.Lock()
+	m.held = true
+	for _, c := range m.vcpus {
+		if c.ID != cpu {
+			c.Kick()
+		}
+	}
+	for !m.othersOut(cpu) && !m.stop {
+		m.changed.Wait()
+	}
+	stopped := m.stop
+	m.mu.Unlock()
+	var err error
+	if !stopped { // else none goes back there
+		err = f()
+	}
+	m.mu.Lock()
+	m.held = false
+	m.changed.Broadcast()
+	m.mu.Unlock()
+	return err
+}
+
+func (m *Machine) othersOut(cpu int) bool {
+	for _, c := range m.vcpus {
+		if c.ID != cpu && !c.still && !c.away {
+			return false
+		}
+	}
+	return true
 }
 
 // piece is RAM in one memory slot.

@@ -16,18 +16,14 @@ import (
 )
 
 // fenced boots a guest that loads modules, uses them and takes them away again, and returns what it found (its lines RESULT).
-func fenced(t *testing.T, kernel string, m *isolate.Modules, files map[string]string, modules ...string) (results []string, r isolate.Report) {
+func fenced(t *testing.T, vcpus int, kernel string, m *isolate.Modules, files map[string]string, modules ...string) (results []string, r isolate.Report) {
 	t.Helper()
 	tpm := startTPM(t)
 	g := boot{
-		kernel: kernel, what: "modules", modules: modules, files: files, extra: "quiet",
+		kernel: kernel, vcpus: vcpus, what: "modules", modules: modules, files: files, extra: "quiet",
 		change: func(cfg *Config) {
 			cfg.TPM, cfg.Modules = tpm, m
-			_, f, err := virtio.New(virtio.NewRNG())
-			if err != nil {
-				t.Fatal(err)
-			}
-			cfg.Devices = []pci.Placed{{Function: f, Place: topology.Place{Kind: topology.RNG, Slot: 1, BAR: barBase, Size: 0x8000, Route: topology.FirstRoute, Vectors: 2}}}
+			cfg.Devices = []pci.Placed{rng(t)}
 		},
 	}.build(t)
 	if o := g.run(t); o.Kind != PowerOff {
@@ -45,10 +41,19 @@ func fenced(t *testing.T, kernel string, m *isolate.Modules, files map[string]st
 	return results, r
 }
 
+func rng(t testing.TB) pci.Placed {
+	t.Helper()
+	_, f, err := virtio.New(virtio.NewRNG())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pci.Placed{Function: f, Place: topology.Place{Kind: topology.RNG, Slot: 1, BAR: barBase, Size: 0x8000, Route: topology.FirstRoute, Vectors: 2}}
+}
+
 // Debian's own modules work in views of their own as they do without.
 func TestFence(t *testing.T) {
 	lab.NeedsKVM(t)
-	worksFenced(t, "6.1-cloud", []policy.Mode{policy.Learn, policy.Enforce}, []string{"virtio", "virtio_ring", "virtio_pci", "virtio_pci_modern_dev", "virtio_pci_legacy_dev"}, nil,
+	worksFenced(t, 1, "6.1-cloud", []policy.Mode{policy.Learn, policy.Enforce}, []string{"virtio", "virtio_ring", "virtio_pci", "virtio_pci_modern_dev", "virtio_pci_legacy_dev"}, nil,
 		"dummy", "null_blk", "xor", "crc32c_generic", "xxhash_generic", "virtio_pci", "virtio_rng")
 }
 
@@ -68,19 +73,19 @@ func TestFenceFileSystem(t *testing.T) {
 			t.Fatalf("%v: %v: %s", c, err, out)
 		}
 	}
-	worksFenced(t, "6.12", []policy.Mode{policy.Learn}, []string{"loop"}, map[string]string{"fs.img": image}, "loop", "nls_cp437", "nls_ascii", "vfat")
+	worksFenced(t, 2, "6.12", []policy.Mode{policy.Learn}, []string{"loop"}, map[string]string{"fs.img": image}, "loop", "nls_cp437", "nls_ascii", "vfat")
 }
 
 // worksFenced has a guest use modules without isolation, then in each mode, with what the one before has learnt.
-func worksFenced(t *testing.T, kernel string, modes []policy.Mode, trusted []string, files map[string]string, modules ...string) {
-	want, _ := fenced(t, kernel, nil, files, modules...)
+func worksFenced(t *testing.T, vcpus int, kernel string, modes []policy.Mode, trusted []string, files map[string]string, modules ...string) {
+	want, _ := fenced(t, vcpus, kernel, nil, files, modules...)
 	if len(want) < 8 {
 		t.Fatalf("without isolation: %q", want)
 	}
 	policies := isolate.Modules{Default: isolate.Isolate, Trusted: trusted, Mode: policy.Learn}
 	for _, mode := range modes {
 		policies.Mode = mode
-		got, r := fenced(t, kernel, &policies, files, modules...)
+		got, r := fenced(t, vcpus, kernel, &policies, files, modules...)
 		if !slices.Equal(got, want) {
 			t.Errorf("%s: the guest found\n%s\nand without isolation\n%s", mode, strings.Join(got, "\n"), strings.Join(want, "\n"))
 		}
@@ -107,7 +112,7 @@ func worksFenced(t *testing.T, kernel string, modes []policy.Mode, trusted []str
 func TestFenceRefuses(t *testing.T) {
 	lab.NeedsKVM(t)
 	m := isolate.Modules{Default: isolate.Refuse, Trusted: []string{"xxhash_generic"}}
-	got, r := fenced(t, "6.1-cloud", &m, nil, "dummy", "xxhash_generic")
+	got, r := fenced(t, 1, "6.1-cloud", &m, nil, "dummy", "xxhash_generic")
 	want := []string{"loaded xxhash_generic.ko", "rng none 0", "crc32c 1", "xxhash64 1", "module xxhash_generic", "gone xxhash_generic"}
 	if !slices.Equal(got, want) {
 		t.Errorf("the guest found %q, want %q", got, want)

@@ -83,6 +83,7 @@ case $what in
     for c in crc32c xxhash64; do grep -q "^name *: $c" /proc/crypto && echo "RESULT $c $(grep -A9 "^name *: $c" /proc/crypto | grep -c 'selftest *: passed')"; done
     awk '{print "RESULT module", $1}' /proc/modules
     for m in $(awk '{print $1}' /proc/modules); do rmmod $m && echo "RESULT gone $m"; done
+    [ -e /mod/dummy.ko ] && insmod /mod/dummy.ko && echo "RESULT again $(ls /sys/class/net | grep -c dummy)" && rmmod dummy && echo "RESULT gone again"
     dmesg | grep -iE 'bug|oops|warn|invalid|fault|xor:|failed' ;;
   script) . /script ;;
   tpm)

@@ -49,6 +49,7 @@ type Machine struct {
 	closing sync.WaitGroup // over the transport's Close, begun with stop
 	outcome Outcome        // the first one, once stop is set
 	paused  bool
+	held    bool // one vCPU changes what the others see: see hold
 	clock   frozenClock
 }
 
@@ -112,8 +113,8 @@ func (m *Machine) check() error {
 		return fmt.Errorf("%d vCPUs: want 1 to %d", c.VCPUs, MaxVCPUs)
 	case c.MemoryBytes < MinMemory || c.MemoryBytes > MaxMemory || c.MemoryBytes%(2<<20) != 0:
 		return fmt.Errorf("memory of %d bytes: want a multiple of 2 MiB from 128 MiB to 1 TiB", c.MemoryBytes)
-	case c.Modules != nil && (c.VCPUs > 1 || c.TPM == nil):
-		return errors.New("modules can be isolated only in a guest with one vCPU and a TPM")
+	case c.Modules != nil && c.TPM == nil:
+		return errors.New("modules can be isolated only in a guest with a TPM")
 	}
 	if c.ConsoleOut == nil {
 		c.ConsoleOut = io.Discard
@@ -339,11 +340,6 @@ func (m *Machine) tpmAccessed() {
 	m.event(EventTPMAccess)
 	if m.cfg.OnTPMAccess != nil {
 		m.cfg.OnTPMAccess()
-	}
-	if m.fence != nil {
-		if err := m.fence.Plant(); err != nil { // what was to be fenced does not run without
-			m.end(Outcome{Crash, err.Error()})
-		}
 	}
 }
 

@@ -53,7 +53,7 @@ type Config struct {
 	// that a vCPU waiting in Execute comes back.
 	TPM crb.Transport
 	// Modules fences the kernel's modules (package isolate); nil: they are the kernel's. It needs a TPM, whose first
-	// access is when the kernel is up and no module is in, and one vCPU.
+	// access is when the kernel is up and no module is in.
 	Modules *isolate.Modules
 	// OnModule is told what a fenced module did that was refused or noted; it must return at once.
 	OnModule func(isolate.Event)

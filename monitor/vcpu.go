@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"sync/atomic"
 
+	"redoubt.dev/redoubt/isolate"
 	"redoubt.dev/redoubt/kvm"
 	"redoubt.dev/redoubt/pci"
 	"redoubt.dev/redoubt/vtpm/crb"
@@ -15,6 +16,7 @@ type vcpu struct {
 	*kvm.VCPU
 	m     *Machine
 	still bool // under Machine.mu: it is not in the guest and will ask before it goes there
+	away  bool // under Machine.mu: it is at the fence, so not in the guest, and will ask before it goes there
 
 	exits [kvm.NumReasons]atomic.Uint64
 	areas [numAreas]atomic.Uint64
@@ -70,7 +72,7 @@ func (c *vcpu) admit() bool {
 
 // wait is the place where a paused vCPU stays. Machine.mu is held.
 func (c *vcpu) wait() bool {
-	for c.m.paused && !c.m.stop {
+	for (c.m.paused || c.m.held) && !c.m.stop {
 		if !c.still {
 			c.still = true
 			c.m.changed.Broadcast()
@@ -88,8 +90,9 @@ func (c *vcpu) handle(reason kvm.Reason) error {
 		if err != nil {
 			return err
 		}
-		if c.m.fence != nil && x.Out {
-			if ours, err := c.m.fence.Probed(x.Port); ours || err != nil {
+		if c.m.fence != nil && x.Out && x.Port == isolate.ProbePort {
+			ours, err := c.fenced(func() (bool, error) { return c.m.fence.Probed(c.ID, x.Port) })
+			if ours || err != nil {
 				return err
 			}
 		}
@@ -103,7 +106,8 @@ func (c *vcpu) handle(reason kvm.Reason) error {
 		return nil
 	case kvm.ExitInternalError, kvm.ExitFailEntry:
 		if c.m.fence != nil && reason == kvm.ExitInternalError {
-			if ours, err := c.m.fence.Fetched(); ours || err != nil {
+			ours, err := c.fenced(func() (bool, error) { return c.m.fence.Fetched(c.ID) })
+			if ours || err != nil {
 				return err
 			}
 		}
@@ -170,6 +174,11 @@ func (c *vcpu) mmio(x kvm.MMIO) error {
 	switch a := x.Address; {
 	case c.m.tpm != nil && a >= crb.Base && a < crb.Base+crb.Size:
 		c.areas[areaTPM].Add(1)
+		if c.m.fence != nil {
+			if _, err := c.fenced(func() (bool, error) { return true, c.m.fence.Plant(c.ID) }); err != nil {
+				return err // what was to be fenced does not run without
+			}
+		}
 		if x.Write {
 			return c.tpmWrite(a-crb.Base, x.Data)
 		}

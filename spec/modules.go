@@ -64,8 +64,6 @@ func (m *Modules) complete(g *Guest, bad func(field, format string, args ...any)
 		return bad("modules.profile", "%q: no such characters in a path", m.Profile)
 	case g.Emulator == QEMU:
 		return bad("emulator", "qemu isolates no modules, only the native monitor does: use native or auto, or leave modules out")
-	case g.CPUs > 1:
-		return bad("cpus", "%d: modules are isolated on one vCPU so far: use 1, or leave modules out", g.CPUs)
 	case g.TPM.Disabled:
 		return bad("tpm.disabled", "modules are isolated from the guest's first access to its TPM on: give it a TPM, or leave modules out")
 	case g.Boot.Firmware != "":

@@ -131,7 +131,6 @@ func TestErrorsNameFieldAndLine(t *testing.T) {
 		{"name: a\nboot: {kernel: /k}\nmodules:\n  profile: \"a\\nb\"\n", "line 4: modules.profile"},
 		{"name: a\nboot: {kernel: /k}\nmodules:\n  profil: a\n", "line 4: profil: no such field"},
 		{"name: a\nemulator: qemu\nboot: {kernel: /k}\nmodules: {}\n", "line 2: emulator: qemu isolates no modules"},
-		{"name: a\ncpus: 2\nboot: {kernel: /k}\nmodules: {}\n", "line 2: cpus: 2: modules are isolated on one vCPU so far"},
 		{"name: a\nboot: {kernel: /k}\ntpm:\n  disabled: true\nmodules: {}\n", "line 4: tpm.disabled: modules are isolated from"},
 		{"name: a\nboot:\n  firmware: ovmf\ndisks: [{path: /d}]\nmodules: {}\n", "line 3: boot.firmware: modules are isolated"},
 	} {
@@ -154,7 +153,7 @@ func FuzzParse(f *testing.F) {
 	f.Fuzz(func(t *testing.T, b []byte) {
 		g, err := Parse(bytes.NewReader(b))
 		if err == nil && (g.CPUs < 1 || g.CPUs > MaxCPUs || g.Memory < MinMemory || !ValidName(g.Name) ||
-			g.Modules != nil && (g.CPUs > 1 || g.Emulator == QEMU || g.TPM.Disabled || g.Boot.Kernel == "")) {
+			g.Modules != nil && (g.Emulator == QEMU || g.TPM.Disabled || g.Boot.Kernel == "")) {
 			t.Fatalf("accepted %+v", g)
 		}
 	})

@@ -30,7 +30,7 @@ var source embed.FS
 var Kernels = []string{"6.1-cloud", "6.12-cloud", "6.12"}
 
 // Modules are the files that Build returns: victim first, on which the others depend.
-var Modules = []string{"victim", "attack", "dummy"}
+var Modules = []string{"victim", "attack", "dummy", "several", "dma", "nine"}
 
 // Build returns the modules' files by name, for a kernel of Kernels.
 func Build(ctx context.Context, root *debian.Root, kernel string) (map[string]string, error) {
@@ -81,6 +81,7 @@ var All = []Attack{
 	{Name: "cred-write", Check: "cred", Won: "0"},
 	{Name: "cred-call", Check: "cred", Won: "0", Never: "prepare_kernel_cred"},
 	{Name: "memcpy-gadget", Needs: []string{"modprobe_path"}, Check: "modprobe", Won: "changed"},
+	{Name: "alias", Needs: []string{"core_pattern"}, Check: "core", Won: "changed"},
 	{Name: "superblock", Check: "superblock", Won: "changed"},
 	{Name: "unexported", Needs: []string{"kallsyms_lookup_name"}, Check: "address", Won: "found"},
 	{Name: "flood", Check: "calls", Won: "100000", Endured: true},
@@ -92,6 +93,7 @@ var All = []Attack{
 	{Name: "middle", Needs: []string{"_stext"}, Check: "gadget", Won: "run"},
 	{Name: "forged-return", Check: "return", Won: "forged"},
 	{Name: "frame", Needs: []string{"vfs_write", "do_init_module"}, Check: "frame", Won: "changed"},
+	{Name: "thread-stack", Check: "thread", Won: "changed"},
 	{Name: "pivot", Check: "stack", Won: "moved"},
 	{Name: "pivot-interrupt", Check: "ground", Won: "changed"},
 	// Last: /proc/modules no longer has the attacker.

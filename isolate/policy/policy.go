@@ -155,11 +155,11 @@ func init() {
 func Never(function string) bool { return never[function] }
 
 // NeverWritten says whether an object of the kernel may be written by no module: credentials, what it runs as root, its list of
-// modules.
+// modules, the processor's tables and stacks.
 func NeverWritten(object string) bool {
 	switch object {
 	case "cred", "cred_jar", "init_cred", "modules", "modprobe_path", "core_pattern", "uevent_helper", "poweroff_cmd", "reboot_cmd",
-		"selinux_state", "security_hook_heads", "kptr_restrict", "modules_disabled", "idt_table", "init_top_pgt":
+		"selinux_state", "security_hook_heads", "kptr_restrict", "modules_disabled", "idt_table", "init_top_pgt", "cpu_tss_rw", "gdt_page", "irq_stack_backing_store", "exception_stacks", "entry_stack_storage":
 		return true
 	}
 	return false

@@ -234,6 +234,25 @@ func (v *View) Map(virtual, physical uint64, r Rights) error {
 	return nil
 }
 
+// Rights are those of a page that is mapped.
+func (v *View) Rights(virtual uint64) (r Rights, ok bool) {
+	e, err := v.entryOf(virtual, false)
+	if err != nil || e == nil {
+		return 0, false
+	}
+	p := binary.LittleEndian.Uint64(e)
+	if p&writable != 0 {
+		r |= Write
+	}
+	if p&user != 0 {
+		r |= User
+	}
+	if p&noExecute == 0 {
+		r |= Execute
+	}
+	return r, p&present != 0
+}
+
 // Unmap takes a page away, if it is there.
 func (v *View) Unmap(virtual uint64) {
 	if e, err := v.entryOf(virtual, false); err == nil && e != nil {

@@ -15,6 +15,7 @@ import (
 	"redoubt.dev/redoubt/isolate/attack"
 	"redoubt.dev/redoubt/lab"
 	"redoubt.dev/redoubt/lab/debian"
+	"redoubt.dev/redoubt/lab/workload"
 )
 
 const usage = `usage:
@@ -93,6 +94,9 @@ func fetch(ctx context.Context) (int, error) {
 		if _, err := attack.Build(ctx, root, k); err != nil {
 			return 1, err
 		}
+	}
+	if _, err := workload.Build(ctx, root); err != nil {
+		return 1, err
 	}
 	return 0, nil
 }

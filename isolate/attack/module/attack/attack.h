@@ -9,7 +9,7 @@
 
 /* Addresses of what the kernel does not export, from /proc/kallsyms: parameters of the same names. 0: not known. */
 struct addresses {
-	unsigned long sys_call_table, vhangup, pivot_root, linux_proc_banner, linux_banner, idt_table, modprobe_path;
+	unsigned long sys_call_table, vhangup, pivot_root, linux_proc_banner, linux_banner, idt_table, modprobe_path, core_pattern;
 	unsigned long kallsyms_lookup_name, set_memory_x, stext, entry_SYSCALL_64, vfs_write, do_init_module;
 	unsigned long victim_inside; /* as /proc/victim says */
 };
@@ -28,6 +28,7 @@ int attack_cr3(void), attack_idt(void), attack_idt_table(void), attack_idt_own(v
 int attack_cred_write(void), attack_cred_call(void), attack_memcpy_gadget(void), attack_ops_pointer(void);
 int attack_superblock(void), attack_unexported(void), attack_foreign_data(void), attack_foreign_code(void);
 int attack_hide(void), attack_exec_data(void), attack_flood(void);
+int attack_thread_stack(void), attack_alias(void);
 int attack_middle(void), attack_forged_return(void), attack_frame(void), attack_pivot(void), attack_pivot_interrupt(void);
 
 /* Calls an address, by a return to it: indirect calls would have to find endbr64 there on processors that look for it. */

@@ -43,6 +43,15 @@ int attack_memcpy_gadget(void)
 	return 0;
 }
 
+/* The kernel's data, where it sees all memory once more: what is run for a core dump is no longer what root said. */
+int attack_alias(void)
+{
+	if (!at.core_pattern)
+		return -ENOENT;
+	WRITE_ONCE(((char *)__va(__pa(at.core_pattern)))[12], 'x');
+	return 0;
+}
+
 static int taken(void)
 {
 	return 666;

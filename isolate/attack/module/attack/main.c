@@ -20,6 +20,7 @@ module_param_named(linux_proc_banner, at.linux_proc_banner, ulong, 0);
 module_param_named(linux_banner, at.linux_banner, ulong, 0);
 module_param_named(idt_table, at.idt_table, ulong, 0);
 module_param_named(modprobe_path, at.modprobe_path, ulong, 0);
+module_param_named(core_pattern, at.core_pattern, ulong, 0);
 module_param_named(kallsyms_lookup_name, at.kallsyms_lookup_name, ulong, 0);
 module_param_named(set_memory_x, at.set_memory_x, ulong, 0);
 module_param_named(entry_SYSCALL_64, at.entry_SYSCALL_64, ulong, 0);
@@ -65,6 +66,7 @@ static const struct {
 	{ "cred-write", attack_cred_write },
 	{ "cred-call", attack_cred_call },
 	{ "memcpy-gadget", attack_memcpy_gadget },
+	{ "alias", attack_alias },
 	{ "ops-pointer", attack_ops_pointer },
 	{ "superblock", attack_superblock },
 	{ "unexported", attack_unexported },
@@ -76,6 +78,7 @@ static const struct {
 	{ "middle", attack_middle },
 	{ "forged-return", attack_forged_return },
 	{ "frame", attack_frame },
+	{ "thread-stack", attack_thread_stack },
 	{ "pivot", attack_pivot },
 	{ "pivot-interrupt", attack_pivot_interrupt },
 };

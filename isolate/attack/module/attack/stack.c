@@ -117,3 +117,10 @@ int attack_pivot_interrupt(void)
 	preempt_enable();
 	return 0;
 }
+
+/* The stack of another thread, which waits in the kernel: init's, where it does not reach. */
+int attack_thread_stack(void)
+{
+	WRITE_ONCE(*victim_of_init(), VICTIM_MAGIC);
+	return 0;
+}

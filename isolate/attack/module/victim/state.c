@@ -24,7 +24,7 @@ struct kept {
 	u64 sum; /* when the victim was loaded */
 };
 
-enum { SYSCALLS, TEXT, CR3_TEXT, PROC_BANNER, BANNER, MODPROBE, IDT, IDT_TABLE, KEPT };
+enum { SYSCALLS, TEXT, CR3_TEXT, PROC_BANNER, BANNER, MODPROBE, CORE, IDT, IDT_TABLE, KEPT };
 
 static struct kept kept[KEPT] = {
 	[SYSCALLS] = { "syscall", 0, 424 * 8 }, /* up to where the numbers are those of every architecture */
@@ -33,6 +33,7 @@ static struct kept kept[KEPT] = {
 	[PROC_BANNER] = { "procbanner", 0, 16 },
 	[BANNER] = { "banner", 0, 16 },
 	[MODPROBE] = { "modprobe", 0, 16 },
+	[CORE] = { "core", 0, 16 },
 	[IDT] = { "idt", 31, 16 }, /* the gates of two vectors, of which the address is not known yet */
 	[IDT_TABLE] = { "idttable", 27, 16 },
 };
@@ -45,6 +46,7 @@ module_param_named(linux_proc_banner, kept[PROC_BANNER].at, ulong, 0);
 module_param_named(linux_banner, kept[BANNER].at, ulong, 0);
 module_param_named(idt_table, idt_at, ulong, 0);
 module_param_named(modprobe_path, kept[MODPROBE].at, ulong, 0);
+module_param_named(core_pattern, kept[CORE].at, ulong, 0);
 module_param_named(modules, modules_at, ulong, 0);
 
 static u64 sum(const struct kept *k)
@@ -124,7 +126,7 @@ static unsigned long root_flags(void)
 {
 	return current->fs->root.mnt->mnt_sb->s_flags;
 }
-static unsigned long first_flags;
+static unsigned long first_flags, first_of_init;
 
 static unsigned char first_scratch;
 #define SCRATCH 0x3ff /* the first serial port's scratch register, which means nothing to anybody */
@@ -173,6 +175,7 @@ static int show(struct seq_file *m, void *unused)
 	LINE("code", victim_entered, "entered");
 	LINE("return", victim_returned[VICTIM_RETURN], "forged");
 	LINE("frame", victim_returned[VICTIM_FRAME], "changed");
+	LINE("thread", READ_ONCE(*victim_of_init()) != first_of_init, "changed");
 	LINE("address", told[VICTIM_ADDRESS] == victim_guarded_at, "found");
 	LINE("gadget", told[VICTIM_GADGET] == VICTIM_MAGIC, "run");
 	LINE("execdata", told[VICTIM_DATA] == VICTIM_MAGIC, "run");
@@ -198,6 +201,7 @@ static int __init victim_init(void)
 	first.idt = idt_base();
 	first.has_lstar = !rdmsrl_safe(MSR_LSTAR, &first.lstar);
 	first_flags = root_flags();
+	first_of_init = *victim_of_init();
 	first_scratch = inb(SCRATCH);
 	return proc_create_single("victim", 0444, NULL, show) ? 0 : -ENOMEM;
 }

@@ -3,6 +3,9 @@
 #ifndef VICTIM_H
 #define VICTIM_H
 
+#include <linux/sched/signal.h>
+#include <linux/sched/task.h>
+
 /* Called whenever /proc/victim is read. */
 struct victim_ops {
 	int (*call)(void); /* 0 */
@@ -14,6 +17,12 @@ extern unsigned char victim_page[4096], victim_ground[4096];
 
 /* Looks at the processor as it is now: what is not as it was is kept for /proc/victim. */
 void victim_look(void);
+
+/* A word of init's stack in the kernel, far below where that has got. */
+static inline unsigned long *victim_of_init(void)
+{
+	return (unsigned long *)next_task(&init_task)->stack + 32;
+}
 
 /* What an attack says that it has got: the victim knows what that must be. */
 enum victim_told {

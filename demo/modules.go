@@ -1,0 +1,182 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+
+	"redoubt.dev/redoubt/isolate"
+	"redoubt.dev/redoubt/isolate/attack"
+	"redoubt.dev/redoubt/isolate/policy"
+	"redoubt.dev/redoubt/lab"
+	"redoubt.dev/redoubt/lab/initramfs"
+)
+
+// rootkit is a guest whose kernel loads a module that attacks it.
+const rootkit = "rootkit"
+
+// rootkitAttacks are those that are shown: what each does, and what of the kernel is then refused to it.
+var rootkitAttacks = []struct{ name, what, object string }{
+	{"syscall-table", "the table of system calls is changed", "sys_call_table"},
+	{"cred-write", "a process of nobody's becomes root's", ""},
+	{"alias", "what runs when a program crashes is changed, by another address of it", "core_pattern"},
+}
+
+func rootkitInit() string {
+	s := `#!/bin/sh
+export PATH=/bin
+/bin/busybox mount -t proc proc /proc
+/bin/busybox mount -t sysfs sys /sys
+/bin/busybox mount -t devtmpfs dev /dev
+/bin/busybox --install -s /bin
+exec </dev/console >/dev/console 2>&1
+dmesg -n 1
+` + attack.Script + "attack_load attack\n"
+	for _, a := range rootkitAttacks {
+		s += "attack " + a.name + " " + find(a.name).Check + " | sed 's/^CHECK/DEMO rootkit/'\n"
+	}
+	return s + "echo DEMO READY\nwhile :; do sleep 1000; done\n"
+}
+
+func find(name string) attack.Attack {
+	return attack.All[slices.IndexFunc(attack.All, func(a attack.Attack) bool { return a.Name == name })]
+}
+
+// infect starts the guest, with more of its spec, and says of each attack whether it has won.
+func (d *demo) infect(ctx context.Context, more string) (won map[string]bool, err error) {
+	const kernel = "6.1-cloud"
+	modules, err := attack.Build(ctx, d.cache, kernel)
+	if err != nil {
+		return nil, err
+	}
+	image := initramfs.New(d.cache.Path("bin/busybox"), rootkitInit())
+	for _, m := range []string{"victim", "attack"} {
+		image.HostFile(modules[m], "mod/"+m+".ko")
+	}
+	if err := image.WriteFile(d.path("initrd-" + rootkit)); err != nil {
+		return nil, err
+	}
+	text, err := d.writeSpec(rootkit, kernel, cmdline)
+	if err != nil {
+		return nil, err
+	}
+	text = strings.Replace(text, "initrd: initrd", "initrd: initrd-"+rootkit, 1) + more
+	if err := os.WriteFile(d.path(rootkit+".yaml"), []byte(text), 0o600); err != nil {
+		return nil, err
+	}
+	d.quote(more)
+	if _, err := d.run(ctx, "run", rootkit+".yaml"); err != nil {
+		return nil, err
+	}
+	d.follow(ctx, rootkit)
+	if _, err := d.await(rootkit); err != nil {
+		return nil, err
+	}
+	won = map[string]bool{}
+	for l := range strings.Lines(d.boots[rootkit].console) {
+		words := strings.Fields(l)
+		if len(words) == 5 && words[0]+" "+words[1] == mark+"rootkit" {
+			won[words[2]] = words[4] == find(words[2]).Won
+		}
+	}
+	for _, a := range rootkitAttacks {
+		w, tried := won[a.name]
+		if !tried {
+			return nil, fmt.Errorf("attack %s was not tried:\n%s", a.name, d.boots[rootkit].console)
+		}
+		d.say("  %-14s %s: %s", a.name, a.what, map[bool]string{true: "it is", false: "no"}[w])
+	}
+	return won, nil
+}
+
+// unfenced shows the module in a guest whose modules are the kernel's.
+func (d *demo) unfenced(ctx context.Context) error {
+	won, err := d.infect(ctx, "")
+	if err != nil {
+		return err
+	}
+	for _, a := range rootkitAttacks {
+		if !won[a.name] {
+			return fmt.Errorf("attack %s should have won", a.name)
+		}
+	}
+	_, err = d.redoubt(ctx, "stop", rootkit, "--grace", "0s")
+	return err
+}
+
+// fenced shows the same guest with its modules isolated: here, or where this host's KVM cannot run guests, in the lab.
+func (d *demo) fenced(ctx context.Context) error {
+	if lab.KVM() {
+		return d.isolated(ctx)
+	}
+	d.say("  this host's KVM runs no guests: the same in an emulated machine that has one")
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	var out bytes.Buffer
+	status, err := lab.Run(ctx, lab.Job{Args: []string{self, "-bin", d.bin, "-part", "fenced"}, Output: &out})
+	for l := range strings.Lines(out.String()) {
+		if l = strings.TrimRight(l, "\n"); strings.HasPrefix(l, "  ") && !strings.HasPrefix(l, "  ok ") {
+			d.say("%s", l)
+		}
+	}
+	if err == nil && status != 0 {
+		err = errors.New("it went wrong there")
+	}
+	return err
+}
+
+// isolated shows it where KVM is.
+func (d *demo) isolated(ctx context.Context) error {
+	var b bytes.Buffer
+	if err := policy.Write(&b, []policy.Profile{{Module: "attack", Calls: attack.Calls}, {Module: "victim", Calls: attack.VictimCalls}}); err != nil {
+		return err
+	}
+	if err := os.WriteFile(d.path("profile.yaml"), b.Bytes(), 0o600); err != nil {
+		return err
+	}
+	won, err := d.infect(ctx, "emulator: native\nmodules:\n  default: isolate\n  profile: profile.yaml\n")
+	if err != nil {
+		return err
+	}
+	d.say("  $ redoubt modules %s", rootkit)
+	out, err := d.redoubt(ctx, "modules", rootkit, "--json")
+	if err != nil {
+		return err
+	}
+	var r isolate.Report
+	if err := json.Unmarshal([]byte(out), &r); err != nil {
+		return err
+	}
+	named := map[string]bool{}
+	for _, e := range r.Events {
+		if !e.Allowed && e.Module == "attack" {
+			d.quote("refused: " + e.String())
+			name, _, _ := strings.Cut(e.Symbol, "+")
+			named[name] = true
+		}
+	}
+	for _, a := range rootkitAttacks {
+		switch {
+		case won[a.name]:
+			return fmt.Errorf("attack %s has won", a.name)
+		case a.object != "" && !named[a.object]:
+			return fmt.Errorf("attack %s: nothing names %s", a.name, a.object)
+		}
+	}
+	return nil
+}
+
+// fencedSteps are those of the part that the lab performs.
+func fencedSteps() []step {
+	return []step{
+		{name: "up", title: "Redoubt's services start", do: (*demo).up},
+		{name: "isolated", needs: []string{"up"}, title: "The guest's modules are isolated", do: (*demo).isolated},
+	}
+}
