@@ -50,12 +50,14 @@ demo: fetch build guest
 bench: fetch build guest
 	@$(GO) run ./lab/cmd/peers
 	REDOUBT_LAB_LATER=1 $(GO) test -run '^$$' -bench '$(BENCH)' -benchtime 5x -timeout 60m ./vtpm/... ./services/netback ./e2e
-	$(GO) test -run '^$$' -bench '$(BENCH)' -benchtime 1s ./store/...
+	$(GO) test -run '^$$' -bench '$(BENCH)' -benchtime 1s ./store/... ./validation/ext4
 	$(LAB) test -timeout 60m -bench '$(BENCH)' ./monitor ./e2e
 
 soak: fetch build guest
 	REDOUBT_SOAK=1 $(GO) test -run 'Soak' -timeout 6h -v ./e2e
+	REDOUBT_SOAK=1 $(GO) test -run 'Soak' -timeout 60m ./validation/...
 	REDOUBT_SOAK=1 $(LAB) test -timeout 6h -run 'Soak' ./e2e
+	REDOUBT_SOAK=1 $(LAB) test -timeout 2h -bench GuestOverhead ./monitor
 
 # A while of every fuzz target.
 fuzz:

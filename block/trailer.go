@@ -291,3 +291,14 @@ func tryHoles(f *os.File, at int64) error {
 	_, err := f.Seek(0, io.SeekStart)
 	return err
 }
+
+// EndsAsOverlay says whether a raw image ends as overlays do: by itself such a one would be read as full of holes.
+func EndsAsOverlay(r *Raw) bool {
+	b := make([]byte, len(trailerMagic))
+	at := r.Size() - 2*OverlayBlock
+	if at < 0 {
+		return false
+	}
+	_, err := r.ReadAt(b, at)
+	return err == nil && string(b) == trailerMagic
+}

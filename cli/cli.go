@@ -1,5 +1,5 @@
 // Package cli is the operator's command line. Every command talks to the outer API only, save
-// those that have nothing to talk to or must not depend on it: up, down, doctor, disk, audit, and inspect of a dump.
+// those that have nothing to talk to or must not depend on it: up, down, doctor, disk, image, audit, and inspect of a dump.
 //
 // Exit status: 0 done, 1 failed, 2 the command line or the spec is wrong. An error is one line
 // on standard error: what failed, on what, why, and where there is one the mend.
@@ -116,7 +116,7 @@ func (a *app) root() *cobra.Command {
 	f.BoolVar(&a.json, "json", false, "print JSON")
 	root.AddCommand(a.upCommand(), a.downCommand(), a.doctorCommand(), a.servicesCommand(), a.resetCommand(), a.runCommand(), a.psCommand(),
 		a.showCommand(), a.consoleCommand(), a.logsCommand(), a.stopCommand(), a.rmCommand(),
-		a.attestCommand(), a.inspectCommand(), a.modulesCommand(), a.eventsCommand(), a.diskCommand(), a.auditCommand(), a.tenantCommand())
+		a.attestCommand(), a.inspectCommand(), a.modulesCommand(), a.eventsCommand(), a.diskCommand(), a.imageCommand(), a.auditCommand(), a.tenantCommand())
 	return root
 }
 

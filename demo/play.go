@@ -20,6 +20,7 @@ type demo struct {
 
 	late  time.Duration // how late a vTPM has to be
 	boots map[string]*boot
+	fence *performance // nil: not begun
 }
 
 // A step shows one thing. It fails with the reason; what needs it is then not tried.

@@ -65,8 +65,12 @@ func (i *Isolation) enter(v *view, r *kvm.Regs) error {
 	return i.run(v)
 }
 
-// maxAside is how many slices a module may be found outside its code, one after another.
-const maxAside = 16
+// maxAside is how many slices a module may be found outside its code, one after another: each twice as long as the last one, up to 2^longer
+// of them.
+const (
+	maxAside = 16
+	longer   = 6
+)
 
 // resume makes the view go on with registers.
 func (i *Isolation) resume(v *view, r kvm.Regs) error {
@@ -87,11 +91,12 @@ func (i *Isolation) run(v *view) error {
 		v.timer.Stop()
 	}()
 	for begin := time.Now(); ; {
-		if v.timer.Reset(slice); time.Since(begin) > spell {
+		if time.Since(begin) > spell {
 			begin = time.Now()
 			v.vcpu.Kick()
 		}
 		i.turns.Unlock()
+		v.timer.Reset(slice << min(v.aside, longer)) // of a busy host a slice may pass before it has begun
 		reason, err := v.vcpu.Run()
 		i.take(cpu)
 		if v.gone { // unloaded under its own feet

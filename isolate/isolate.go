@@ -146,6 +146,7 @@ type Isolation struct {
 	text    map[uint64]*module // by page of code, virtual
 	homes   map[uint64]uint64  // by page of a module's memory, physical: where the kernel has it for that
 	stacks  map[uint64]*stack
+	threads map[uint64][]uint64 // by where a thread's stack lies: its pages
 
 	mu       sync.Mutex // over the rest, which Report reads
 	report   Report
@@ -166,7 +167,7 @@ func New(cfg Config) (*Isolation, error) {
 		return nil, fmt.Errorf("%w: %w", ErrConfig, err)
 	}
 	i := &Isolation{
-		cfg: cfg, text: map[uint64]*module{}, stacks: map[uint64]*stack{}, homes: map[uint64]uint64{},
+		cfg: cfg, text: map[uint64]*module{}, stacks: map[uint64]*stack{}, threads: map[uint64][]uint64{}, homes: map[uint64]uint64{},
 		probes: map[uint64]func(*Isolation, *kvm.Regs) error{},
 	}
 	for n, c := range cfg.CPUs {

@@ -311,6 +311,11 @@ func (i *Isolation) flushed(r *kvm.Regs) error {
 			delete(i.stacks, base)
 		}
 	}
+	for stack := range i.threads {
+		if stack < gone.to && gone.from < stack+threadStack {
+			delete(i.threads, stack)
+		}
+	}
 	for _, m := range i.modules {
 		if err := lose(i.viewsOf(m), gone, func(at uint64) bool { return i.text[at] == m }); err != nil {
 			return err

@@ -3,6 +3,7 @@ package isolate
 import (
 	"errors"
 	"fmt"
+	"slices"
 
 	"redoubt.dev/redoubt/introspect/types"
 )
@@ -46,13 +47,7 @@ func (i *Isolation) ofThread(gpa uint64) bool {
 		if left--; left < 0 { // more than a kernel has: fail closed
 			return true
 		}
-		stack := i.wordAt(task + t.stack.Offset)
-		for at := stack; at < stack+threadStack; at += pageSize {
-			if m, ok := i.mapped(at); ok && page(m.Physical+at-m.Virtual) == gpa {
-				return true
-			}
-		}
-		return false
+		return slices.Contains(i.threadPages(i.wordAt(task+t.stack.Offset)), gpa)
 	}
 	for task := t.first; ; {
 		if has(task) {
@@ -69,6 +64,24 @@ func (i *Isolation) ofThread(gpa uint64) bool {
 			return link == 0
 		}
 	}
+}
+
+// threadPages are the pages of a stack. They are those as long as the kernel does not unmap them.
+func (i *Isolation) threadPages(stack uint64) []uint64 {
+	if all, ok := i.threads[stack]; ok {
+		return all
+	}
+	var all []uint64
+	for at := stack; at < stack+threadStack; at += pageSize {
+		if m, ok := i.mapped(at); ok {
+			all = append(all, page(m.Physical+at-m.Virtual))
+		}
+	}
+	if len(i.threads) >= maxThreads {
+		clear(i.threads)
+	}
+	i.threads[stack] = all
+	return all
 }
 
 // threadStack is the size of a thread's stack (THREAD_SIZE without KASAN).

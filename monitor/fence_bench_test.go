@@ -1,6 +1,7 @@
 package monitor
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 	"strconv"
@@ -11,10 +12,11 @@ import (
 	"redoubt.dev/redoubt/isolate/attack"
 	"redoubt.dev/redoubt/isolate/policy"
 	"redoubt.dev/redoubt/lab"
+	"redoubt.dev/redoubt/lab/workload"
 )
 
 // BenchmarkCrossing is what a round trip over the border costs, by what two bare exits to the monitor cost in the same guest (reads
-// of a port where nothing is, from a program: a system call each). The module calls a small function of the kernel, which
+// of a port where nothing is, by a program). The module calls a small function of the kernel, which
 // returns.
 func BenchmarkCrossing(b *testing.B) {
 	lab.NeedsKVM(b)
@@ -27,12 +29,14 @@ func BenchmarkCrossing(b *testing.B) {
 	for _, m := range attack.Modules {
 		files["mod/"+m+".ko"] = built[m]
 	}
+	if files["workload"], err = workload.Build(b.Context(), cache(b)); err != nil {
+		b.Fatal(err)
+	}
 	script := attack.Script + fmt.Sprintf(`attack_load attack flood_calls=%d; attack none calls
 now() { cut -d' ' -f1 /proc/uptime; }
 for n in 1 2 3; do
 	a=$(now); echo flood >/proc/attack; b=$(now)
-	dd if=/dev/port of=/dev/null bs=1 skip=4096 count=%d 2>/dev/null; c=$(now)
-	echo "CHECK $n $a $b $c"
+	echo "CHECK $n $a $b $(/workload port %d)"
 done
 echo LIVES
 `, calls, ports)
@@ -40,15 +44,20 @@ echo LIVES
 	for b.Loop() {
 		m := isolate.Modules{Default: isolate.Isolate, Mode: policy.Learn}
 		said, _ := scripted(b, "6.1-cloud", &m, files, script)
-		for _, line := range said {
-			var at [3]float64
-			for i, w := range strings.Fields(line) {
-				if at[i], err = strconv.ParseFloat(w, 64); err != nil {
-					b.Fatal(err)
-				}
+		for _, line := range said { // when it began and ended, then: port, how many, nanoseconds
+			words := strings.Fields(line)
+			if len(words) != 5 {
+				b.Fatalf("%q", line)
 			}
-			round, exit := (at[1]-at[0])/calls, (at[2]-at[1])/ports
+			begin, err := strconv.ParseFloat(words[0], 64)
+			end, eerr := strconv.ParseFloat(words[1], 64)
+			took, terr := strconv.ParseFloat(words[4], 64)
+			if err := errors.Join(err, eerr, terr); err != nil {
+				b.Fatal(err)
+			}
+			round, exit := (end-begin)/calls, took/1e9/ports
 			ratios = append(ratios, round/(2*exit))
+			b.Logf("a round trip %.0f µs, an exit %.0f µs", round*1e6, exit*1e6)
 		}
 	}
 	b.ReportMetric(median(ratios), "ratio")

@@ -7,7 +7,7 @@ typedef unsigned long u64;
 typedef long s64;
 
 enum { READ, WRITE, OPEN, CLOSE, MMAP = 9, SOCKET = 41, ACCEPT = 43, BIND = 49, PIPE = 22, DUP = 32, GETPID = 39, FORK = 57, VFORK, EXECVE, EXIT, WAIT4, UNLINK = 87, UMASK = 95,
-       GETUID = 102, GETPPID = 110, LSEEK = 8, CLOCK = 228, EXIT_GROUP = 231 };
+       GETUID = 102, GETPPID = 110, LSEEK = 8, IOPERM = 173, CLOCK = 228, EXIT_GROUP = 231 };
 
 static s64 call(s64 n, s64 a, s64 b, s64 c, s64 d)
 {
@@ -277,6 +277,16 @@ static void refault(u64 n)
 	say("after", n, now() - start);
 }
 
+/* A port is read, where nothing is: an exit to the monitor and back. */
+static void port(u64 n)
+{
+	unsigned char got;
+
+	must(call(IOPERM, 0x1000, 1, 1, 0), "ioperm");
+	while (n--)
+		asm volatile("inb %%dx, %%al" : "=a"(got) : "d"(0x1000));
+}
+
 static void nothing(u64 n)
 {
 }
@@ -287,7 +297,7 @@ static const struct {
 } works[] = {
 	{ "integer", integer }, { "floating", floating }, { "syscall", syscalls }, { "pipe", pipes },
 	{ "ctxsw", contexts }, { "fork", processes }, { "exec", execs }, { "shell", shells },
-	{ "file256", copy256 }, { "file1024", copy1024 }, { "file4096", copy4096 }, { "block", blocks }, { "crc32c", crc32c }, { "refault", refault }, { "nothing", nothing },
+	{ "file256", copy256 }, { "file1024", copy1024 }, { "file4096", copy4096 }, { "block", blocks }, { "crc32c", crc32c }, { "refault", refault }, { "port", port }, { "nothing", nothing },
 };
 
 static int same(const char *a, const char *b)
