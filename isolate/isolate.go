@@ -158,7 +158,7 @@ var ErrConfig = errors.New("isolation of modules")
 
 // Supported says what a host's KVM lacks for isolating modules, if anything.
 func Supported(s *kvm.System) error {
-	return s.Require(kvm.EmulationFailure, kvm.MSRFilter, kvm.ReadOnlyMemory, kvm.ImmediateExit)
+	return s.Require(kvm.EmulationFailure, kvm.MSRFilter, kvm.ReadOnlyMemory, kvm.ImmediateExit, kvm.SyncRegs)
 }
 
 // New makes an Isolation. Nothing is isolated before Plant.
@@ -171,6 +171,7 @@ func New(cfg Config) (*Isolation, error) {
 		probes: map[uint64]func(*Isolation, *kvm.Regs) error{},
 	}
 	for n, c := range cfg.CPUs {
+		c.VCPU.ShareRegs(false)
 		i.cpus = append(i.cpus, &cpu{CPU: c, id: n})
 	}
 	i.report.Modules, i.profiles = map[string]*Account{}, map[string]*policy.Profile{}

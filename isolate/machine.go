@@ -124,6 +124,7 @@ func (i *Isolation) machine(v *view) (err error) {
 	if v.vcpu, err = v.vm.CreateVCPU(0); err != nil {
 		return err
 	}
+	v.vcpu.ShareRegs(true)
 	v.vcpu.Follow(i.turn.VCPU)
 	v.timer = time.AfterFunc(slice, v.kick)
 	v.timer.Stop()

@@ -97,6 +97,10 @@ type (
 		cr8        uint64
 		apicBase   uint64
 		exit       [256]byte
+		valid      uint64 // what Run leaves below
+		dirty      uint64 // what it is to take from there
+		regs       Regs
+		sregs      Sregs
 	}
 	coalescedEntry struct {
 		address  uint64
@@ -107,6 +111,8 @@ type (
 
 const (
 	immediateExit = 1 << 8 // in runHeader.flags: byte 1
+
+	syncRegs, syncSregs = 1 << 0, 1 << 1 // in runHeader.valid and dirty
 
 	irqFDDeassign = 1 << 0
 

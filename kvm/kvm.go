@@ -43,6 +43,7 @@ var (
 	MaxVCPUs         = Feature{"number of vCPUs", 66, "3.1"}
 	MSRFilter        = Feature{"MSR filter", 189, "5.10"}
 	EmulationFailure = Feature{"exit on emulation failure", 204, "5.14"}
+	SyncRegs         = Feature{"registers in the page shared with KVM_RUN", 74, "4.17"}
 )
 
 // API is the only version of the interface that exists (api.rst 4.1).

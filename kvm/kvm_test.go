@@ -13,6 +13,8 @@ func TestStructureSizes(t *testing.T) {
 		name      string
 		got, want uintptr
 	}{
+		{"kvm_run to its registers", unsafe.Offsetof(runHeader{}.regs), 304},
+		{"kvm_run to its special registers", unsafe.Offsetof(runHeader{}.sregs), 448},
 		{"kvm_regs", unsafe.Sizeof(Regs{}), 144},
 		{"kvm_segment", unsafe.Sizeof(Segment{}), 24},
 		{"kvm_dtable", unsafe.Sizeof(Table{}), 16},
@@ -31,7 +33,7 @@ func TestStructureSizes(t *testing.T) {
 		{"kvm_xcrs", unsafe.Sizeof(xcrs{}), 392},
 		{"kvm_msr_filter", unsafe.Sizeof(msrFilter{}), 392},
 		{"kvm_device_attr", unsafe.Sizeof(deviceAttr{}), 24},
-		{"kvm_run up to its union's end", unsafe.Sizeof(runHeader{}), 32 + 256},
+		{"kvm_run up to its union's end", unsafe.Offsetof(runHeader{}.valid), 32 + 256},
 	} {
 		if c.got != c.want {
 			t.Errorf("%s is %d bytes, the kernel's %d", c.name, c.got, c.want)

@@ -27,6 +27,7 @@ type VCPU struct {
 	page []byte // struct kvm_run, the PIO page, the coalesced ring
 	run  *runHeader
 	tid  atomic.Int32 // of the thread in Run; 0: none
+	ran  bool         // so that the shared page has the registers that it was told to have
 }
 
 // CreateVCPU makes vCPU id (api.rst 4.7).
@@ -76,6 +77,7 @@ func (c *VCPU) Unlock() {
 // Preconditions: the goroutine called Lock, or Follow with one for which it did.
 func (c *VCPU) Run() (Reason, error) {
 	_, _, e := unix.Syscall(unix.SYS_IOCTL, c.file.Fd(), kvmRun, 0)
+	c.ran = true
 	switch e {
 	case 0:
 		return Reason(c.run.exitReason), nil
@@ -164,25 +166,49 @@ func (c *VCPU) SetCPUID(entries []CPUIDEntry) error {
 	return c.call("KVM_SET_CPUID2", kvmSetCPUID2, unsafe.Pointer(&list))
 }
 
+// ShareRegs has each Run leave the general registers, and the special ones where both, in the page that is shared with the kernel, and
+// take the general ones from there if they were set: then reading and setting them are no system calls (KVM_CAP_SYNC_REGS). It needs
+// [SyncRegs]; before the first Run.
+func (c *VCPU) ShareRegs(both bool) {
+	c.run.valid = syncRegs
+	if both {
+		c.run.valid |= syncSregs
+	}
+}
+
+func (c *VCPU) shares(what uint64) bool { return c.ran && c.run.valid&what != 0 }
+
 // Regs reads the general registers.
 func (c *VCPU) Regs() (r Regs, err error) {
+	if c.shares(syncRegs) {
+		return c.run.regs, nil
+	}
 	err = c.call("KVM_GET_REGS", kvmGetRegs, unsafe.Pointer(&r))
 	return r, err
 }
 
 // SetRegs writes the general registers.
 func (c *VCPU) SetRegs(r Regs) error {
+	if c.shares(syncRegs) {
+		c.run.regs = r
+		c.run.dirty |= syncRegs
+		return nil
+	}
 	return c.call("KVM_SET_REGS", kvmSetRegs, unsafe.Pointer(&r))
 }
 
 // Sregs reads the special registers.
 func (c *VCPU) Sregs() (s Sregs, err error) {
+	if c.shares(syncSregs) {
+		return c.run.sregs, nil
+	}
 	err = c.call("KVM_GET_SREGS", kvmGetSregs, unsafe.Pointer(&s))
 	return s, err
 }
 
 // SetSregs writes the special registers.
 func (c *VCPU) SetSregs(s Sregs) error {
+	c.run.sregs = s
 	return c.call("KVM_SET_SREGS", kvmSetSregs, unsafe.Pointer(&s))
 }
 

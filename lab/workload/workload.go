@@ -17,8 +17,17 @@ var Works = []struct {
 	Name       string
 	Operations int
 }{
-	{"integer", 300}, {"floating", 300}, {"syscall", 3000}, {"pipe", 3000}, {"ctxsw", 600}, {"fork", 60},
-	{"exec", 40}, {"shell", 4}, {"file256", 4000}, {"file1024", 4000}, {"file4096", 3000},
+	{"integer", 300},
+	{"floating", 300},
+	{"syscall", 3000},
+	{"pipe", 3000},
+	{"ctxsw", 600},
+	{"fork", 60},
+	{"exec", 40},
+	{"shell", 4},
+	{"file256", 4000},
+	{"file1024", 4000},
+	{"file4096", 3000},
 }
 
 // Build returns the program: workload NAME OPERATIONS prints a line "NAME OPERATIONS NANOSECONDS".
