@@ -90,11 +90,12 @@ func (i *Isolation) run(v *view) error {
 		v.running = false
 		v.timer.Stop()
 	}()
-	for begin := time.Now(); ; {
-		if time.Since(begin) > spell {
-			begin = time.Now()
+	for v.begun, v.trap = time.Now(), false; ; {
+		if v.late() && !v.trap { // in a stub it could not be left: there it is when the exception comes
+			v.begun = time.Now()
 			v.vcpu.Kick()
 		}
+		v.trap = false
 		i.turns.Unlock()
 		v.timer.Reset(slice << min(v.aside, longer)) // of a busy host a slice may pass before it has begun
 		reason, err := v.vcpu.Run()
@@ -214,16 +215,24 @@ func (i *Isolation) yield(v *view) (done bool, err error) {
 		}
 		return false, nil
 	}
+	return true, i.interrupt(v, r)
+}
+
+// late says that the module had its time.
+func (v *view) late() bool { return time.Since(v.begun) > spell }
+
+// interrupt lets the kernel go on in the middle of the module's code.
+func (i *Isolation) interrupt(v *view, r kvm.Regs) error {
 	v.aside = 0
 	s := v.stack
 	base, _ := v.frames.Base(s.from)
 	if !s.leaves(r.RSP) { // the kernel would take its interrupts there
-		return true, i.kill(v, &r, r.RIP, Event{Kind: Stack, Detail: fmt.Sprintf("the stack pointer is %#x", r.RSP)})
+		return i.kill(v, &r, r.RIP, Event{Kind: Stack, Detail: fmt.Sprintf("the stack pointer is %#x", r.RSP)})
 	}
 	if err := v.frames.Interrupt(s.from, r.RIP, r.RSP); err != nil {
-		return true, i.kill(v, &r, r.RIP, Event{Kind: Stack, Detail: err.Error()})
+		return i.kill(v, &r, r.RIP, Event{Kind: Stack, Detail: err.Error()})
 	}
-	return true, i.toKernel(v, r, base)
+	return i.toKernel(v, r, base)
 }
 
 // left judges a module's going on at an address that is not its own.

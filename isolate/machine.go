@@ -32,6 +32,8 @@ type view struct {
 	kicks sync.Mutex // over dead
 	dead  bool       // the processor is gone
 	aside int        // slices in which it was found outside its code
+	begun time.Time  // its turn
+	trap  bool       // it stands in the stub of an exception
 	user  []uint64   // pages of the process that runs, which the view has
 
 	running bool // the vCPU is in it: it is to be kicked, and what it remembers stays until it comes back from the kernel

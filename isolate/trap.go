@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"time"
 
 	"redoubt.dev/redoubt/introspect/paging"
 	"redoubt.dev/redoubt/isolate/policy"
@@ -51,6 +52,17 @@ func (i *Isolation) trapped(v *view, r kvm.Regs) (done bool, err error) {
 			return false, err
 		}
 		if ok {
+			switch v.trap = true; {
+			case v.hasCode(r.RIP):
+				if v.aside = 0; v.late() {
+					return true, i.interrupt(v, r)
+				}
+			case v.late(): // in a thunk, for a spell once more
+				v.begun = time.Now()
+				if v.aside++; v.aside > maxAside {
+					return true, i.killTrapped(v, r, Event{Kind: Control, Detail: fmt.Sprintf("it runs at %#x and does not come back", r.RIP)})
+				}
+			}
 			if !v.stale {
 				return false, nil // the stub goes back and tries again
 			}
