@@ -12,6 +12,10 @@
 static int rounds = 200;
 module_param(rounds, int, 0);
 
+/* Seconds until a thread gives up what it waits for: that was lost. */
+static int patience = 30;
+module_param(patience, int, 0);
+
 /* Less than a page, so that nothing of it is written without an exit. */
 static struct shared {
 	atomic64_t inc, add, or, box;
@@ -26,8 +30,6 @@ static struct shared {
 static s64 held[2];
 static unsigned long lost, spun;
 static DECLARE_COMPLETION(finished);
-
-#define PATIENCE (40 * HZ) /* with the other thread: it comes only where what it waits for was lost */
 
 static bool add_one(u64 *p)
 {
@@ -45,7 +47,8 @@ static bool add_one(u64 *p)
 /* Every kind of atomic instruction that the kernel has, on what the other thread changes, too. */
 static void count(int me)
 {
-	int n, spins;
+	unsigned long end;
+	int n;
 
 	for (n = 0; n < rounds; n++) {
 		atomic64_inc(&shared->inc);
@@ -57,10 +60,11 @@ static void count(int me)
 		atomic64_andnot(1UL << (n % 32 + 32 * me), &shared->or);
 		atomic_dec(&shared->half);
 		asm volatile("lock incb %0" : "+m"(shared->byte));
-		for (spins = 0; test_and_set_bit_lock(1, &shared->bits) && spins < 2000; spins++)
-			cpu_relax();
-		if (spins == 2000)
-			spun++;
+		for (end = jiffies + patience * HZ; test_and_set_bit_lock(1, &shared->bits); cpu_relax())
+			if (time_after(jiffies, end)) { /* it was never given back */
+				spun++;
+				break;
+			}
 		WRITE_ONCE(shared->guarded, READ_ONCE(shared->guarded) + 1);
 		clear_bit_unlock(1, &shared->bits);
 	}
@@ -75,7 +79,7 @@ static void wait_on_stack(void)
 		DECLARE_COMPLETION_ONSTACK(c);
 
 		smp_store_release(&shared->waiting, &c);
-		for (end = jiffies + PATIENCE; smp_load_acquire(&shared->done) != n; cpu_relax())
+		for (end = jiffies + patience * HZ; smp_load_acquire(&shared->done) != n; cpu_relax())
 			if (time_after(jiffies, end)) {
 				spun++;
 				return;
@@ -92,7 +96,7 @@ static void complete_all_of_them(void)
 	struct completion *c;
 
 	for (n = 1; n <= rounds / 4; n++) {
-		for (end = jiffies + PATIENCE; !(c = xchg(&shared->waiting, NULL)); cpu_relax())
+		for (end = jiffies + patience * HZ; !(c = xchg(&shared->waiting, NULL)); cpu_relax())
 			if (time_after(jiffies, end)) {
 				spun++;
 				return;
