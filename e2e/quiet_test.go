@@ -30,13 +30,17 @@ func waitingCostsNothing(t *testing.T, emulator string) {
 	for _, p := range []string{"redoubt-supervisor", "redoubt-builder", "redoubt-store-state", "redoubt-vtpm", "redoubt-toolstack", "redoubt-emulator", "qemu-system-x86_64", "swtpm"} {
 		pids = append(pids, h.processes(p)...)
 	}
-	const window = 8 * time.Second
-	before := ticks(t, pids)
-	<-time.After(window) // what is measured is that nothing happens
-	used := ticks(t, pids) - before
-	t.Logf("%d processes used %d ms in %v", len(pids), used*10, window)
-	// A tick is 10 ms: one may fall to a timer of QEMU's own.
-	if used > 3 {
+	// A tick is 10 ms: one may fall to a timer of QEMU's own. On a busy host the last of the start may reach into a window; what is
+	// done again and again is in all of them.
+	const window, most = 8 * time.Second, 3
+	used := most + 1
+	for n := 0; n < 3 && used > most; n++ {
+		before := ticks(t, pids)
+		<-time.After(window) // what is measured is that nothing happens
+		used = ticks(t, pids) - before
+		t.Logf("%d processes used %d ms in %v", len(pids), used*10, window)
+	}
+	if used > most {
 		t.Errorf("%d processes used %d ms of processor time in %v of waiting", len(pids), used*10, window)
 	}
 	h.must("stop", "guest", "--grace", "0s")

@@ -135,7 +135,7 @@ func run(t *testing.T, kernel, script string) []string {
 // The lists of functions are those that the modules have undefined.
 func TestCalls(t *testing.T) {
 	data := []string{ // and variables, and what the kernel's loader resolves to nothing
-		"BUG_func", "__preempt_count", "const_pcpu_hot", "current_task", "init_task", "init_user_ns", "page_offset_base", "param_ops_charp", "param_ops_ulong",
+		"BUG_func", "__preempt_count", "const_pcpu_hot", "current_task", "init_task", "init_user_ns", "page_offset_base", "phys_base", "param_ops_charp", "param_ops_ulong",
 		"jiffies", "pcpu_hot", "pv_ops", "victim_came_back", "victim_ground", "victim_ops", "victim_page",
 	}
 	for _, kernel := range Kernels {
