@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"time"
 
 	"redoubt.dev/redoubt/isolate"
 	"redoubt.dev/redoubt/isolate/attack"
@@ -116,6 +117,9 @@ type performance struct {
 	err  error
 }
 
+// fencedTime bounds it; it takes a third of that on two processors that do little else.
+const fencedTime = 4 * time.Minute
+
 // beginFenced begins the part that needs KVM in the lab, where this host's KVM cannot run guests.
 func (d *demo) beginFenced(ctx context.Context) {
 	if lab.KVM() {
@@ -125,6 +129,8 @@ func (d *demo) beginFenced(ctx context.Context) {
 	d.fence = p
 	d.wg.Go(func() {
 		defer close(p.done)
+		ctx, cancel := context.WithTimeoutCause(ctx, fencedTime, fmt.Errorf("it took more than %v: is this machine very busy?", fencedTime))
+		defer cancel()
 		self, err := os.Executable()
 		if err != nil {
 			p.err = err
