@@ -117,6 +117,9 @@ func (p *Profile) check() error {
 
 // Write writes profiles as Read reads them.
 func Write(w io.Writer, all []Profile) error {
+	if len(all) == 0 { // which the encoder takes for a mistake
+		return nil
+	}
 	e := yaml.NewEncoder(w)
 	e.SetIndent(2)
 	for _, p := range all {
