@@ -66,16 +66,8 @@ func (a *app) listImage(i *openImage, e *volume.Entry, o *imageOptions) error {
 			take(w, err)
 		}
 	}
-	a.progressEnd()
-	slices.SortFunc(all, func(x, y imageFile) int { return strings.Compare(x.Path, y.Path) })
-	if a.json {
-		if err := a.printJSON(all); err != nil {
-			return err
-		}
-	} else {
-		for _, f := range all {
-			a.printImageFile(f, o.recursive)
-		}
+	if err := a.printImageFiles(all, func(f imageFile) { a.printImageFile(f, o.recursive) }); err != nil {
+		return err
 	}
 	if bad > 0 {
 		return exitError(1)
@@ -269,16 +261,8 @@ func (a *app) hashImage(i *openImage, e *volume.Entry) error {
 	default:
 		return i.fail(fmt.Errorf("%s: a %s: only files have contents", e.Path, imageTypes[e.Mode&unix.S_IFMT]))
 	}
-	a.progressEnd()
-	slices.SortFunc(all, func(x, y imageFile) int { return strings.Compare(x.Path, y.Path) })
-	if a.json {
-		if err := a.printJSON(all); err != nil {
-			return err
-		}
-	} else {
-		for _, f := range all {
-			fmt.Fprintf(a.out, "%s  %s\n", f.SHA256, printable(f.Path))
-		}
+	if err := a.printImageFiles(all, func(f imageFile) { fmt.Fprintf(a.out, "%s  %s\n", f.SHA256, printable(f.Path)) }); err != nil {
+		return err
 	}
 	if bad > 0 {
 		return exitError(1)
@@ -341,6 +325,19 @@ func (a *app) checkImage(i *openImage) error {
 	}
 	if len(found) > 0 {
 		return exitError(1)
+	}
+	return nil
+}
+
+// printImageFiles ends the progress and prints files in the order of their paths, each by line where not all are JSON.
+func (a *app) printImageFiles(all []imageFile, line func(imageFile)) error {
+	a.progressEnd()
+	slices.SortFunc(all, func(x, y imageFile) int { return strings.Compare(x.Path, y.Path) })
+	if a.json {
+		return a.printJSON(all)
+	}
+	for _, f := range all {
+		line(f)
 	}
 	return nil
 }

@@ -21,8 +21,7 @@ import (
 )
 
 // A netDriver is a guest's network driver over a Frontend: two rings of queueSize entries, each
-// entry with one buffer of its own. With NetFeatureMergeable those that receive are too short for most frames. Its back ends are in this process; a pair of sockets that
-// keep frames apart plays the tap.
+// entry with one buffer of its own. With NetFeatureMergeable those that receive are too short for most frames. Its back ends are in this process; a pair of sockets plays the tap.
 type netDriver struct {
 	*front
 	e     *Frontend

@@ -43,7 +43,7 @@ func (g *guest) modules() (*isolate.Modules, error) {
 // were, are in the report.
 const maxModuleEvents = 32
 
-// moduleEvents tells of events of modules. It is the vCPU's goroutine's.
+// moduleEvents tells of events of modules. One vCPU's goroutine at a time calls it, in its turn at the fence.
 type moduleEvents struct {
 	tell           func(text string)
 	refused, other uint64

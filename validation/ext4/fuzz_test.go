@@ -129,7 +129,7 @@ func TestDamage(t *testing.T) { damage(t, 100) }
 // TestSoakDamage is TestDamage for longer.
 func TestSoakDamage(t *testing.T) {
 	if !soak() {
-		t.Skip("tens of thousands of images: REDOUBT_SOAK=1 runs it")
+		t.Skip("tens of thousands of images: needs REDOUBT_SOAK=1, as `make soak` sets it; `make test` has TestDamage")
 	}
 	damage(t, 5_000)
 }

@@ -119,7 +119,7 @@ func TestFeatures(t *testing.T) {
 // TestSoakFeatures reads file systems of all features by all sizes.
 func TestSoakFeatures(t *testing.T) {
 	if !soak() {
-		t.Skip("hundreds of images: REDOUBT_SOAK=1 runs it")
+		t.Skip("hundreds of images: needs REDOUBT_SOAK=1, as `make soak` sets it; `make test` has TestFeatures")
 	}
 	for _, kind := range []string{"ext2", "ext3", "ext4"} {
 		many := shape{kind: kind, block: 1024, inode: 256, many: 5000, hashed: true}

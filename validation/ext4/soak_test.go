@@ -13,7 +13,7 @@ import (
 // TestSoakReplay replays journals whose transactions are cut and laid anyhow.
 func TestSoakReplay(t *testing.T) {
 	if !soak() {
-		t.Skip("hundreds of journals: REDOUBT_SOAK=1 runs it")
+		t.Skip("hundreds of random journals: needs REDOUBT_SOAK=1, as `make soak` sets it; `make test` has TestReplay")
 	}
 	for _, args := range [][]string{{"-t", "ext4", "-b", "1024"}, {"-t", "ext4", "-b", "2048", "-O", "bigalloc,^resize_inode"}, {"-t", "ext4", "-b", "4096", "-O", "inline_data", "-I", "512"}, {"-t", "ext3", "-b", "1024"}} {
 		h := newHistory(t, args...)
@@ -60,7 +60,7 @@ func (h *history) random(t *testing.T, r *rand.Rand) {
 // stopped now, and holds them to what e2fsck makes of them.
 func TestSoakKernel(t *testing.T) {
 	if !soak() || os.Geteuid() != 0 {
-		t.Skip("mounts: REDOUBT_SOAK=1 as root runs it")
+		t.Skip("mounts file systems: needs REDOUBT_SOAK=1 and root, as `make soak` has; `make test` has TestReplay")
 	}
 	for _, c := range []struct {
 		args    []string
