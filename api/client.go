@@ -35,6 +35,10 @@ var repeatable = []string{
 	redoubtv1connect.GuestServiceListProcedure, redoubtv1connect.GuestServiceGetProcedure, redoubtv1connect.GuestServiceStopProcedure,
 	redoubtv1connect.GuestServiceQuoteProcedure, redoubtv1connect.GuestServiceActivateCredentialProcedure,
 	redoubtv1connect.GuestServiceInspectProcedure, redoubtv1connect.GuestServiceModulesProcedure,
+	redoubtv1connect.GuestServicePauseProcedure, redoubtv1connect.GuestServiceResumeProcedure, redoubtv1connect.GuestServiceQuarantineProcedure,
+	redoubtv1connect.GuestServiceReleaseProcedure, redoubtv1connect.GuestServiceValidateProcedure, redoubtv1connect.GuestServiceValidationProcedure,
+	redoubtv1connect.GuestServiceCreateBaselineProcedure, redoubtv1connect.GuestServiceGetBaselineProcedure,
+	redoubtv1connect.GuestServiceAcceptBaselineProcedure,
 }
 
 // maxTries are made of one call: services that die more often are sick.

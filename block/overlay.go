@@ -51,10 +51,14 @@ func NewOverlay(overlay, base *os.File, readOnly bool) (*Overlay, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("base: %w", err), top.Close())
 	}
+	return overlayOf(top, below)
+}
+
+func overlayOf(top, below *Raw) (*Overlay, error) {
 	o := &Overlay{top: top, base: below, size: below.size}
 	o.buffers.New = func() any { b := make([]byte, groupBytes); return &b }
 	if err := o.open(); err != nil {
-		return nil, errors.Join(fmt.Errorf("overlay %s: %w", overlay.Name(), err), o.Close())
+		return nil, errors.Join(fmt.Errorf("overlay %s: %w", top.f.Name(), err), o.Close())
 	}
 	return o, nil
 }

@@ -159,7 +159,7 @@ func TestOverlayModel(t *testing.T) {
 	}
 }
 
-func sameAsModel(t testing.TB, o *Overlay, model []byte, off, n int64) {
+func sameAsModel(t testing.TB, o Image, model []byte, off, n int64) {
 	t.Helper()
 	got := make([]byte, n)
 	if m, err := o.ReadAt(got, off); err != nil || int64(m) != n {

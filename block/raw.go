@@ -91,7 +91,11 @@ func Open(path string, readOnly bool) (*Raw, error) {
 // are the bytes of the disk.
 func New(f *os.File, readOnly bool) (*Raw, error) {
 	r := &Raw{f: f, readOnly: readOnly}
-	if err := r.open(); err != nil {
+	err := r.open()
+	if err == nil {
+		err = r.lockAll()
+	}
+	if err != nil {
 		return nil, errors.Join(fmt.Errorf("image %s: %w", f.Name(), err), f.Close())
 	}
 	return r, nil
@@ -116,6 +120,10 @@ func (r *Raw) open() error {
 	if mode := flags & unix.O_ACCMODE; !r.readOnly && mode != unix.O_RDWR {
 		return errors.New("descriptor is not open for reading and writing")
 	}
+	return nil
+}
+
+func (r *Raw) lockAll() error {
 	if !r.readOnly {
 		return r.lock(unix.F_WRLCK, lockHeld, lockWholeLen)
 	}

@@ -116,7 +116,8 @@ func (a *app) root() *cobra.Command {
 	f.BoolVar(&a.json, "json", false, "print JSON")
 	root.AddCommand(a.upCommand(), a.downCommand(), a.doctorCommand(), a.servicesCommand(), a.resetCommand(), a.runCommand(), a.psCommand(),
 		a.showCommand(), a.consoleCommand(), a.logsCommand(), a.stopCommand(), a.rmCommand(),
-		a.attestCommand(), a.inspectCommand(), a.modulesCommand(), a.eventsCommand(), a.diskCommand(), a.imageCommand(), a.auditCommand(), a.tenantCommand())
+		a.attestCommand(), a.inspectCommand(), a.modulesCommand(), a.validateCommand(), a.baselineCommand(), a.eventsCommand(), a.diskCommand(), a.imageCommand(), a.auditCommand(), a.tenantCommand())
+	root.AddCommand(a.controlCommands()...)
 	return root
 }
 

@@ -24,7 +24,7 @@ import (
 )
 
 func (a *app) upCommand() *cobra.Command {
-	var hostTPM, pool, resets, storeReset string
+	var hostTPM, pool, resets, storeReset, quarantine string
 	var uplinks []string
 	var users uint32
 	var foreground bool
@@ -44,7 +44,10 @@ they stay.
 Network devices of a tenant's guests are in a network of its own, which leads nowhere without
 --uplink: that moves an interface of the host there, where it carries one VLAN untagged, or all with
 their tags: into the default tenant's, or with TENANT= into another's, as soon as there is such a
-tenant. It loses its addresses and comes back, down, when the tenant is removed or Redoubt ends.`,
+tenant. It loses its addresses and comes back, down, when the tenant is removed or Redoubt ends.
+
+A guest in quarantine (` + "`redoubt quarantine`" + `, or by a verdict) is in the VLAN of --quarantine and reaches only the addresses
+that stand there, behind an uplink; without --quarantine it reaches nothing.`,
 		Example: `  redoubt up
   redoubt up --host-tpm none
   redoubt up --reset blkback=10s    # whoever took it over has it for ten seconds
@@ -52,6 +55,7 @@ tenant. It loses its addresses and comes back, down, when the tenant is removed 
   redoubt up --store-reset off
   redoubt up --uplink eth1:10 --uplink eth2
   redoubt up --uplink acme=eth3:20    # for tenant acme
+  redoubt up --uplink eth2 --quarantine 4000=192.0.2.1    # guests in quarantine reach 192.0.2.1 in VLAN 4000
   redoubt up --foreground    # for a service manager`,
 		Args: names(0, "no arguments"),
 		RunE: func(c *cobra.Command, _ []string) error {
@@ -74,6 +78,9 @@ tenant. It loses its addresses and comes back, down, when the tenant is removed 
 			if _, err := network.ParseUplinks(uplink); err != nil {
 				return usagef("up: --uplink: %v", err)
 			}
+			if _, err := network.ParseQuarantine(quarantine); err != nil {
+				return usagef("up: --quarantine: %v", err)
+			}
 			pool, err := filepath.Abs(pool)
 			if err == nil {
 				pool, err = filepath.EvalSymlinks(pool)
@@ -81,13 +88,14 @@ tenant. It loses its addresses and comes back, down, when the tenant is removed 
 			if err != nil {
 				return usagef("up: --pool: %v", err)
 			}
-			return a.up(c.Context(), foreground, "-host-tpm", hostTPM, "-pool", pool, "-reset", resets, "-users", strconv.Itoa(int(users)), "-store-reset", storeReset, "-uplink", uplink)
+			return a.up(c.Context(), foreground, "-host-tpm", hostTPM, "-pool", pool, "-reset", resets, "-users", strconv.Itoa(int(users)), "-store-reset", storeReset, "-uplink", uplink, "-quarantine", quarantine)
 		},
 	}
 	c.Flags().StringVar(&hostTPM, "host-tpm", "auto", "device or socket of the host's TPM, auto, or none")
 	c.Flags().StringVar(&pool, "pool", "/", "directory beneath which guests' kernels and disks must lie")
 	c.Flags().StringVar(&resets, "reset", "", "how often services are replaced under their guests: SERVICE=DURATION or SERVICE=off, separated by commas (default "+services.DefaultResets+")")
 	c.Flags().StringArrayVar(&uplinks, "uplink", nil, "interface of the host that leads out of a tenant's network, [TENANT=]IFACE[:VLAN] (repeatable)")
+	c.Flags().StringVar(&quarantine, "quarantine", "", "where guests in quarantine are and what they reach: VLAN[=ADDRESS,...]")
 	c.Flags().Uint32Var(&users, "users", services.DefaultUsers, "first of 65536 user ids for services, of nobody else")
 	c.Flags().StringVar(&storeReset, "store-reset", services.DefaultStoreReset, services.StoreResetUsage)
 	c.Flags().BoolVar(&foreground, "foreground", false, "stay; end the services at SIGTERM")

@@ -57,6 +57,9 @@ type Config struct {
 	Modules *isolate.Modules
 	// OnModule is told what a fenced module did that was refused or noted; it must return at once.
 	OnModule func(isolate.Event)
+	// OnExits is called by a vCPU each time that it has left the guest ExitsEvery times, and must return at once; 0: never.
+	ExitsEvery uint64
+	OnExits    func()
 	// OnTPMAccess is called once, at the guest's first access to the TPM's registers.
 	OnTPMAccess func()
 	// OnEvent is told the machine's timeline. It is called from the machine's goroutines and

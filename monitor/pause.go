@@ -121,3 +121,38 @@ func (c *vcpu) rewind(lost, value uint64) error {
 	}
 	return c.SetTSCOffset(off - lost)
 }
+
+const (
+	flagInterrupts = 1 << 9 // RFLAGS.IF, Intel SDM volume 1, §3.4.3.3
+	resetFlags     = 2
+)
+
+// Masked says which vCPUs have interrupts switched off, but for those that the guest has never started. The machine is paused.
+func (m *Machine) Masked() (masked []int, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if !m.paused || m.stop {
+		return nil, errors.New("monitor: the machine is not paused")
+	}
+	for _, c := range m.vcpus {
+		r, err := c.Regs()
+		if err != nil {
+			return nil, fmt.Errorf("monitor: vCPU %d: %w", c.ID, err)
+		}
+		// After a reset only the first one runs; the others wait, at an address no kernel runs at, for their start.
+		if r.RFLAGS&flagInterrupts == 0 && (c.ID == 0 || r.RFLAGS != resetFlags || r.RIP != 0xfff0) {
+			masked = append(masked, c.ID)
+		}
+	}
+	return masked, nil
+}
+
+// Exits is how often the guest's vCPUs have left it since the start. It may be called at any time.
+func (m *Machine) Exits() (n uint64) {
+	for _, c := range m.vcpus {
+		for r := range c.exits {
+			n += c.exits[r].Load()
+		}
+	}
+	return n
+}

@@ -18,6 +18,8 @@ type vcpu struct {
 	still bool // under Machine.mu: it is not in the guest and will ask before it goes there
 	away  bool // under Machine.mu: it is at the fence, so not in the guest, and will ask before it goes there
 
+	untold uint64 // exits until Config.OnExits; the loop's
+
 	exits [kvm.NumReasons]atomic.Uint64
 	areas [numAreas]atomic.Uint64
 }
@@ -39,6 +41,7 @@ func (c *vcpu) loop() {
 	if !c.admit() {
 		return
 	}
+	c.untold = c.m.cfg.ExitsEvery // of none the count never comes back to nothing
 	for {
 		reason, err := c.Run()
 		if errors.Is(err, kvm.ErrInterrupted) {
@@ -49,6 +52,10 @@ func (c *vcpu) loop() {
 		}
 		if reason < kvm.NumReasons {
 			c.exits[reason].Add(1)
+		}
+		if c.untold--; c.untold == 0 {
+			c.untold = c.m.cfg.ExitsEvery
+			c.m.cfg.OnExits()
 		}
 		if c.m.coalesced {
 			c.m.drain(c)

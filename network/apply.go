@@ -62,11 +62,9 @@ func VLANFiltering() (_ bool, err error) {
 
 // Apply brings the calling thread's namespace, which must be Redoubt's own, into the state of the
 // plan. Ports whose interface does not exist yet are left for a later call. The filter is in
-// force before any port is.
+// force before any port is. NICs whose ports move from one VLAN to another, into the quarantine or out of it are cut
+// off meanwhile; where that fails, or the caller dies over it, they stay so until the next call.
 func Apply(p *Plan) error {
-	if err := setFilter(p.Chains); err != nil {
-		return fmt.Errorf("network: filter: %w", err)
-	}
 	links, err := whole(netlink.LinkList)
 	if err != nil {
 		return fmt.Errorf("network: %w", err)
@@ -75,6 +73,37 @@ func Apply(p *Plan) error {
 	for _, l := range links {
 		there[l.Attrs().Name] = l
 	}
+	moving, err := p.moving(there)
+	if err != nil {
+		return fmt.Errorf("network: %w", err)
+	}
+	chains := p.Chains
+	if len(moving) > 0 {
+		chains = cut(chains, moving)
+	}
+	if err := setFilter(chains); err != nil {
+		return fmt.Errorf("network: filter: %w", err)
+	}
+	if err := p.settle(there); err != nil {
+		return err
+	}
+	if len(moving) > 0 {
+		if err := setFilter(p.Chains); err != nil {
+			return fmt.Errorf("network: filter: %w", err)
+		}
+	}
+	for name, l := range there { // bridges of VLANs that nobody is in any more
+		if l.Type() == "bridge" && !slices.ContainsFunc(p.Bridges, func(b Bridge) bool { return b.Name == name }) {
+			if err := netlink.LinkDel(l); err != nil {
+				return fmt.Errorf("network: %s: %w", name, err)
+			}
+		}
+	}
+	return nil
+}
+
+// settle makes what is missing of bridges and trunks' parts, and brings all ports to their places.
+func (p *Plan) settle(there map[string]netlink.Link) (err error) {
 	for _, b := range p.Bridges {
 		if there[b.Name], err = ensureBridge(there[b.Name], b); err != nil {
 			return fmt.Errorf("network: %s: %w", b.Name, err)
@@ -95,17 +124,49 @@ func Apply(p *Plan) error {
 			}
 		}
 	}
-	for name, l := range there { // bridges of VLANs that nobody is in any more
-		if l.Type() == "bridge" && !slices.ContainsFunc(p.Bridges, func(b Bridge) bool { return b.Name == name }) {
-			if err := netlink.LinkDel(l); err != nil {
-				return fmt.Errorf("network: %s: %w", name, err)
-			}
-		}
-	}
 	return nil
 }
 
-func (p *Plan) filtering() bool { return len(p.Bridges) > 0 && p.Bridges[0].VLAN == 0 }
+// moving are the guests' ports that leave another place for theirs, and isolated ones that are not there yet. A new
+// one that is not isolated has nothing to leave: it finds its filter in force.
+func (p *Plan) moving(there map[string]netlink.Link) (names []string, err error) {
+	var vlans map[int32][]*nl.BridgeVlanInfo
+	if p.filtering() {
+		if vlans, err = whole(netlink.BridgeVlanList); err != nil {
+			return nil, err
+		}
+	}
+	for _, o := range p.Ports {
+		l, b := there[o.Name], there[o.Bridge]
+		if l == nil || o.Station == (MAC{}) || l.Attrs().MasterIndex == 0 && !o.Isolated {
+			continue
+		}
+		right := b != nil && l.Attrs().MasterIndex == b.Attrs().Index && (!p.filtering() || o.untagged(vlans[int32(l.Attrs().Index)]))
+		if right && o.Isolated {
+			info, err := whole(func() (netlink.Protinfo, error) { return netlink.LinkGetProtinfo(l) })
+			if err != nil {
+				return nil, fmt.Errorf("%s: %w", o.Name, err)
+			}
+			right = info.Isolated
+		}
+		if !right {
+			names = append(names, o.Name)
+		}
+	}
+	return names, nil
+}
+
+// untagged reports whether a port's VLANs are its untagged one and no other.
+func (o Port) untagged(has []*nl.BridgeVlanInfo) bool {
+	if o.VLAN == 0 || len(has) != 1 {
+		return o.VLAN == 0 && len(has) == 0
+	}
+	return has[0].Vid == o.VLAN && has[0].PortVID() && has[0].EngressUntag()
+}
+
+func (b Bridge) filters() bool { return b.Name == bridgeName }
+
+func (p *Plan) filtering() bool { return len(p.Bridges) > 0 && p.Bridges[0].filters() }
 
 // ensureBridge makes the bridge or goes on with it. It has no address, so the host is no station
 // of the guests' network.
@@ -113,7 +174,7 @@ func ensureBridge(l netlink.Link, b Bridge) (netlink.Link, error) {
 	if l == nil {
 		on, off, none := true, false, uint16(0)
 		n := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: b.Name}, MulticastSnooping: &off}
-		if b.VLAN == 0 {
+		if b.filters() {
 			n.VlanFiltering, n.VlanDefaultPVID = &on, &none
 		}
 		if err := netlink.LinkAdd(n); err != nil {
@@ -128,7 +189,7 @@ func ensureBridge(l netlink.Link, b Bridge) (netlink.Link, error) {
 	if !ok {
 		return nil, fmt.Errorf("is a %s, not a bridge", l.Type())
 	}
-	if b.VLAN == 0 && (made.VlanFiltering == nil || !*made.VlanFiltering) {
+	if b.filters() && (made.VlanFiltering == nil || !*made.VlanFiltering) {
 		return nil, fmt.Errorf("%w: VLAN filtering", ErrUnsupported)
 	}
 	return l, up(l)
@@ -163,6 +224,11 @@ func ensurePort(l, bridge netlink.Link, o Port, filtering bool) error {
 			return err
 		}
 	}
+	if o.Isolated { // before it is in the VLAN of those it is isolated from
+		if err := netlink.LinkSetIsolated(l, true); err != nil {
+			return fmt.Errorf("isolation: %w", err)
+		}
+	}
 	if filtering {
 		if err := setVLANs(l, o); err != nil {
 			return fmt.Errorf("VLANs: %w", err)
@@ -172,26 +238,38 @@ func ensurePort(l, bridge netlink.Link, o Port, filtering bool) error {
 		if err := errors.Join(netlink.LinkSetLearning(l, false), netlink.LinkSetFlood(l, false)); err != nil {
 			return fmt.Errorf("port: %w", err)
 		}
-		if err := setStation(l, o, filtering); err != nil {
-			return fmt.Errorf("station: %w", err)
+		if o.VLAN != 0 {
+			if err := netlink.NeighSet(o.station(l, o.vid(filtering))); err != nil {
+				return fmt.Errorf("station: %w", err)
+			}
+		}
+		if !o.Isolated { // once it has left them
+			if err := netlink.LinkSetIsolated(l, false); err != nil {
+				return fmt.Errorf("isolation: %w", err)
+			}
 		}
 	}
 	return up(l)
 }
 
-// setStation says for good where the guest's address is. Sticky: no frame from elsewhere moves it.
-func setStation(l netlink.Link, o Port, filtering bool) error {
-	n := &netlink.Neigh{
+// station is the entry that says for good where the guest's address is. Sticky: no frame from elsewhere moves it.
+func (o Port) station(l netlink.Link, vid uint16) *netlink.Neigh {
+	return &netlink.Neigh{
 		LinkIndex: l.Attrs().Index, Family: unix.AF_BRIDGE, State: netlink.NUD_NOARP,
-		Flags: netlink.NTF_MASTER | netlink.NTF_STICKY, HardwareAddr: o.Station[:],
+		Flags: netlink.NTF_MASTER | netlink.NTF_STICKY, HardwareAddr: o.Station[:], Vlan: int(vid),
 	}
-	if filtering {
-		n.Vlan = int(o.VLAN)
-	}
-	return netlink.NeighSet(n)
 }
 
-// setVLANs gives the port its VLANs and takes others away.
+// vid is the VLAN of the port's entries, which only a bridge that filters keeps apart.
+func (o Port) vid(filtering bool) uint16 {
+	if filtering {
+		return o.VLAN
+	}
+	return 0
+}
+
+// setVLANs gives the port its VLANs and takes others away, each with the station's entry in it: the kernel keeps
+// entries that were made for good, and takes none out of a VLAN that the port has left.
 func setVLANs(l netlink.Link, o Port) error {
 	all, err := whole(netlink.BridgeVlanList)
 	if err != nil {
@@ -203,6 +281,11 @@ func setVLANs(l netlink.Link, o Port) error {
 	}
 	for _, v := range all[int32(l.Attrs().Index)] {
 		if !slices.Contains(want, v.Vid) {
+			if o.Station != (MAC{}) {
+				if err := netlink.NeighDel(o.station(l, v.Vid)); err != nil && !errors.Is(err, unix.ENOENT) {
+					return err
+				}
+			}
 			if err := netlink.BridgeVlanDel(l, v.Vid, false, false, false, true); err != nil {
 				return err
 			}

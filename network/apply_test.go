@@ -358,7 +358,12 @@ func uplink(t *testing.T, filtering bool) {
 // plugged is a network with one uplink, and a socket at the uplink's other end.
 func plugged(t *testing.T, c Config, filtering bool) (n *testNet, outside int) {
 	t.Helper()
-	host := newTestNet(t)
+	return pluggedTo(t, newTestNet(t), c, filtering)
+}
+
+// pluggedTo has the other end, out0, in host.
+func pluggedTo(t *testing.T, host *testNet, c Config, filtering bool) (n *testNet, outside int) {
+	t.Helper()
 	n = newTestNet(t)
 	u := c.Uplinks[0]
 	host.do(func() error {
@@ -414,17 +419,35 @@ func trunk(t *testing.T, filtering bool) {
 	c := Config{NICs: []NIC{{ID: 1, VLAN: 5, MAC: macA}, {ID: 2, VLAN: 6, MAC: macB}}, Uplinks: []Uplink{{}}}
 	n, outside := plugged(t, c, filtering)
 	defer unix.Close(outside)
-	tagged := func(vlan byte, f []byte) []byte {
-		return append(append(append([]byte(nil), f[:12]...), 0x81, 0, 0, vlan), f[12:]...)
-	}
 	fromA, toB := arp(everybody, macA, macA, ipA, ipB), arp(everybody, macC, macC, ipB, ipA)
 	if err := unix.SetsockoptInt(outside, unix.SOL_PACKET, unix.PACKET_AUXDATA, 1); err != nil {
 		t.Fatal(err)
 	}
 	n.send(1, fromA)
+	if frame, vlan := tagged(t, outside, macA); string(frame) != string(fromA) || vlan != 5 {
+		t.Errorf("heard outside with tag %d: % x", vlan, frame)
+	}
+	other, own := withTag(5, toB), withTag(6, toB)
+	for _, f := range [][]byte{other, own} {
+		if _, err := unix.Write(outside, f); err != nil {
+			t.Fatal(err)
+		}
+	}
+	n.until(2, toB, nil)
+	n.until(1, toB, nil)
+}
+
+// withTag is a frame with a VLAN's tag.
+func withTag(vlan uint16, f []byte) []byte {
+	return append(append(append([]byte(nil), f[:12]...), 0x81, 0, byte(vlan>>8), byte(vlan)), f[12:]...)
+}
+
+// tagged is what a socket with PACKET_AUXDATA hears next of a station, and its VLAN.
+func tagged(t *testing.T, outside int, from MAC) (frame []byte, vlan uint16) {
+	t.Helper()
 	buf, oob := make([]byte, 2048), make([]byte, 256)
 	var k, m int
-	for k < 12 || string(buf[6:12]) != string(macA[:]) { // the uplink's parts may have a word of their own
+	for k < 12 || string(buf[6:12]) != string(from[:]) { // the uplink's parts may have a word of their own
 		var err error
 		if k, m, _, _, err = unix.Recvmsg(outside, buf, oob, 0); err != nil {
 			t.Fatal(err)
@@ -435,17 +458,7 @@ func trunk(t *testing.T, filtering bool) {
 		t.Fatalf("auxiliary data: %v, %v", cmsgs, err)
 	}
 	// The tag is beside the frame (struct tpacket_auxdata, tp_vlan_tci).
-	if tci := binary.LittleEndian.Uint16(cmsgs[0].Data[16:]); string(buf[:k]) != string(fromA) || tci&0xfff != 5 {
-		t.Errorf("heard outside with tag %d: % x", tci, buf[:k])
-	}
-	other, own := tagged(5, toB), tagged(6, toB)
-	for _, f := range [][]byte{other, own} {
-		if _, err := unix.Write(outside, f); err != nil {
-			t.Fatal(err)
-		}
-	}
-	n.until(2, toB, nil)
-	n.until(1, toB, nil)
+	return buf[:k], binary.LittleEndian.Uint16(cmsgs[0].Data[16:]) & 0xfff
 }
 
 func bothKinds(t *testing.T, test func(t *testing.T, filtering bool)) {
@@ -476,4 +489,10 @@ func TestFilteringBridge(t *testing.T) {
 	t.Run("uplink", func(t *testing.T) { uplink(t, true) })
 	t.Run("trunk", func(t *testing.T) { trunk(t, true) })
 	t.Run("trunk, a bridge a VLAN", func(t *testing.T) { trunk(t, false) })
+	t.Run("quarantine", func(t *testing.T) { quarantine(t, true) })
+	t.Run("remediation", func(t *testing.T) { remediation(t, true) })
+	t.Run("cut off", func(t *testing.T) { cutOff(t, true) })
+	t.Run("moves", func(t *testing.T) { moves(t, true) })
+	t.Run("quarantine trunk", func(t *testing.T) { quarantineTrunk(t, true) })
+	t.Run("quarantine trunk, a bridge a VLAN", func(t *testing.T) { quarantineTrunk(t, false) })
 }

@@ -17,17 +17,21 @@ import (
 const (
 	tableName  = "redoubt"
 	answerTime = 10 * time.Second
+
+	// bufferSize bounds a transaction, and all answers to it, in bytes: the usual one of a socket is too small for the
+	// filter of 64 NICs with MaxAddresses each, about 2 MiB.
+	bufferSize = 16 << 20
 )
 
 var hooks = map[string]*nftables.ChainHook{
-	"prerouting": nftables.ChainHookPrerouting, "input": nftables.ChainHookInput, "output": nftables.ChainHookOutput,
+	"prerouting": nftables.ChainHookPrerouting, "forward": nftables.ChainHookForward, "input": nftables.ChainHookInput, "output": nftables.ChainHookOutput,
 }
 
 func setFilter(chains []Chain) error {
 	// The library waits for an answer to each message, and a kernel that refuses a transaction as a
 	// whole gives but one.
 	c, err := nftables.New(nftables.WithSockOptions(func(c *netlink.Conn) error {
-		return c.SetReadDeadline(time.Now().Add(answerTime))
+		return errors.Join(c.SetWriteBuffer(bufferSize), c.SetReadBuffer(bufferSize), c.SetReadDeadline(time.Now().Add(answerTime)))
 	}))
 	if err != nil {
 		return err
@@ -67,10 +71,14 @@ func (r Rule) expressions() (all []expr.Any) {
 	for _, m := range r.Matches {
 		value := m.Value
 		switch m.Header {
-		case Interface:
+		case Interface, OutInterface:
 			value = make([]byte, unix.IFNAMSIZ)
 			copy(value, m.Value)
-			all = append(all, &expr.Meta{Key: expr.MetaKeyIIFNAME, Register: 1})
+			key := expr.MetaKeyIIFNAME
+			if m.Header == OutInterface {
+				key = expr.MetaKeyOIFNAME
+			}
+			all = append(all, &expr.Meta{Key: key, Register: 1})
 		case Protocol:
 			all = append(all, &expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1})
 		default:

@@ -22,6 +22,9 @@ type NIC struct {
 	// Addresses are the ones that the guest may send from. With any, every other one is dropped,
 	// IPv6 link-local ones excepted; with none, all are let through.
 	Addresses []netip.Addr `json:"addresses,omitempty"`
+	// Quarantined puts it into the quarantine: its port is there and not in its VLAN, and its filter lets it
+	// reach remediation addresses only. It goes before Unfiltered.
+	Quarantined bool `json:"quarantined,omitempty"`
 	// Unfiltered turns the filter off, for comparison in tests.
 	Unfiltered bool `json:"unfiltered,omitempty"`
 }
@@ -43,8 +46,9 @@ func (u Uplink) LinkName() string { return "rtup" + strconv.Itoa(u.ID) }
 
 // A Config is what the network is for.
 type Config struct {
-	NICs    []NIC    `json:"nics"`
-	Uplinks []Uplink `json:"uplinks"`
+	NICs       []NIC      `json:"nics"`
+	Uplinks    []Uplink   `json:"uplinks"`
+	Quarantine Quarantine `json:"quarantine,omitzero"`
 }
 
 // A Plan is the state that the namespace is to be in.
@@ -58,7 +62,7 @@ type Plan struct {
 // A Bridge is one switch.
 type Bridge struct {
 	Name string
-	VLAN uint16 // the only one; 0: the ports' VLANs are kept apart by filtering
+	VLAN uint16 // the only one; 0: the ports' VLANs are kept apart by filtering, or they are in none
 }
 
 // A VLANLink is the part of an uplink that has one tag.
@@ -70,11 +74,13 @@ type VLANLink struct {
 // A Port is an interface in a bridge.
 type Port struct {
 	Name, Bridge string
-	VLAN         uint16   // untagged
+	VLAN         uint16   // untagged; 0: none
 	Tagged       []uint16 // beside or instead of it; only in a filtering bridge
 	// Station is the only address behind the port: frames for others are not flooded to it, and
 	// nobody else takes its place. Zero: the bridge learns.
 	Station MAC
+	// Isolated ports reach none that is isolated, too (IFLA_BRPORT_ISOLATED).
+	Isolated bool
 }
 
 const bridgeName = "rtbr"
@@ -85,16 +91,20 @@ func NewPlan(c Config, filtering bool) (*Plan, error) {
 		return nil, err
 	}
 	p := &Plan{Chains: filter(c, filtering)}
-	vlans := c.vlans()
+	vlans, places := c.vlans(), c.places()
 	if filtering {
 		p.Bridges = []Bridge{{Name: bridgeName}}
 	} else {
 		for _, v := range vlans {
 			p.Bridges = append(p.Bridges, Bridge{bridgeFor(v, false), v})
 		}
+		if slices.ContainsFunc(c.NICs, func(n NIC) bool { return places[n.ID] == 0 }) {
+			p.Bridges = append(p.Bridges, Bridge{Name: bridgeFor(0, false)}) // nothing leads out of it
+		}
 	}
 	for _, n := range c.NICs {
-		p.Ports = append(p.Ports, Port{Name: n.TapName(), Bridge: bridgeFor(n.VLAN, filtering), VLAN: n.VLAN, Station: n.MAC})
+		v := places[n.ID]
+		p.Ports = append(p.Ports, Port{Name: n.TapName(), Bridge: bridgeFor(v, filtering), VLAN: v, Station: n.MAC, Isolated: n.Quarantined})
 	}
 	for _, u := range c.Uplinks {
 		switch {
@@ -125,8 +135,10 @@ func bridgeFor(vlan uint16, filtering bool) string {
 
 // vlans are those in use, in order.
 func (c Config) vlans() (all []uint16) {
-	for _, n := range c.NICs {
-		all = append(all, n.VLAN)
+	for _, v := range c.places() {
+		if v != 0 {
+			all = append(all, v)
+		}
 	}
 	for _, u := range c.Uplinks {
 		if u.VLAN != 0 {
@@ -142,6 +154,9 @@ func (c Config) check() error {
 		mac  MAC
 		vlan uint16
 	}
+	if err := c.Quarantine.check(); err != nil {
+		return err
+	}
 	ids, stations := map[int]bool{}, map[station]bool{}
 	for i, n := range c.NICs {
 		bad := func(format string, a ...any) error {
@@ -153,6 +168,8 @@ func (c Config) check() error {
 			return bad("id %d is taken or not within 0 to %d", n.ID, MaxID)
 		case n.VLAN < 1 || n.VLAN > MaxVLAN:
 			return bad("VLAN %d: use 1 to %d", n.VLAN, MaxVLAN)
+		case n.VLAN == c.Quarantine.VLAN && !n.Quarantined:
+			return bad("VLAN %d is the quarantine's: give the NIC another, or the quarantine", n.VLAN)
 		case n.MAC[0]&1 != 0 || n.MAC == MAC{}:
 			return bad("% x is no station's address", n.MAC)
 		case stations[s]:
@@ -161,7 +178,7 @@ func (c Config) check() error {
 			return bad("%d addresses, at most %d", len(n.Addresses), MaxAddresses)
 		}
 		for _, a := range n.Addresses {
-			if !a.IsValid() || a.Is4In6() || a.Zone() != "" || a.IsMulticast() || a.IsUnspecified() {
+			if !stationAddress(a) {
 				return bad("%v is no station's address", a)
 			}
 		}

@@ -10,8 +10,13 @@ import (
 )
 
 // TestPlan: configurations and their plans, as text.
-func TestPlan(t *testing.T) {
-	datadriven.RunTest(t, "testdata/plan", func(t *testing.T, d *datadriven.TestData) string {
+func TestPlan(t *testing.T) { plans(t, "testdata/plan") }
+
+// TestQuarantinePlan: the same with a quarantine, and what is refused. After "moving=PORT" with a port cut off.
+func TestQuarantinePlan(t *testing.T) { plans(t, "testdata/quarantine") }
+
+func plans(t *testing.T, file string) {
+	datadriven.RunTest(t, file, func(t *testing.T, d *datadriven.TestData) string {
 		c, err := parseConfig(d.Input)
 		if err != nil {
 			d.Fatalf(t, "%v", err)
@@ -20,11 +25,14 @@ func TestPlan(t *testing.T) {
 		if err != nil {
 			return err.Error() + "\n"
 		}
+		for _, moving := range d.CmdArgs {
+			p.Chains = cut(p.Chains, moving.Vals)
+		}
 		return p.String()
 	})
 }
 
-// parseConfig reads lines "nic ID VLAN MAC-byte [address…]" and "uplink ID VLAN".
+// parseConfig reads lines "nic ID VLAN MAC-byte [quarantined] [address…]", "uplink ID VLAN" and "quarantine VLAN [address…]".
 func parseConfig(text string) (c Config, err error) {
 	for _, l := range strings.Split(strings.TrimSpace(text), "\n") {
 		var id, last int
@@ -36,14 +44,21 @@ func parseConfig(text string) (c Config, err error) {
 				return c, err
 			}
 			n := NIC{ID: id, VLAN: vlan, MAC: MAC{2, 0, 0, 0, 0, byte(last)}}
-			for _, a := range f[4:] {
-				addr, err := netip.ParseAddr(a)
-				if err != nil {
-					return c, err
-				}
-				n.Addresses = append(n.Addresses, addr)
+			f = f[4:]
+			if n.Quarantined = len(f) > 0 && f[0] == "quarantined"; n.Quarantined {
+				f = f[1:]
+			}
+			if n.Addresses, err = parseAddresses(f); err != nil {
+				return c, err
 			}
 			c.NICs = append(c.NICs, n)
+		case "quarantine":
+			if _, err := fmt.Sscan(f[1], &c.Quarantine.VLAN); err != nil {
+				return c, err
+			}
+			if c.Quarantine.Remediation, err = parseAddresses(f[2:]); err != nil {
+				return c, err
+			}
 		case "uplink":
 			if _, err := fmt.Sscan(strings.Join(f[1:3], " "), &id, &vlan); err != nil {
 				return c, err
@@ -52,4 +67,19 @@ func parseConfig(text string) (c Config, err error) {
 		}
 	}
 	return c, nil
+}
+
+func parseAddresses(texts []string) (all []netip.Addr, err error) {
+	for _, text := range texts {
+		if text == "invalid" {
+			all = append(all, netip.Addr{})
+			continue
+		}
+		a, err := netip.ParseAddr(text)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, a)
+	}
+	return all, nil
 }

@@ -12,7 +12,7 @@ import (
 // of a hooked chain decides are dropped.
 type Chain struct {
 	Name  string
-	Hook  string // "prerouting", "input", "output"; "" for a chain that is jumped to
+	Hook  string // "prerouting", "forward", "input", "output"; "" for a chain that is jumped to
 	Rules []Rule
 }
 
@@ -24,8 +24,8 @@ type Rule struct {
 }
 
 // A Match holds when the bytes at Offset of a header, masked, are Value (or, with Not, are there
-// and are something else). On the pseudo headers Interface and Protocol it compares the name of
-// the port that a frame came in by, and the transport protocol behind all extension headers.
+// and are something else). On the pseudo headers Interface, OutInterface and Protocol it compares the name of
+// the port that a frame came in by, that of the one it goes out by, and the transport protocol behind all extension headers.
 type Match struct {
 	Header      Header
 	Offset      uint32
@@ -43,10 +43,11 @@ const (
 	Transport // of the first fragment only
 	Interface
 	Protocol
+	OutInterface // in forward only
 )
 
 func (h Header) String() string {
-	return [...]string{"ethernet", "network", "transport", "iifname", "l4proto"}[h]
+	return [...]string{"ethernet", "network", "transport", "iifname", "l4proto", "oifname"}[h]
 }
 
 func (m Match) String() string {
@@ -55,8 +56,8 @@ func (m Match) String() string {
 		op = "!="
 	}
 	switch {
-	case m.Header == Interface:
-		return fmt.Sprintf("iifname %s %q", op, m.Value)
+	case m.Header == Interface || m.Header == OutInterface:
+		return fmt.Sprintf("%v %s %q", m.Header, op, m.Value)
 	case m.Header == Protocol:
 		return fmt.Sprintf("l4proto %s %d", op, m.Value[0])
 	case m.Mask != nil:
@@ -122,15 +123,27 @@ func linkLocal(h Header, offset uint32) Match {
 	return Match{Header: h, Offset: offset, Mask: []byte{0xff, 0xc0}, Value: []byte{0xfe, 0x80}}
 }
 
+// hookedChain is the one in prerouting.
+const hookedChain = "from"
+
 // filter makes the chains. Only prerouting decides what passes: the host itself has no part in
 // the guests' network, and so sends and takes nothing.
 func filter(c Config, filtering bool) []Chain {
-	from := Chain{Name: "from", Hook: "prerouting"}
-	var chains []Chain
+	from := Chain{Name: hookedChain, Hook: "prerouting"}
+	places := c.places()
+	var chains, shared []Chain
 	for _, n := range c.NICs {
-		verdict := accept
-		if !n.Unfiltered {
-			verdict = n.TapName()
+		verdict := n.TapName()
+		switch {
+		case n.Quarantined:
+			cutOff := places[n.ID] == 0
+			chains = append(chains, n.held(c.Quarantine, cutOff))
+			if !cutOff {
+				shared = c.Quarantine.chains()
+			}
+		case n.Unfiltered:
+			verdict = accept
+		default:
 			chains = append(chains, n.chain())
 		}
 		from.Rules = append(from.Rules, Rule{Matches: []Match{iif(n.TapName())}, Verdict: verdict})
@@ -147,6 +160,7 @@ func filter(c Config, filtering bool) []Chain {
 			from.Rules = append(from.Rules, Rule{Matches: []Match{iif(name)}, Verdict: accept})
 		}
 	}
+	chains = append(chains, shared...)
 	return append(chains, from, Chain{Name: "host-in", Hook: "input"}, Chain{Name: "host-out", Hook: "output"})
 }
 
@@ -161,14 +175,7 @@ func (n NIC) chain() Chain {
 		Header: Ethernet, Mask: []byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xf0},
 		Value: []byte{0x01, 0x80, 0xc2, 0, 0, 0},
 	})
-	var v4, v6 []netip.Addr
-	for _, a := range n.Addresses {
-		if a.Is4() {
-			v4 = append(v4, a)
-		} else {
-			v6 = append(v6, a)
-		}
-	}
+	v4, v6 := families(n.Addresses)
 	fixed := len(n.Addresses) > 0
 	n.arp(add, v4, fixed)
 	ipv4(add, v4, fixed)
@@ -177,8 +184,34 @@ func (n NIC) chain() Chain {
 	return c
 }
 
+// families parts addresses by IPv4 and IPv6.
+func families(all []netip.Addr) (v4, v6 []netip.Addr) {
+	for _, a := range all {
+		if a.Is4() {
+			v4 = append(v4, a)
+		} else {
+			v6 = append(v6, a)
+		}
+	}
+	return v4, v6
+}
+
+// ownARP is ARP for IPv4 over Ethernet from the NIC's own station.
+func (n NIC) ownARP() []Match {
+	return []Match{etherType(etherARP), at(Internet, 0, 0, 1, 8, 0, 6, 4), at(Internet, 8, n.MAC[:]...)}
+}
+
+// foreignAdvert is a neighbour advertisement of an address that is neither link-local nor one of these.
+func foreignAdvert(own []netip.Addr) []Match {
+	all := []Match{etherType(etherIPv6), protocol(protoICMPv6), at(Transport, 0, neighborAdvert), linkLocal(Transport, 8).not()}
+	for _, a := range own {
+		all = append(all, at(Transport, 8, a.AsSlice()...).not())
+	}
+	return all
+}
+
 func (n NIC) arp(add func(string, string, ...Match), own []netip.Addr, fixed bool) {
-	arp := []Match{etherType(etherARP), at(Internet, 0, 0, 1, 8, 0, 6, 4), at(Internet, 8, n.MAC[:]...)}
+	arp := n.ownARP()
 	with := func(more ...Match) []Match { return append(append([]Match(nil), arp...), more...) }
 	if !fixed {
 		add(accept, "ARP in its own name", arp...)
@@ -215,11 +248,7 @@ func ipv6(add func(string, string, ...Match), own []netip.Addr, fixed bool) {
 		add(accept, "IPv6", ip)
 		return
 	}
-	foreign := []Match{ip, icmp, kind(neighborAdvert), linkLocal(Transport, 8).not()}
-	for _, a := range own {
-		foreign = append(foreign, at(Transport, 8, a.AsSlice()...).not())
-	}
-	add(drop, "advertises another's address", foreign...)
+	add(drop, "advertises another's address", foreignAdvert(own)...)
 	for _, a := range own {
 		add(accept, a.String(), ip, at(Internet, 8, a.AsSlice()...))
 	}
@@ -240,7 +269,11 @@ func (p *Plan) String() string {
 		fmt.Fprintf(&b, "link %s of %s vlan %d\n", l.Name, l.Parent, l.VLAN)
 	}
 	for _, o := range p.Ports {
-		fmt.Fprintf(&b, "port %s of %s vlan %d tagged %v station %x\n", o.Name, o.Bridge, o.VLAN, o.Tagged, o.Station)
+		isolated := ""
+		if o.Isolated {
+			isolated = " isolated"
+		}
+		fmt.Fprintf(&b, "port %s of %s vlan %d tagged %v station %x%s\n", o.Name, o.Bridge, o.VLAN, o.Tagged, o.Station, isolated)
 	}
 	for _, c := range p.Chains {
 		fmt.Fprintf(&b, "chain %s %s\n", c.Name, c.Hook)

@@ -2,6 +2,7 @@ package network
 
 import (
 	"fmt"
+	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
@@ -57,4 +58,28 @@ func ParseUplinks(text string) ([]HostLink, error) {
 		}
 	}
 	return all, nil
+}
+
+// ParseQuarantine reads a quarantine such as "4000" or "4000=192.0.2.1,2001:db8::1": its VLAN, and the remediation
+// addresses. Nothing is the zero value.
+func ParseQuarantine(text string) (q Quarantine, err error) {
+	if text == "" {
+		return q, nil
+	}
+	number, list, named := strings.Cut(text, "=")
+	vlan, err := strconv.ParseUint(number, 10, 16)
+	if err != nil || vlan < 1 || vlan > MaxVLAN {
+		return q, fmt.Errorf("%q: use VLAN or VLAN=ADDRESS,…, with a VLAN of 1 to %d", text, MaxVLAN)
+	}
+	q.VLAN = uint16(vlan)
+	if named {
+		for item := range strings.SplitSeq(list, ",") {
+			a, err := netip.ParseAddr(item)
+			if err != nil {
+				return Quarantine{}, fmt.Errorf("%q: %q is no address", text, item)
+			}
+			q.Remediation = append(q.Remediation, a)
+		}
+	}
+	return q, q.check()
 }

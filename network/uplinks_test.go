@@ -27,3 +27,22 @@ func TestParseUplinks(t *testing.T) {
 		}
 	}
 }
+
+// TestParseQuarantine: what a quarantine is, and what is none.
+func TestParseQuarantine(t *testing.T) {
+	q, err := ParseQuarantine("4000=192.0.2.1,2001:db8::1")
+	if err != nil || q.VLAN != 4000 || len(q.Remediation) != 2 {
+		t.Error(q, err)
+	}
+	if q, err := ParseQuarantine("12"); err != nil || q.VLAN != 12 || q.Remediation != nil {
+		t.Error(q, err)
+	}
+	if q, err := ParseQuarantine(""); err != nil || q.VLAN != 0 {
+		t.Error(q, err)
+	}
+	for _, bad := range []string{"0", "4095", "x", "5=", "5=x", "5=224.0.0.1", "5=192.0.2.1,192.0.2.1", "=192.0.2.1"} {
+		if q, err := ParseQuarantine(bad); err == nil {
+			t.Errorf("%q: %v", bad, q)
+		}
+	}
+}

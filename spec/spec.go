@@ -28,6 +28,8 @@ type Guest struct {
 	NICs     []NIC    `yaml:"nics,omitempty" json:"nics,omitempty" jsonschema:"maxItems=8"`
 	TPM      TPM      `yaml:"tpm,omitempty" json:"tpm,omitzero"`
 	Modules  *Modules `yaml:"modules,omitempty" json:"modules,omitempty" jsonschema:"description=isolate the modules of the guest's kernel (native monitor only)"`
+
+	Validation *Validation `yaml:"validation,omitempty" json:"validation,omitempty" jsonschema:"description=hold the guest's disks to a baseline while it runs"`
 }
 
 // Emulator chooses what runs the guest.
@@ -152,6 +154,9 @@ func Parse(r io.Reader) (*Guest, error) {
 	}
 	if n := key(doc.Content[0], "modules"); n != nil && g.Modules == nil { // else nothing would be isolated
 		return nil, &Error{Line: n.Line, Field: "modules", Text: "empty: use {} for the defaults, or leave it out"}
+	}
+	if n := key(doc.Content[0], "validation"); n != nil && g.Validation == nil {
+		return nil, &Error{Line: n.Line, Field: "validation", Text: "empty: say when (every, written), or leave it out and use `redoubt validate`"}
 	}
 	if err := dec.Decode(&yaml.Node{}); !errors.Is(err, io.EOF) {
 		return nil, &Error{Line: 1, Field: "document", Text: "more than one document: one guest a file"}
@@ -287,7 +292,10 @@ func (g *Guest) Complete() error {
 	if err := g.Boot.check(g, bad); err != nil {
 		return err
 	}
-	return g.Modules.complete(g, bad)
+	if err := g.Modules.complete(g, bad); err != nil {
+		return err
+	}
+	return g.Validation.complete(g, bad)
 }
 
 func (b *Boot) check(g *Guest, bad func(field, format string, args ...any) error) error {

@@ -40,6 +40,7 @@ type Options struct {
 	// guest's driver has started: it never listens for another one. A front end of this package
 	// does not mind.
 	OnStart func()
+	Rings   *Rings // tells of the device while it is served; may be nil
 }
 
 // Serve runs a device for the front end at the other end of c until that closes the connection
@@ -53,6 +54,10 @@ func Serve(ctx context.Context, c *net.UnixConn, backend virtio.Backend, opt Opt
 	}
 	stop := context.AfterFunc(ctx, func() { _ = c.CloseRead() })
 	defer stop()
+	if opt.Rings != nil {
+		opt.Rings.of.Store(s)
+		defer opt.Rings.of.Store(nil)
+	}
 	err := s.loop(s.perform)
 	err = errors.Join(err, s.close())
 	_ = c.Close() // last: it tells the front end that guest memory is no longer touched

@@ -98,6 +98,11 @@ func NewRingAt(mem pci.Memory, size uint16, area [3][]byte, features uint64) (*R
 // UsedIndex is the index that the used ring shows.
 func (r *Ring) UsedIndex() uint16 { return uint16(loadHeader(r.used) >> 16) }
 
+// InFlight is how many chains the driver has made available that are not used: what it says, at most the ring's size.
+func (r *Ring) InFlight() int {
+	return int(min(uint16(loadHeader(r.avail)>>16)-r.UsedIndex(), r.size))
+}
+
 // Positions are the next available entry to take and the next used entry to fill.
 func (r *Ring) Positions() (available, used uint16) { return r.lastAvail, r.usedNext }
 

@@ -28,6 +28,7 @@ func main() {
 	flag.StringVar(&cfg.Pool, "pool", "/", "directory beneath which kernels and disks of guests must lie")
 	resets := flag.String("reset", "", "how often services are replaced: SERVICE=DURATION or SERVICE=off, separated by commas")
 	uplinks := flag.String("uplink", "", "interfaces that lead out of tenants' networks: [TENANT=]IFACE[:VLAN], separated by commas")
+	quarantine := flag.String("quarantine", "", "where guests in quarantine are and what they reach: VLAN[=ADDRESS,...]")
 	users := flag.Uint("users", services.DefaultUsers, "the first of 65536 user ids for services, of nobody else")
 	reset := flag.String("store-reset", services.DefaultStoreReset, services.StoreResetUsage)
 	ready := flag.Bool("ready", false, "write a line to descriptor "+strconv.Itoa(supervisor.ReadyFD)+" once the API is served")
@@ -40,6 +41,10 @@ func main() {
 	}
 	if cfg.Uplinks, err = network.ParseUplinks(*uplinks); err != nil {
 		fmt.Fprintf(os.Stderr, "redoubt-builder: -uplink: %v\n", err)
+		os.Exit(2)
+	}
+	if cfg.Quarantine, err = network.ParseQuarantine(*quarantine); err != nil {
+		fmt.Fprintf(os.Stderr, "redoubt-builder: -quarantine: %v\n", err)
 		os.Exit(2)
 	}
 	if cfg.StoreReset, err = services.ParseStoreReset(*reset); err != nil {

@@ -38,7 +38,7 @@ var toolPackages = []string{
 	"qemu-system-x86", "qemu-utils", "seabios", "ovmf",
 	"swtpm", "swtpm-tools", "tpm2-tools",
 	"busybox-static", "syslinux", "syslinux-common", "mtools", "systemd-boot-efi",
-	"e2fsprogs", "fdisk",
+	"e2fsprogs", "fdisk", "aide",
 }
 
 // labPackages are the lab's machine where it has several processors: a newer QEMU than the one that the

@@ -33,6 +33,8 @@ type service struct {
 
 // disk is one disk's connection to a front end.
 type disk struct {
+	image    *block.Tracked
+	rings    vhostuser.Rings
 	overlaid int64 // bytes, of an overlay
 	stop     context.CancelFunc
 	done     chan struct{} // closed when nothing of it is left
@@ -59,27 +61,24 @@ func (d *disk) end() {
 }
 
 func (s *service) handle(_ context.Context, r *rpc.Request) (any, error) {
-	if r.Method != protocol.MethodAttachDisk {
-		return nil, rpc.Errorf(rpc.Refused, "blkback: no call %q", r.Method)
-	}
-	var in protocol.AttachDisk
-	if err := r.Decode(&in); err != nil {
-		return nil, err
-	}
-	files, err := in.Files.Take(r)
-	if err != nil {
-		return nil, err
-	}
-	image, memory, front, base := files[protocol.FileDisk], files[protocol.FileMemory], files[protocol.FileBlock], files[protocol.FileBase]
-	if len(image) != 1 || len(memory) != 1 || len(front) != 1 || len(base) > 1 {
-		for _, fs := range files {
-			for _, f := range fs {
-				f.Close()
+	switch r.Method {
+	case protocol.MethodAttachDisk:
+		return rpc.Answer(r, func(in protocol.AttachDisk) (any, error) {
+			files, err := in.Files.Take(r)
+			if err != nil {
+				return nil, err
 			}
-		}
-		return nil, rpc.Errorf(rpc.Invalid, "blkback: %s with other descriptors than image, memory, front end and base", r.Method)
+			return struct{}{}, s.attach(in, files)
+		})
+	case protocol.MethodSnapshot:
+		defer ipc.CloseAll(r.Files)
+		return rpc.Answer(r, func(in protocol.Snapshot) (any, error) { return s.snapshot(in, r.Files) })
+	case protocol.MethodDropSnapshot:
+		ipc.CloseAll(r.Files)
+		return struct{}{}, s.drop()
 	}
-	return struct{}{}, s.attach(in, append(image, base...), memory[0], front[0])
+	ipc.CloseAll(r.Files)
+	return nil, rpc.Errorf(rpc.Refused, "blkback: no call %q", r.Method)
 }
 
 // image opens a disk, of its file, or of an overlay's and its base's, which it takes over. What
@@ -102,31 +101,104 @@ func (s *service) image(files []*os.File, readOnly bool) (img block.Image, overl
 	return o, o.Size(), nil
 }
 
-// attach serves a disk to a front end, in place of the last one's. It takes the files over.
-func (s *service) attach(in protocol.AttachDisk, image []*os.File, memory, front *os.File) error {
-	closeImage := func() {
-		for _, f := range image {
+// given are the descriptors of one disk.
+type given struct {
+	image, memory, front *os.File
+	base                 *os.File // nil but for an overlay's
+	changes, snapshot    *os.File // nil: there is none
+}
+
+func take(in protocol.AttachDisk, files map[string][]*os.File) (g given, err error) {
+	for name, into := range map[string]**os.File{
+		protocol.FileDisk: &g.image, protocol.FileMemory: &g.memory, protocol.FileBlock: &g.front, protocol.FileBase: &g.base,
+		protocol.FileChanges: &g.changes, protocol.FileSnapshot: &g.snapshot,
+	} {
+		if len(files[name]) == 1 {
+			*into = files[name][0]
+			delete(files, name)
+		}
+	}
+	if len(files) != 0 || g.image == nil || g.memory == nil || g.front == nil {
+		for _, more := range files {
+			ipc.CloseAll(more)
+		}
+		g.close(true)
+		return g, rpc.Errorf(rpc.Invalid, "blkback: disks[%d]: other descriptors than image, memory, front end, base, changes and snapshot", in.Index)
+	}
+	return g, nil
+}
+
+// close closes what nobody takes over, and if all says so the image, too.
+func (g *given) close(all bool) {
+	for _, f := range []*os.File{g.memory, g.front, g.changes, g.snapshot} {
+		if f != nil {
 			f.Close()
 		}
 	}
-	defer memory.Close()
-	defer front.Close()
-	st, err := memory.Stat()
+	if !all {
+		return
+	}
+	for _, f := range []*os.File{g.image, g.base} {
+		if f != nil {
+			f.Close()
+		}
+	}
+}
+
+// open opens a disk, noting its changes where they are to be noted. s.mu is held.
+func (s *service) open(in protocol.AttachDisk, g given) (*block.Tracked, int64, error) {
+	files := []*os.File{g.image}
+	if g.base != nil {
+		files = append(files, g.base)
+	}
+	img, overlaid, err := s.image(files, in.ReadOnly)
 	if err != nil {
-		closeImage()
+		return nil, 0, err
+	}
+	var changes *block.Changes
+	var snapshot *block.Snapshot
+	if g.changes != nil {
+		changes, err = block.OpenChanges(g.changes, img.Size())
+	}
+	if err == nil && g.snapshot != nil {
+		snapshot, err = block.OpenSnapshot(g.snapshot, img.Size(), in.Scratch)
+	}
+	tracked := block.NewTracked(img, changes, snapshot)
+	if in.Written > 0 {
+		tracked.OnWritten(in.Written, func(n uint64) {
+			// Its reader takes notices as they come. One that is lost is followed by another.
+			_ = s.peer.Notify(protocol.NoticeWritten, protocol.Written{Index: in.Index, Bytes: n})
+		})
+	}
+	if err != nil {
+		return nil, 0, errors.Join(err, tracked.Close())
+	}
+	return tracked, overlaid, nil
+}
+
+// attach serves a disk to a front end, in place of the last one's. It takes the files over.
+func (s *service) attach(in protocol.AttachDisk, files map[string][]*os.File) error {
+	g, err := take(in, files)
+	if err != nil {
+		return err
+	}
+	defer g.close(false)
+	st, err := g.memory.Stat()
+	if err != nil {
+		g.close(true)
 		return fmt.Errorf("guest memory: %w", err)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.ended {
-		closeImage()
+		g.close(true)
 		return rpc.Errorf(rpc.Unavailable, "blkback is going down")
 	}
 	if last := s.disks[in.Index]; last != nil {
 		last.end()
 		delete(s.disks, in.Index)
 	}
-	img, overlaid, err := s.image(image, in.ReadOnly)
+	img, overlaid, err := s.open(in, g)
 	if err != nil {
 		return err
 	}
@@ -134,18 +206,18 @@ func (s *service) attach(in protocol.AttachDisk, image []*os.File, memory, front
 	if err != nil {
 		return errors.Join(fmt.Errorf("disks[%d]: %w", in.Index, err), img.Close())
 	}
-	c, err := net.FileConn(front)
+	c, err := net.FileConn(g.front)
 	u, ok := c.(*net.UnixConn)
 	if err != nil || !ok {
 		return errors.Join(fmt.Errorf("disks[%d]: front end: not a Unix socket", in.Index), err, b.Close())
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	d := &disk{overlaid: overlaid, stop: cancel, done: make(chan struct{})}
+	d := &disk{image: img, overlaid: overlaid, stop: cancel, done: make(chan struct{})}
 	s.disks[in.Index] = d
 	go func() {
 		defer close(d.done)
 		defer cancel()
-		err := vhostuser.Serve(ctx, u, b, vhostuser.Options{Memory: vhostuser.Whitelist{st}})
+		err := vhostuser.Serve(ctx, u, b, vhostuser.Options{Memory: vhostuser.Whitelist{st}, Rings: &d.rings})
 		if ctx.Err() != nil {
 			err = nil
 		}

@@ -31,8 +31,10 @@ import (
 	"redoubt.dev/redoubt/services/keeper"
 	"redoubt.dev/redoubt/services/launch"
 	"redoubt.dev/redoubt/services/pciback/asked"
+	"redoubt.dev/redoubt/services/response"
 	"redoubt.dev/redoubt/services/store/kept"
 	"redoubt.dev/redoubt/services/trust"
+	"redoubt.dev/redoubt/services/validator"
 	vtpm "redoubt.dev/redoubt/services/vtpm/kept"
 	"redoubt.dev/redoubt/store/server"
 	"redoubt.dev/redoubt/store/tree"
@@ -51,6 +53,7 @@ type Config struct {
 	// StoreReset is after how many responses the store's worker is replaced, -1 for never; 0: 1.
 	StoreReset int
 	Uplinks    []network.HostLink // what leads out of the guests' network
+	Quarantine network.Quarantine // what a guest in quarantine reaches
 	Log        *slog.Logger
 	Ready      func() // called once the API is served
 	// Supervisor keeps what must outlive this process; see fdstore.Open.
@@ -74,8 +77,10 @@ type Builder struct {
 	pcibacks   *asked.Asker
 	inspectors *inspected.Asker
 	ledger     *trust.Ledger
-	store      *kept.Store
-	vtpm       *vtpm.Manager
+
+	validations *validator.Manager
+	store       *kept.Store
+	vtpm        *vtpm.Manager
 
 	tenantChange sync.Mutex   // over one change of a tenant
 	starts       sync.RWMutex // held for reading over each start of an emulator
@@ -169,6 +174,16 @@ func Run(ctx context.Context, cfg Config) error {
 	}
 	b.pcibacks = &asked.Asker{Log: b.log, Journal: b.journal, Limit: pcibackLimit, Start: start(services.PCIBack)}
 	b.inspectors = inspected.New(b.journal, start(services.Inspector))
+	responses, err := response.Open(filepath.Join(cfg.StateDir, "responses.json"))
+	if err != nil {
+		return err
+	}
+	if b.validations, err = validator.New(validator.Options{
+		Dir: filepath.Join(cfg.StateDir, "validation"), Log: b.log, Journal: b.journal, Ledger: responses,
+		Scanner: inspected.NewScanner(b.journal, start(services.Inspector)),
+	}); err != nil {
+		return err
+	}
 	b.resume(ctx)
 	if err := b.boot(ctx, map[string]func(context.Context) error{
 		services.StoreState: func(ctx context.Context) (err error) {

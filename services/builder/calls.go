@@ -50,7 +50,8 @@ func choose(g *spec.Guest) (spec.Emulator, error) {
 // fromToolstack serves a tenant's toolstack. It acts on the guests of its own trust list only.
 func (b *Builder) fromToolstack(ctx context.Context, t *tenancy, r *rpc.Request) (any, error) {
 	switch r.Method {
-	case protocol.MethodStop, protocol.MethodQuote, protocol.MethodInspect, protocol.MethodModules, protocol.MethodActivate, protocol.MethodAttachConsole:
+	case protocol.MethodBuild, protocol.MethodDestroy, protocol.MethodOpen, protocol.MethodVars: // these check for themselves
+	default:
 		var of struct {
 			UUID string `json:"uuid"`
 		}
@@ -91,7 +92,7 @@ func (b *Builder) fromToolstack(ctx context.Context, t *tenancy, r *rpc.Request)
 	case protocol.MethodAttachConsole:
 		return struct{}{}, nil // that it is asked is what the Builder must know
 	}
-	return nil, rpc.Errorf(rpc.Refused, "builder: no call %q", r.Method)
+	return b.validation(ctx, t.name, r)
 }
 
 // quote adds to the vTPM's evidence what only the guest's memory holds: the log of its
@@ -135,6 +136,9 @@ func (b *Builder) destroy(ctx context.Context, t *tenancy, in protocol.Destroy) 
 		return err
 	}
 	t.forget(in.UUID)
+	if err := b.validations.Forget(in.UUID); err != nil {
+		return err
+	}
 	return b.ledger.Drop(in.UUID)
 }
 
@@ -185,6 +189,11 @@ func (b *Builder) fromEmulator(g *guest, r *run) rpc.Handler {
 		case protocol.NoticeEvent:
 			return rpc.Answer(req, func(e protocol.Event) (any, error) {
 				b.event(g, protocol.Event{Kind: clip(e.Kind, 64), Text: clip(e.Text, 512), Time: e.Time})
+				return nil, nil
+			})
+		case protocol.NoticeExits:
+			return rpc.Answer(req, func(e protocol.Exits) (any, error) {
+				b.validations.Exited(g.Build.UUID, e.Count)
 				return nil, nil
 			})
 		case protocol.MethodOutcome:
@@ -264,6 +273,9 @@ func (b *Builder) build(ctx context.Context, t *tenancy, in protocol.Build, r *r
 		(len(files[protocol.FileVars]) == 1) != (in.Spec.Boot.Firmware == spec.OVMF) {
 		return nil, rpc.Errorf(rpc.Invalid, "build: the descriptors do not match the spec")
 	}
+	if err := b.validations.MayStart(in.UUID, in.Spec.Name); err != nil {
+		return nil, err
+	}
 	if err := b.ledger.Claim(in.UUID, t.name); err != nil {
 		return nil, err
 	}
@@ -317,6 +329,7 @@ func (b *Builder) build(ctx context.Context, t *tenancy, in protocol.Build, r *r
 		return nil, err
 	}
 	claimed = true
+	b.validations.Begin(validated{b, g})
 	b.wg.Go(func() { b.supervise(g) })
 	return rpc.WithFiles{Value: protocol.Built{UUID: in.UUID, Domain: run.domain, Emulator: g.Emulator}, Files: answer}, nil
 }
@@ -384,5 +397,5 @@ func (g *guest) take(files map[string][]*os.File) error {
 	g.Disks = files[protocol.FileDisk]
 	delete(files, protocol.FileDisk)
 	g.takeBases(files)
-	return nil
+	return g.makeChanges()
 }

@@ -38,6 +38,7 @@ type guest struct {
 	bus     *asked.Assignment
 	log     []byte     // event log of the measurements, once made; they are the same at each reboot
 	keeping sync.Mutex // over keeping it as it is
+	written written
 
 	inspected inspected.Guest
 	mu        sync.Mutex
@@ -89,6 +90,7 @@ func (b *Builder) start(ctx context.Context, g *guest) (_ *run, err error) {
 		Name: g.name(), Emulator: g.Emulator, Domain: d, CPUs: g.Build.Spec.CPUs,
 		Memory: uint64(g.Build.Spec.Memory), Cmdline: g.Build.Spec.Boot.Cmdline,
 		Firmware: g.Build.Spec.Boot.Firmware, PauseAfter: pauseAfter, KVM: haveKVM(), Modules: g.Build.Spec.Modules.Policy(),
+		Exits: g.Build.Spec.Validated().Exits / 8 / uint64(g.Build.Spec.CPUs),
 	}
 	var give, own []*os.File
 	defer func() { ipc.CloseAll(own) }()

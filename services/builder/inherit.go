@@ -152,6 +152,7 @@ func (b *Builder) followInherited() {
 	defer b.mu.Unlock()
 	for _, g := range b.guests {
 		r := g.run
+		b.validations.Begin(validated{b, g})
 		b.wg.Go(func() {
 			if r.proc == nil {
 				exit := r.lastWord(g.isAsked(), errUnseen)

@@ -47,6 +47,7 @@ func (b *Builder) follow(g *guest, run *run, exit protocol.Exit) bool {
 			exit = protocol.Exit{Outcome: protocol.Stopped, Reason: "stopped while it rebooted"}
 		}
 	}
+	b.validations.End(g.Build.UUID)
 	g.nics.close()
 	g.storage.close()
 	b.journal.Note(b.journal.Entry(audit.ActGuestEnd, g.name(), audit.Done,

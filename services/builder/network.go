@@ -231,9 +231,9 @@ func (n *networking) call(i *keeper.Instance, method string, in any, files ...*o
 
 // config is the network of all guests, and of more NICs.
 func (n *networking) config(more []network.NIC) network.Config {
-	c := network.Config{NICs: slices.Clone(more)}
+	c := network.Config{NICs: slices.Clone(more), Quarantine: n.b.cfg.Quarantine}
 	for _, s := range n.guests {
-		c.NICs = append(c.NICs, s.config...)
+		c.NICs = append(c.NICs, s.restricted()...)
 	}
 	for _, u := range n.uplinks {
 		c.Uplinks = append(c.Uplinks, u.Uplink())

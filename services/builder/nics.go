@@ -172,6 +172,26 @@ func configure(want spec.NIC, uuid string, index int) (network.NIC, error) {
 	return c, nil
 }
 
+// restricted are the guest's NICs as the ledger of responses has them now.
+func (s *nics) restricted() []network.NIC {
+	all := slices.Clone(s.config)
+	r, _ := s.n.b.validations.Ledger.Get(s.g.Build.UUID)
+	for i := range all {
+		all[i].Quarantined = r.Quarantined || r.DevicesDropped
+	}
+	return all
+}
+
+// restrict has NetBack make the network what the ledger says. A NetBack that is lost over it is followed by one that does.
+func (s *nics) restrict() error {
+	if s == nil {
+		return nil
+	}
+	s.n.Lock()
+	defer s.n.Unlock()
+	return s.n.Serve(s.n.tell)
+}
+
 // attach gives a new emulator its NICs: what it needs for each is returned.
 func (s *nics) attach(r *run, memory *os.File) (fronts []*os.File, err error) {
 	if s == nil {

@@ -8,8 +8,10 @@ import (
 	"time"
 
 	"redoubt.dev/redoubt/audit"
+	"redoubt.dev/redoubt/block"
 	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/ipc/rpc"
+	"redoubt.dev/redoubt/memfd"
 	"redoubt.dev/redoubt/services"
 	"redoubt.dev/redoubt/services/calls"
 	"redoubt.dev/redoubt/services/keeper"
@@ -33,6 +35,9 @@ type storage struct {
 	memory *os.File    // the run's guest memory
 	domain tree.Domain // of the run, also while it is being started
 	stale  bool        // BlkBack was replaced before the run could be told
+
+	scratch   int64      // of each of snapshots, in bytes
+	snapshots []*os.File // of the disks, nil of those that are only read; nil while there is none
 }
 
 // drainLimit is how long requests may take to end in a back end that is replaced.
@@ -61,6 +66,28 @@ func (g *guest) takeBases(files map[string][]*os.File) {
 	}
 }
 
+// makeChanges makes the maps of the changes of a guest's disks.
+func (g *guest) makeChanges() error {
+	for i, d := range g.Build.Spec.Disks {
+		g.Changes = append(g.Changes, nil)
+		if d.ReadOnly {
+			continue
+		}
+		f := g.Disks[i]
+		if g.Bases[i] != nil { // an overlay is as large as its base
+			f = g.Bases[i]
+		}
+		st, err := f.Stat()
+		if err != nil {
+			return err
+		}
+		if g.Changes[i], err = memfd.New("changes", block.ChangesSize(st.Size())); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // newStorage is for a guest that has disks; nil for one that has none. BlkBack is not started yet.
 func (b *Builder) newStorage(g *guest) *storage {
 	if len(g.Disks) == 0 {
@@ -70,7 +97,7 @@ func (b *Builder) newStorage(g *guest) *storage {
 	s.Keeper = keeper.New(keeper.Options{
 		Service: services.BlkBack, About: g.name(), Log: b.log, Journal: b.journal,
 		Start: func() (keeper.Process, error) {
-			return b.procs.Start(services.BlkBack, launch.Order{Whose: g.name(), Memory: g.memory()})
+			return b.procs.Start(services.BlkBack, launch.Order{Whose: g.name(), Memory: g.memory() + g.copies()})
 		},
 		Handler: func(*keeper.Instance) rpc.Handler {
 			return calls.Watched(b.journal, services.BlkBack, g.name(), s.fromBlkBack)
@@ -159,8 +186,14 @@ func (s *storage) connect(ctx context.Context, i *keeper.Instance, d int, r *run
 	if base := s.g.Bases[d]; base != nil {
 		names, files = append(names, protocol.FileBase), append(files, base)
 	}
+	if f := s.g.Changes[d]; f != nil {
+		names, files = append(names, protocol.FileChanges), append(files, f)
+	}
+	if s.snapshots != nil && s.snapshots[d] != nil {
+		names, files = append(names, protocol.FileSnapshot), append(files, s.snapshots[d])
+	}
 	_, err = i.Peer.Call(ctx, protocol.MethodAttachDisk, protocol.AttachDisk{
-		Index: d, ReadOnly: s.g.Build.Spec.Disks[d].ReadOnly, Domain: r.domain, Files: names,
+		Index: d, ReadOnly: s.g.Build.Spec.Disks[d].ReadOnly, Domain: r.domain, Scratch: s.scratch, Written: s.g.writtenEvery(), Files: names,
 	}, nil, files...)
 	if err != nil {
 		front.Close()
@@ -232,6 +265,12 @@ func (s *storage) ready(ctx context.Context, i *keeper.Instance) error {
 
 // fromBlkBack serves BlkBack's notices.
 func (s *storage) fromBlkBack(_ context.Context, req *rpc.Request) (any, error) {
+	if req.Method == protocol.NoticeWritten {
+		return rpc.Answer(req, func(in protocol.Written) (any, error) {
+			s.g.wrote(in, s.b.validations.Wrote)
+			return nil, nil
+		})
+	}
 	if req.Method != protocol.NoticeDiskFailed {
 		return nil, rpc.Errorf(rpc.Refused, "builder: no call %q from BlkBack", req.Method)
 	}
@@ -257,6 +296,7 @@ func (s *storage) close() {
 	}
 	s.Lock()
 	s.release()
+	s.forgetSnapshot()
 	s.Unlock()
 	s.Close(stopGrace / 2)
 }

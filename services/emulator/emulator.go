@@ -35,6 +35,8 @@ type machine interface {
 	ReadEventLog() ([]byte, error)
 	// SetEventLog writes the event log into the guest's log area.
 	SetEventLog(log []byte) error
+	// Masked says which processors have interrupts switched off, while it is paused.
+	Masked() ([]int, error)
 	// Modules says what the guest's modules have done: JSON of isolate.Report.
 	Modules() ([]byte, error)
 	Close() error
@@ -49,6 +51,7 @@ type service struct {
 
 	mu      sync.Mutex
 	machine machine
+	holder  *holder
 	tpm     *frontend.Frontend // nil without a TPM
 	xenbus  *xenbus
 	disks   []*vhostuser.Frontend
@@ -162,6 +165,10 @@ func (s *service) handle(_ context.Context, r *rpc.Request) (any, error) {
 	case protocol.MethodReport:
 		defer ipc.CloseAll(r.Files)
 		return rpc.Answer(r, func(in protocol.Report) (any, error) { return s.report(in, r) })
+	case protocol.MethodHold:
+		return rpc.Answer(r, func(in protocol.Hold) (any, error) { return s.hold(in) })
+	case protocol.MethodLetGo:
+		return rpc.Answer(r, func(in protocol.LetGo) (any, error) { return s.letGo(in) })
 	case protocol.NoticeVTPMLost:
 		s.mu.Lock()
 		tpm := s.tpm
@@ -270,6 +277,7 @@ func (s *service) launch(in protocol.Start, files map[string][]*os.File, running
 		xs.close()
 		return err
 	}
+	h := &holder{guest: m}
 	if f := one(files, protocol.FileTPM); f != nil {
 		conn, err := channel.FromFile(f)
 		if err != nil {
@@ -277,7 +285,7 @@ func (s *service) launch(in protocol.Start, files map[string][]*os.File, running
 			return errors.Join(err, m.Close())
 		}
 		g.frontend = frontend.New(conn, frontend.Options{
-			Guest: noted{m, s}, PauseAfter: g.pauseAfter(), OnOpen: g.onOpen(m),
+			Guest: gateHolder{h, s}, PauseAfter: g.pauseAfter(), OnOpen: g.onOpen(m),
 			OnWait: func() {
 				now := time.Now()
 				g.waitedFrom.Store(&now)
@@ -285,7 +293,7 @@ func (s *service) launch(in protocol.Start, files map[string][]*os.File, running
 			},
 		})
 	}
-	s.machine, s.xenbus, s.tpm = m, xs, g.frontend
+	s.machine, s.holder, s.xenbus, s.tpm = m, h, xs, g.frontend
 	go func() {
 		defer close(s.ended)
 		exit := m.Run(s.ctx, g.frontend, func() {
@@ -377,19 +385,3 @@ func (g *guest) explain(exit protocol.Exit) protocol.Exit {
 	}
 	return exit
 }
-
-// noted tells of the pauses that a long wait at the gate brings.
-type noted struct {
-	m machine
-	s *service
-}
-
-func (n noted) Pause() error {
-	if err := n.m.Pause(); err != nil {
-		return err
-	}
-	n.s.event(protocol.EventPaused, "guest and its clock stopped")
-	return nil
-}
-
-func (n noted) Resume() error { return n.m.Resume() }

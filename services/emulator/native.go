@@ -55,6 +55,15 @@ func (n *nativeMachine) Pause() error       { return n.with((*monitor.Machine).P
 func (n *nativeMachine) Resume() error      { return n.with((*monitor.Machine).Resume) }
 func (n *nativeMachine) PowerButton() error { return n.with((*monitor.Machine).PowerButton) }
 
+// Masked implements machine.
+func (n *nativeMachine) Masked() (masked []int, err error) {
+	err = n.with(func(m *monitor.Machine) (err error) {
+		masked, err = m.Masked()
+		return err
+	})
+	return masked, err
+}
+
 // SetEventLog may come before the machine is made, when the vTPM is the faster side.
 func (n *nativeMachine) SetEventLog(log []byte) error {
 	n.mu.Lock()
@@ -82,6 +91,7 @@ func (n *nativeMachine) Run(ctx context.Context, tpm *frontend.Frontend, started
 	input := make(chan []byte)
 	output := newLineWriter(n.console)
 	events := moduleEvents{tell: func(text string) { n.g.service.event(protocol.EventModule, text) }}
+	exited := make(chan struct{}, 1)
 	cfg := monitor.Config{
 		KVM: one(n.g.files, protocol.FileKVM), Memory: one(n.g.files, protocol.FileMemory),
 		MemoryBytes: n.g.in.Memory, VCPUs: n.g.in.CPUs,
@@ -89,6 +99,12 @@ func (n *nativeMachine) Run(ctx context.Context, tpm *frontend.Frontend, started
 		Cmdline: n.g.in.Cmdline, Devices: devices,
 		ConsoleOut: output, ConsoleIn: input,
 		Modules: n.modules, OnModule: events.event,
+		ExitsEvery: n.g.in.Exits, OnExits: func() {
+			select {
+			case exited <- struct{}{}:
+			default: // it is about to be told
+			}
+		},
 		OnTPMAccess: func() {
 			n.g.xenbus.connect()
 			n.g.service.event(protocol.EventFirstAccess, "")
@@ -132,11 +148,17 @@ func (n *nativeMachine) Run(ctx context.Context, tpm *frontend.Frontend, started
 			}
 		}()
 	}
+	telling := make(chan struct{})
+	go func() {
+		defer close(telling)
+		n.tellExits(ctx, m, exited)
+	}()
 	out, err := m.Run(ctx)
 	cancel()
 	output.Flush()
 	n.console.Close()
 	<-reading
+	<-telling
 	if err = errors.Join(err, m.Close()); err != nil {
 		return crashed(err)
 	}
@@ -145,6 +167,18 @@ func (n *nativeMachine) Run(ctx context.Context, tpm *frontend.Frontend, started
 		exit.Outcome = protocol.Crashed // the vTPM's end; explain says why
 	}
 	return exit
+}
+
+// tellExits tells how often the guest's processors have left it, whenever that is asked for.
+func (n *nativeMachine) tellExits(ctx context.Context, m *monitor.Machine, exited <-chan struct{}) {
+	for {
+		select {
+		case <-exited:
+			_ = n.g.service.peer.Notify(protocol.NoticeExits, protocol.Exits{Count: m.Exits()}) // one that is lost is followed by another
+		case <-ctx.Done():
+			return
+		}
+	}
 }
 
 // outcomes: a triple fault is a crash, not a reboot: our guests have a reset register.

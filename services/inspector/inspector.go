@@ -1,6 +1,8 @@
-// Package inspector is the inspector service: it answers one question about a guest from its memory (package
-// introspect/inspect), and leaves. It has the guest's memory and kernel to read, which both may be made to deceive it, and
-// memory that its answer goes into; no other descriptor, no file and no network. The guest runs on meanwhile.
+// Package inspector is the inspector service: it answers one question about a guest, and leaves. Either from its memory
+// (package introspect/inspect), and then it has the guest's memory and kernel to read; or from its disks as they were at a
+// snapshot (packages validation/scan and validation/baseline), and then it has these to read. All of that may be made to
+// deceive it. Beside it it has memory that its answer goes into; no other descriptor, no file and no network. The guest runs
+// on meanwhile.
 package inspector
 
 import (
@@ -27,21 +29,22 @@ const softMemory = 512 << 20
 func Serve(ctx context.Context, _ *slog.Logger, control *ipc.Conn) error {
 	debug.SetMemoryLimit(softMemory)
 	var peer *rpc.Peer
-	peer = rpc.New(control, func(_ context.Context, r *rpc.Request) (any, error) {
+	var disks validation
+	peer = rpc.New(control, func(ctx context.Context, r *rpc.Request) (any, error) {
+		if r.Method == protocol.MethodViewDisk { // one after another, by its only caller
+			return rpc.Answer(r, func(in protocol.ViewDisk) (any, error) { return struct{}{}, disks.disk(in, r) })
+		}
 		defer peer.Drain() // the answer still goes out
-		if r.Method != protocol.MethodRead {
-			ipc.CloseAll(r.Files)
-			return nil, rpc.Errorf(rpc.Refused, "inspector: no call %q", r.Method)
-		}
-		var in protocol.Read
-		if err := r.Decode(&in); err != nil {
-			ipc.CloseAll(r.Files)
-			return nil, err
-		}
 		defer ipc.CloseAll(r.Files)
-		return read(in, r)
+		switch r.Method {
+		case protocol.MethodRead:
+			return rpc.Answer(r, func(in protocol.Read) (any, error) { return read(in, r) })
+		case protocol.MethodScan:
+			return rpc.Answer(r, func(in protocol.Scan) (any, error) { return disks.scan(ctx, in, r) })
+		}
+		return nil, rpc.Errorf(rpc.Refused, "inspector: no call %q", r.Method)
 	})
-	return peer.Run(ctx)
+	return errors.Join(peer.Run(ctx), disks.close())
 }
 
 func read(in protocol.Read, r *rpc.Request) (any, error) {

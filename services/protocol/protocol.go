@@ -24,6 +24,13 @@ const (
 	FileProfile  = "profile"   // the profiles of the guest's modules, where its spec names some
 	FileDisk     = "disk"      // an image; one each, in the order of the spec
 	FileBase     = "base"      // what an overlay shows where it holds nothing; one for each of the spec's
+	FileChanges  = "changes"   // the map of a disk's changes, see block.Changes; one for each that can be written
+	FileSnapshot = "snapshot"  // a disk's snapshot, see block.Snapshot; one for each that can be written
+	FileBaseline = "baseline"  // a guest's baseline
+	FileRules    = "rules"     // what of a guest's disks its baseline has, see baseline.ParseRules
+	FileIndex    = "index"     // what an inspector found on the disks last time, see scan.Index
+	FileNewIndex = "new-index" // and where it puts what it finds now
+	FileLast     = "last"      // what deviated last time, see baseline.Comparison
 	FileBlock    = "block"     // a vhost-user connection between a disk's front and back end
 	FileNetwork  = "network"   // a vhost-user connection between a NIC's front and back end
 	FileTun      = "tun"       // /dev/net/tun, opened in the network namespace, for one NIC
@@ -276,6 +283,9 @@ const (
 	EventVTPM          = "vtpm"             // what the manager has to say of it
 	EventModule        = "module"           // of its kernel: loaded, gone, or did what was refused or noted
 	EventManufactured  = "manufactured"     // keys and certificate are there: the guest can be attested
+	EventHeld          = "held"             // its processors and its clock stand still, by whom the text says
+	EventResumed       = "resumed"          // they go on
+	EventValidation    = "validation"       // what a validation found, and what followed
 	EventEnded         = "ended"
 )
 
@@ -335,6 +345,14 @@ const (
 	MethodBackEnd = "back-end" // BackEnd → nothing
 )
 
+// NoticeExits tells the Builder how often the guest's processors have left it.
+const NoticeExits = "exits" // Exits
+
+// Exits is a number of exits since the emulator's start.
+type Exits struct {
+	Count uint64 `json:"count"`
+}
+
 // BackEnd names a device: a topology.Disk or a topology.NIC.
 type BackEnd struct {
 	Kind  topology.Kind `json:"kind"`
@@ -355,6 +373,7 @@ type Start struct {
 	PauseAfter time.Duration `json:"pauseAfter"` // wait at the gate before guest and clock stop
 	KVM        bool          `json:"kvm"`        // QEMU only: the guest runs on /dev/kvm
 	Modules    *spec.Modules `json:"modules,omitempty"`
+	Exits      uint64        `json:"exits,omitempty"` // of one of its processors, after which NoticeExits is given; native only. 0: never
 	// PCI is the bus to build, exactly: one that overlaps or is not for these devices is refused.
 	PCI   topology.Topology `json:"pci"`
 	Files Files             `json:"files"`
@@ -379,14 +398,26 @@ type Disk struct {
 const MethodAttachDisk = "attach-disk" // AttachDisk → nothing: the front end may come
 
 // BlkBack → Builder.
-const NoticeDiskFailed = "disk-failed" // DiskFailed
+const (
+	NoticeDiskFailed = "disk-failed" // DiskFailed
+	NoticeWritten    = "written"     // Written
+)
+
+// Written says how much was written to a disk since this BlkBack has it, in bytes.
+type Written struct {
+	Index int    `json:"index"`
+	Bytes uint64 `json:"bytes"`
+}
 
 // AttachDisk makes BlkBack serve a disk to an emulator, in place of the last one that used it.
-// Files: FileDisk, FileMemory, FileBlock, and FileBase where the disk is an overlay. No other memory is mapped for this disk.
+// Files: FileDisk, FileMemory, FileBlock, FileBase where the disk is an overlay, FileChanges where it can be written, and
+// FileSnapshot while there is one, of Scratch bytes. No other memory is mapped for this disk.
 type AttachDisk struct {
 	Index    int         `json:"index"`
 	ReadOnly bool        `json:"readOnly"`
 	Domain   tree.Domain `json:"domain"`
+	Scratch  int64       `json:"scratch,omitempty"`
+	Written  uint64      `json:"written,omitempty"` // bytes after which NoticeWritten is given, again and again; 0: never
 	Files    Files       `json:"files"`
 }
 

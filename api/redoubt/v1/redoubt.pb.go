@@ -1474,6 +1474,949 @@ func (x *ModulesResponse) GetReport() []byte {
 	return nil
 }
 
+type PauseRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PauseRequest) Reset() {
+	*x = PauseRequest{}
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PauseRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PauseRequest) ProtoMessage() {}
+
+func (x *PauseRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PauseRequest.ProtoReflect.Descriptor instead.
+func (*PauseRequest) Descriptor() ([]byte, []int) {
+	return file_redoubt_v1_redoubt_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *PauseRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type PauseResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PauseResponse) Reset() {
+	*x = PauseResponse{}
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PauseResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PauseResponse) ProtoMessage() {}
+
+func (x *PauseResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PauseResponse.ProtoReflect.Descriptor instead.
+func (*PauseResponse) Descriptor() ([]byte, []int) {
+	return file_redoubt_v1_redoubt_proto_rawDescGZIP(), []int{27}
+}
+
+type ResumeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResumeRequest) Reset() {
+	*x = ResumeRequest{}
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResumeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResumeRequest) ProtoMessage() {}
+
+func (x *ResumeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResumeRequest.ProtoReflect.Descriptor instead.
+func (*ResumeRequest) Descriptor() ([]byte, []int) {
+	return file_redoubt_v1_redoubt_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *ResumeRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type ResumeResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResumeResponse) Reset() {
+	*x = ResumeResponse{}
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResumeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResumeResponse) ProtoMessage() {}
+
+func (x *ResumeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResumeResponse.ProtoReflect.Descriptor instead.
+func (*ResumeResponse) Descriptor() ([]byte, []int) {
+	return file_redoubt_v1_redoubt_proto_rawDescGZIP(), []int{29}
+}
+
+type QuarantineRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// reason for the record, one line.
+	Reason        string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *QuarantineRequest) Reset() {
+	*x = QuarantineRequest{}
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *QuarantineRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*QuarantineRequest) ProtoMessage() {}
+
+func (x *QuarantineRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use QuarantineRequest.ProtoReflect.Descriptor instead.
+func (*QuarantineRequest) Descriptor() ([]byte, []int) {
+	return file_redoubt_v1_redoubt_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *QuarantineRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *QuarantineRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type QuarantineResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *QuarantineResponse) Reset() {
+	*x = QuarantineResponse{}
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *QuarantineResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*QuarantineResponse) ProtoMessage() {}
+
+func (x *QuarantineResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use QuarantineResponse.ProtoReflect.Descriptor instead.
+func (*QuarantineResponse) Descriptor() ([]byte, []int) {
+	return file_redoubt_v1_redoubt_proto_rawDescGZIP(), []int{31}
+}
+
+type ReleaseRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// reason for the record, one line.
+	Reason        string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReleaseRequest) Reset() {
+	*x = ReleaseRequest{}
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReleaseRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReleaseRequest) ProtoMessage() {}
+
+func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReleaseRequest.ProtoReflect.Descriptor instead.
+func (*ReleaseRequest) Descriptor() ([]byte, []int) {
+	return file_redoubt_v1_redoubt_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *ReleaseRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ReleaseRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type ReleaseResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReleaseResponse) Reset() {
+	*x = ReleaseResponse{}
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReleaseResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReleaseResponse) ProtoMessage() {}
+
+func (x *ReleaseResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReleaseResponse.ProtoReflect.Descriptor instead.
+func (*ReleaseResponse) Descriptor() ([]byte, []int) {
+	return file_redoubt_v1_redoubt_proto_rawDescGZIP(), []int{33}
+}
+
+type ValidateRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// full reads everything again, not only what changed.
+	Full bool `protobuf:"varint,2,opt,name=full,proto3" json:"full,omitempty"`
+	// force takes the moment though it is not safe, when none that is has come.
+	Force         bool `protobuf:"varint,3,opt,name=force,proto3" json:"force,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ValidateRequest) Reset() {
+	*x = ValidateRequest{}
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ValidateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ValidateRequest) ProtoMessage() {}
+
+func (x *ValidateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ValidateRequest.ProtoReflect.Descriptor instead.
+func (*ValidateRequest) Descriptor() ([]byte, []int) {
+	return file_redoubt_v1_redoubt_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *ValidateRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ValidateRequest) GetFull() bool {
+	if x != nil {
+		return x.Full
+	}
+	return false
+}
+
+func (x *ValidateRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
+type ValidateResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// report as JSON (package validation/verdict, Report).
+	Report        []byte `protobuf:"bytes,1,opt,name=report,proto3" json:"report,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ValidateResponse) Reset() {
+	*x = ValidateResponse{}
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ValidateResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ValidateResponse) ProtoMessage() {}
+
+func (x *ValidateResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ValidateResponse.ProtoReflect.Descriptor instead.
+func (*ValidateResponse) Descriptor() ([]byte, []int) {
+	return file_redoubt_v1_redoubt_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *ValidateResponse) GetReport() []byte {
+	if x != nil {
+		return x.Report
+	}
+	return nil
+}
+
+type ValidationRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ValidationRequest) Reset() {
+	*x = ValidationRequest{}
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ValidationRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ValidationRequest) ProtoMessage() {}
+
+func (x *ValidationRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ValidationRequest.ProtoReflect.Descriptor instead.
+func (*ValidationRequest) Descriptor() ([]byte, []int) {
+	return file_redoubt_v1_redoubt_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *ValidationRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type ValidationResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// status as JSON (package validation/verdict, Status).
+	Status        []byte `protobuf:"bytes,1,opt,name=status,proto3" json:"status,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ValidationResponse) Reset() {
+	*x = ValidationResponse{}
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ValidationResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ValidationResponse) ProtoMessage() {}
+
+func (x *ValidationResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ValidationResponse.ProtoReflect.Descriptor instead.
+func (*ValidationResponse) Descriptor() ([]byte, []int) {
+	return file_redoubt_v1_redoubt_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *ValidationResponse) GetStatus() []byte {
+	if x != nil {
+		return x.Status
+	}
+	return nil
+}
+
+type CreateBaselineRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// rules as YAML (package validation/baseline); empty: those of the baseline there is, or the defaults.
+	Rules []byte `protobuf:"bytes,2,opt,name=rules,proto3" json:"rules,omitempty"`
+	// force takes the moment though it is not safe, when none that is has come.
+	Force         bool `protobuf:"varint,3,opt,name=force,proto3" json:"force,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CreateBaselineRequest) Reset() {
+	*x = CreateBaselineRequest{}
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CreateBaselineRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CreateBaselineRequest) ProtoMessage() {}
+
+func (x *CreateBaselineRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CreateBaselineRequest.ProtoReflect.Descriptor instead.
+func (*CreateBaselineRequest) Descriptor() ([]byte, []int) {
+	return file_redoubt_v1_redoubt_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *CreateBaselineRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *CreateBaselineRequest) GetRules() []byte {
+	if x != nil {
+		return x.Rules
+	}
+	return nil
+}
+
+func (x *CreateBaselineRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
+type CreateBaselineResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// drafted as JSON (package validation/verdict, Drafted).
+	Drafted       []byte `protobuf:"bytes,1,opt,name=drafted,proto3" json:"drafted,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CreateBaselineResponse) Reset() {
+	*x = CreateBaselineResponse{}
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CreateBaselineResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CreateBaselineResponse) ProtoMessage() {}
+
+func (x *CreateBaselineResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CreateBaselineResponse.ProtoReflect.Descriptor instead.
+func (*CreateBaselineResponse) Descriptor() ([]byte, []int) {
+	return file_redoubt_v1_redoubt_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *CreateBaselineResponse) GetDrafted() []byte {
+	if x != nil {
+		return x.Drafted
+	}
+	return nil
+}
+
+type GetBaselineRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// draft asks for the one that is not signed yet.
+	Draft         bool `protobuf:"varint,2,opt,name=draft,proto3" json:"draft,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetBaselineRequest) Reset() {
+	*x = GetBaselineRequest{}
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[40]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetBaselineRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetBaselineRequest) ProtoMessage() {}
+
+func (x *GetBaselineRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[40]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetBaselineRequest.ProtoReflect.Descriptor instead.
+func (*GetBaselineRequest) Descriptor() ([]byte, []int) {
+	return file_redoubt_v1_redoubt_proto_rawDescGZIP(), []int{40}
+}
+
+func (x *GetBaselineRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *GetBaselineRequest) GetDraft() bool {
+	if x != nil {
+		return x.Draft
+	}
+	return false
+}
+
+type GetBaselineResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// baseline as a file (package validation/baseline).
+	Baseline      []byte `protobuf:"bytes,1,opt,name=baseline,proto3" json:"baseline,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetBaselineResponse) Reset() {
+	*x = GetBaselineResponse{}
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[41]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetBaselineResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetBaselineResponse) ProtoMessage() {}
+
+func (x *GetBaselineResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[41]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetBaselineResponse.ProtoReflect.Descriptor instead.
+func (*GetBaselineResponse) Descriptor() ([]byte, []int) {
+	return file_redoubt_v1_redoubt_proto_rawDescGZIP(), []int{41}
+}
+
+func (x *GetBaselineResponse) GetBaseline() []byte {
+	if x != nil {
+		return x.Baseline
+	}
+	return nil
+}
+
+type SignBaselineRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// signature is the signed file's last line, which follows the draft.
+	Signature []byte `protobuf:"bytes,2,opt,name=signature,proto3" json:"signature,omitempty"`
+	// signer is the public key that it is of, as ed25519:BASE64.
+	Signer        string `protobuf:"bytes,3,opt,name=signer,proto3" json:"signer,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SignBaselineRequest) Reset() {
+	*x = SignBaselineRequest{}
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SignBaselineRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SignBaselineRequest) ProtoMessage() {}
+
+func (x *SignBaselineRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SignBaselineRequest.ProtoReflect.Descriptor instead.
+func (*SignBaselineRequest) Descriptor() ([]byte, []int) {
+	return file_redoubt_v1_redoubt_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *SignBaselineRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *SignBaselineRequest) GetSignature() []byte {
+	if x != nil {
+		return x.Signature
+	}
+	return nil
+}
+
+func (x *SignBaselineRequest) GetSigner() string {
+	if x != nil {
+		return x.Signer
+	}
+	return ""
+}
+
+type SignBaselineResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Version       uint64                 `protobuf:"varint,1,opt,name=version,proto3" json:"version,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SignBaselineResponse) Reset() {
+	*x = SignBaselineResponse{}
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SignBaselineResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SignBaselineResponse) ProtoMessage() {}
+
+func (x *SignBaselineResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SignBaselineResponse.ProtoReflect.Descriptor instead.
+func (*SignBaselineResponse) Descriptor() ([]byte, []int) {
+	return file_redoubt_v1_redoubt_proto_rawDescGZIP(), []int{43}
+}
+
+func (x *SignBaselineResponse) GetVersion() uint64 {
+	if x != nil {
+		return x.Version
+	}
+	return 0
+}
+
+type AcceptBaselineRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// paths to accept as they are now, such as disk0p1:/etc/passwd; none: all that deviate.
+	Paths         []string `protobuf:"bytes,2,rep,name=paths,proto3" json:"paths,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AcceptBaselineRequest) Reset() {
+	*x = AcceptBaselineRequest{}
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[44]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AcceptBaselineRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AcceptBaselineRequest) ProtoMessage() {}
+
+func (x *AcceptBaselineRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[44]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AcceptBaselineRequest.ProtoReflect.Descriptor instead.
+func (*AcceptBaselineRequest) Descriptor() ([]byte, []int) {
+	return file_redoubt_v1_redoubt_proto_rawDescGZIP(), []int{44}
+}
+
+func (x *AcceptBaselineRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *AcceptBaselineRequest) GetPaths() []string {
+	if x != nil {
+		return x.Paths
+	}
+	return nil
+}
+
+type AcceptBaselineResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// drafted as JSON (package validation/verdict, Drafted).
+	Drafted       []byte `protobuf:"bytes,1,opt,name=drafted,proto3" json:"drafted,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AcceptBaselineResponse) Reset() {
+	*x = AcceptBaselineResponse{}
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[45]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AcceptBaselineResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AcceptBaselineResponse) ProtoMessage() {}
+
+func (x *AcceptBaselineResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_redoubt_v1_redoubt_proto_msgTypes[45]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AcceptBaselineResponse.ProtoReflect.Descriptor instead.
+func (*AcceptBaselineResponse) Descriptor() ([]byte, []int) {
+	return file_redoubt_v1_redoubt_proto_rawDescGZIP(), []int{45}
+}
+
+func (x *AcceptBaselineResponse) GetDrafted() []byte {
+	if x != nil {
+		return x.Drafted
+	}
+	return nil
+}
+
 var File_redoubt_v1_redoubt_proto protoreflect.FileDescriptor
 
 const file_redoubt_v1_redoubt_proto_rawDesc = "" +
@@ -1561,14 +2504,60 @@ const file_redoubt_v1_redoubt_proto_rawDesc = "" +
 	"\x0eModulesRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\")\n" +
 	"\x0fModulesResponse\x12\x16\n" +
-	"\x06report\x18\x01 \x01(\fR\x06report*~\n" +
+	"\x06report\x18\x01 \x01(\fR\x06report\"\"\n" +
+	"\fPauseRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\x0f\n" +
+	"\rPauseResponse\"#\n" +
+	"\rResumeRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\x10\n" +
+	"\x0eResumeResponse\"?\n" +
+	"\x11QuarantineRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\"\x14\n" +
+	"\x12QuarantineResponse\"<\n" +
+	"\x0eReleaseRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\"\x11\n" +
+	"\x0fReleaseResponse\"O\n" +
+	"\x0fValidateRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04full\x18\x02 \x01(\bR\x04full\x12\x14\n" +
+	"\x05force\x18\x03 \x01(\bR\x05force\"*\n" +
+	"\x10ValidateResponse\x12\x16\n" +
+	"\x06report\x18\x01 \x01(\fR\x06report\"'\n" +
+	"\x11ValidationRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\",\n" +
+	"\x12ValidationResponse\x12\x16\n" +
+	"\x06status\x18\x01 \x01(\fR\x06status\"W\n" +
+	"\x15CreateBaselineRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05rules\x18\x02 \x01(\fR\x05rules\x12\x14\n" +
+	"\x05force\x18\x03 \x01(\bR\x05force\"2\n" +
+	"\x16CreateBaselineResponse\x12\x18\n" +
+	"\adrafted\x18\x01 \x01(\fR\adrafted\">\n" +
+	"\x12GetBaselineRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05draft\x18\x02 \x01(\bR\x05draft\"1\n" +
+	"\x13GetBaselineResponse\x12\x1a\n" +
+	"\bbaseline\x18\x01 \x01(\fR\bbaseline\"_\n" +
+	"\x13SignBaselineRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
+	"\tsignature\x18\x02 \x01(\fR\tsignature\x12\x16\n" +
+	"\x06signer\x18\x03 \x01(\tR\x06signer\"0\n" +
+	"\x14SignBaselineResponse\x12\x18\n" +
+	"\aversion\x18\x01 \x01(\x04R\aversion\"A\n" +
+	"\x15AcceptBaselineRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05paths\x18\x02 \x03(\tR\x05paths\"2\n" +
+	"\x16AcceptBaselineResponse\x12\x18\n" +
+	"\adrafted\x18\x01 \x01(\fR\adrafted*~\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eSTATE_STARTING\x10\x01\x12\x11\n" +
 	"\rSTATE_RUNNING\x10\x02\x12\x12\n" +
 	"\x0eSTATE_STOPPING\x10\x03\x12\x11\n" +
 	"\rSTATE_STOPPED\x10\x04\x12\x10\n" +
-	"\fSTATE_FAILED\x10\x052\xa8\x06\n" +
+	"\fSTATE_FAILED\x10\x052\xa1\f\n" +
 	"\fGuestService\x126\n" +
 	"\x03Run\x12\x16.redoubt.v1.RunRequest\x1a\x17.redoubt.v1.RunResponse\x129\n" +
 	"\x04List\x12\x17.redoubt.v1.ListRequest\x1a\x18.redoubt.v1.ListResponse\x126\n" +
@@ -1581,7 +2570,19 @@ const file_redoubt_v1_redoubt_proto_rawDesc = "" +
 	"\x05Quote\x12\x18.redoubt.v1.QuoteRequest\x1a\x19.redoubt.v1.QuoteResponse\x12c\n" +
 	"\x12ActivateCredential\x12%.redoubt.v1.ActivateCredentialRequest\x1a&.redoubt.v1.ActivateCredentialResponse\x12B\n" +
 	"\aInspect\x12\x1a.redoubt.v1.InspectRequest\x1a\x1b.redoubt.v1.InspectResponse\x12B\n" +
-	"\aModules\x12\x1a.redoubt.v1.ModulesRequest\x1a\x1b.redoubt.v1.ModulesResponseB.Z,redoubt.dev/redoubt/api/redoubt/v1;redoubtv1b\x06proto3"
+	"\aModules\x12\x1a.redoubt.v1.ModulesRequest\x1a\x1b.redoubt.v1.ModulesResponse\x12<\n" +
+	"\x05Pause\x12\x18.redoubt.v1.PauseRequest\x1a\x19.redoubt.v1.PauseResponse\x12?\n" +
+	"\x06Resume\x12\x19.redoubt.v1.ResumeRequest\x1a\x1a.redoubt.v1.ResumeResponse\x12K\n" +
+	"\n" +
+	"Quarantine\x12\x1d.redoubt.v1.QuarantineRequest\x1a\x1e.redoubt.v1.QuarantineResponse\x12B\n" +
+	"\aRelease\x12\x1a.redoubt.v1.ReleaseRequest\x1a\x1b.redoubt.v1.ReleaseResponse\x12E\n" +
+	"\bValidate\x12\x1b.redoubt.v1.ValidateRequest\x1a\x1c.redoubt.v1.ValidateResponse\x12K\n" +
+	"\n" +
+	"Validation\x12\x1d.redoubt.v1.ValidationRequest\x1a\x1e.redoubt.v1.ValidationResponse\x12W\n" +
+	"\x0eCreateBaseline\x12!.redoubt.v1.CreateBaselineRequest\x1a\".redoubt.v1.CreateBaselineResponse\x12N\n" +
+	"\vGetBaseline\x12\x1e.redoubt.v1.GetBaselineRequest\x1a\x1f.redoubt.v1.GetBaselineResponse\x12Q\n" +
+	"\fSignBaseline\x12\x1f.redoubt.v1.SignBaselineRequest\x1a .redoubt.v1.SignBaselineResponse\x12W\n" +
+	"\x0eAcceptBaseline\x12!.redoubt.v1.AcceptBaselineRequest\x1a\".redoubt.v1.AcceptBaselineResponseB.Z,redoubt.dev/redoubt/api/redoubt/v1;redoubtv1b\x06proto3"
 
 var (
 	file_redoubt_v1_redoubt_proto_rawDescOnce sync.Once
@@ -1596,7 +2597,7 @@ func file_redoubt_v1_redoubt_proto_rawDescGZIP() []byte {
 }
 
 var file_redoubt_v1_redoubt_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_redoubt_v1_redoubt_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
+var file_redoubt_v1_redoubt_proto_msgTypes = make([]protoimpl.MessageInfo, 46)
 var file_redoubt_v1_redoubt_proto_goTypes = []any{
 	(State)(0),                         // 0: redoubt.v1.State
 	(*Guest)(nil),                      // 1: redoubt.v1.Guest
@@ -1625,6 +2626,26 @@ var file_redoubt_v1_redoubt_proto_goTypes = []any{
 	(*InspectResponse)(nil),            // 24: redoubt.v1.InspectResponse
 	(*ModulesRequest)(nil),             // 25: redoubt.v1.ModulesRequest
 	(*ModulesResponse)(nil),            // 26: redoubt.v1.ModulesResponse
+	(*PauseRequest)(nil),               // 27: redoubt.v1.PauseRequest
+	(*PauseResponse)(nil),              // 28: redoubt.v1.PauseResponse
+	(*ResumeRequest)(nil),              // 29: redoubt.v1.ResumeRequest
+	(*ResumeResponse)(nil),             // 30: redoubt.v1.ResumeResponse
+	(*QuarantineRequest)(nil),          // 31: redoubt.v1.QuarantineRequest
+	(*QuarantineResponse)(nil),         // 32: redoubt.v1.QuarantineResponse
+	(*ReleaseRequest)(nil),             // 33: redoubt.v1.ReleaseRequest
+	(*ReleaseResponse)(nil),            // 34: redoubt.v1.ReleaseResponse
+	(*ValidateRequest)(nil),            // 35: redoubt.v1.ValidateRequest
+	(*ValidateResponse)(nil),           // 36: redoubt.v1.ValidateResponse
+	(*ValidationRequest)(nil),          // 37: redoubt.v1.ValidationRequest
+	(*ValidationResponse)(nil),         // 38: redoubt.v1.ValidationResponse
+	(*CreateBaselineRequest)(nil),      // 39: redoubt.v1.CreateBaselineRequest
+	(*CreateBaselineResponse)(nil),     // 40: redoubt.v1.CreateBaselineResponse
+	(*GetBaselineRequest)(nil),         // 41: redoubt.v1.GetBaselineRequest
+	(*GetBaselineResponse)(nil),        // 42: redoubt.v1.GetBaselineResponse
+	(*SignBaselineRequest)(nil),        // 43: redoubt.v1.SignBaselineRequest
+	(*SignBaselineResponse)(nil),       // 44: redoubt.v1.SignBaselineResponse
+	(*AcceptBaselineRequest)(nil),      // 45: redoubt.v1.AcceptBaselineRequest
+	(*AcceptBaselineResponse)(nil),     // 46: redoubt.v1.AcceptBaselineResponse
 }
 var file_redoubt_v1_redoubt_proto_depIdxs = []int32{
 	0,  // 0: redoubt.v1.Guest.state:type_name -> redoubt.v1.State
@@ -1646,20 +2667,40 @@ var file_redoubt_v1_redoubt_proto_depIdxs = []int32{
 	21, // 16: redoubt.v1.GuestService.ActivateCredential:input_type -> redoubt.v1.ActivateCredentialRequest
 	23, // 17: redoubt.v1.GuestService.Inspect:input_type -> redoubt.v1.InspectRequest
 	25, // 18: redoubt.v1.GuestService.Modules:input_type -> redoubt.v1.ModulesRequest
-	4,  // 19: redoubt.v1.GuestService.Run:output_type -> redoubt.v1.RunResponse
-	6,  // 20: redoubt.v1.GuestService.List:output_type -> redoubt.v1.ListResponse
-	8,  // 21: redoubt.v1.GuestService.Get:output_type -> redoubt.v1.GetResponse
-	10, // 22: redoubt.v1.GuestService.Stop:output_type -> redoubt.v1.StopResponse
-	12, // 23: redoubt.v1.GuestService.Remove:output_type -> redoubt.v1.RemoveResponse
-	14, // 24: redoubt.v1.GuestService.Console:output_type -> redoubt.v1.ConsoleResponse
-	16, // 25: redoubt.v1.GuestService.Logs:output_type -> redoubt.v1.LogsResponse
-	18, // 26: redoubt.v1.GuestService.Events:output_type -> redoubt.v1.EventsResponse
-	20, // 27: redoubt.v1.GuestService.Quote:output_type -> redoubt.v1.QuoteResponse
-	22, // 28: redoubt.v1.GuestService.ActivateCredential:output_type -> redoubt.v1.ActivateCredentialResponse
-	24, // 29: redoubt.v1.GuestService.Inspect:output_type -> redoubt.v1.InspectResponse
-	26, // 30: redoubt.v1.GuestService.Modules:output_type -> redoubt.v1.ModulesResponse
-	19, // [19:31] is the sub-list for method output_type
-	7,  // [7:19] is the sub-list for method input_type
+	27, // 19: redoubt.v1.GuestService.Pause:input_type -> redoubt.v1.PauseRequest
+	29, // 20: redoubt.v1.GuestService.Resume:input_type -> redoubt.v1.ResumeRequest
+	31, // 21: redoubt.v1.GuestService.Quarantine:input_type -> redoubt.v1.QuarantineRequest
+	33, // 22: redoubt.v1.GuestService.Release:input_type -> redoubt.v1.ReleaseRequest
+	35, // 23: redoubt.v1.GuestService.Validate:input_type -> redoubt.v1.ValidateRequest
+	37, // 24: redoubt.v1.GuestService.Validation:input_type -> redoubt.v1.ValidationRequest
+	39, // 25: redoubt.v1.GuestService.CreateBaseline:input_type -> redoubt.v1.CreateBaselineRequest
+	41, // 26: redoubt.v1.GuestService.GetBaseline:input_type -> redoubt.v1.GetBaselineRequest
+	43, // 27: redoubt.v1.GuestService.SignBaseline:input_type -> redoubt.v1.SignBaselineRequest
+	45, // 28: redoubt.v1.GuestService.AcceptBaseline:input_type -> redoubt.v1.AcceptBaselineRequest
+	4,  // 29: redoubt.v1.GuestService.Run:output_type -> redoubt.v1.RunResponse
+	6,  // 30: redoubt.v1.GuestService.List:output_type -> redoubt.v1.ListResponse
+	8,  // 31: redoubt.v1.GuestService.Get:output_type -> redoubt.v1.GetResponse
+	10, // 32: redoubt.v1.GuestService.Stop:output_type -> redoubt.v1.StopResponse
+	12, // 33: redoubt.v1.GuestService.Remove:output_type -> redoubt.v1.RemoveResponse
+	14, // 34: redoubt.v1.GuestService.Console:output_type -> redoubt.v1.ConsoleResponse
+	16, // 35: redoubt.v1.GuestService.Logs:output_type -> redoubt.v1.LogsResponse
+	18, // 36: redoubt.v1.GuestService.Events:output_type -> redoubt.v1.EventsResponse
+	20, // 37: redoubt.v1.GuestService.Quote:output_type -> redoubt.v1.QuoteResponse
+	22, // 38: redoubt.v1.GuestService.ActivateCredential:output_type -> redoubt.v1.ActivateCredentialResponse
+	24, // 39: redoubt.v1.GuestService.Inspect:output_type -> redoubt.v1.InspectResponse
+	26, // 40: redoubt.v1.GuestService.Modules:output_type -> redoubt.v1.ModulesResponse
+	28, // 41: redoubt.v1.GuestService.Pause:output_type -> redoubt.v1.PauseResponse
+	30, // 42: redoubt.v1.GuestService.Resume:output_type -> redoubt.v1.ResumeResponse
+	32, // 43: redoubt.v1.GuestService.Quarantine:output_type -> redoubt.v1.QuarantineResponse
+	34, // 44: redoubt.v1.GuestService.Release:output_type -> redoubt.v1.ReleaseResponse
+	36, // 45: redoubt.v1.GuestService.Validate:output_type -> redoubt.v1.ValidateResponse
+	38, // 46: redoubt.v1.GuestService.Validation:output_type -> redoubt.v1.ValidationResponse
+	40, // 47: redoubt.v1.GuestService.CreateBaseline:output_type -> redoubt.v1.CreateBaselineResponse
+	42, // 48: redoubt.v1.GuestService.GetBaseline:output_type -> redoubt.v1.GetBaselineResponse
+	44, // 49: redoubt.v1.GuestService.SignBaseline:output_type -> redoubt.v1.SignBaselineResponse
+	46, // 50: redoubt.v1.GuestService.AcceptBaseline:output_type -> redoubt.v1.AcceptBaselineResponse
+	29, // [29:51] is the sub-list for method output_type
+	7,  // [7:29] is the sub-list for method input_type
 	7,  // [7:7] is the sub-list for extension type_name
 	7,  // [7:7] is the sub-list for extension extendee
 	0,  // [0:7] is the sub-list for field type_name
@@ -1676,7 +2717,7 @@ func file_redoubt_v1_redoubt_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_redoubt_v1_redoubt_proto_rawDesc), len(file_redoubt_v1_redoubt_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   26,
+			NumMessages:   46,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -51,6 +51,7 @@ type Guest struct {
 	Ends     []*os.File `json:"-"` // the toolstack's ends of both, and the console's log, for the next toolstack
 	Disks    []*os.File `json:"-"`
 	Bases    []*os.File `json:"-"` // of those that are overlays, nil for others
+	Changes  []*os.File `json:"-"` // maps of the disks' changes, see block.Changes; nil of those that are only read
 }
 
 // singles are the files of which a guest has one or none.
@@ -63,7 +64,7 @@ func (g *Guest) files() (all []*os.File) {
 	for _, f := range g.singles() {
 		all = append(all, *f)
 	}
-	return slices.Concat(all, g.Ends, g.Disks, g.Bases)
+	return slices.Concat(all, g.Ends, g.Disks, g.Bases, g.Changes)
 }
 
 // Close closes all files.
@@ -108,7 +109,7 @@ func restore(e fdstore.Entry) (g Guest, err error) {
 		}
 	}
 	singles := g.singles()
-	if s.Ends < 0 || s.Disks < 0 || want != len(e.Files) || len(s.Has) != len(singles)+s.Ends+2*s.Disks {
+	if s.Ends < 0 || s.Disks < 0 || want != len(e.Files) || len(s.Has) != len(singles)+s.Ends+3*s.Disks {
 		return g, fmt.Errorf("kept %s: %d descriptors, not %d", e.Name, len(e.Files), want)
 	}
 	rest := e.Files
@@ -122,7 +123,8 @@ func restore(e fdstore.Entry) (g Guest, err error) {
 		*f = all[i]
 	}
 	all = all[len(singles):]
-	g.Ends, g.Disks, g.Bases = all[:s.Ends:s.Ends], all[s.Ends:][:s.Disks:s.Disks], all[s.Ends+s.Disks:]
+	g.Ends, all = all[:s.Ends:s.Ends], all[s.Ends:]
+	g.Disks, g.Bases, g.Changes = all[:s.Disks:s.Disks], all[s.Disks:][:s.Disks:s.Disks], all[2*s.Disks:]
 	return g, nil
 }
 

@@ -63,6 +63,7 @@ func TestGuest(t *testing.T) {
 				Kernel: file(t, "kernel"), Profile: file(t, "profile"), Console: file(t, "console"), Channel: file(t, "channel"),
 				Ends:  []*os.File{file(t, "end 0"), file(t, "end 1"), file(t, "log")},
 				Disks: []*os.File{file(t, "disk 0"), file(t, "disk 1")}, Bases: []*os.File{nil, file(t, "base 1")},
+				Changes: []*os.File{file(t, "changes 0"), nil},
 			},
 			Run{Domain: 17, PID: 1234, QEMU: 1235, PCI: pci, Instance: audit.NewInstance("emulator", 1234), Memory: file(t, "memory")},
 		},

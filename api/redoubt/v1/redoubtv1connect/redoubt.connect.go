@@ -60,6 +60,30 @@ const (
 	GuestServiceInspectProcedure = "/redoubt.v1.GuestService/Inspect"
 	// GuestServiceModulesProcedure is the fully-qualified name of the GuestService's Modules RPC.
 	GuestServiceModulesProcedure = "/redoubt.v1.GuestService/Modules"
+	// GuestServicePauseProcedure is the fully-qualified name of the GuestService's Pause RPC.
+	GuestServicePauseProcedure = "/redoubt.v1.GuestService/Pause"
+	// GuestServiceResumeProcedure is the fully-qualified name of the GuestService's Resume RPC.
+	GuestServiceResumeProcedure = "/redoubt.v1.GuestService/Resume"
+	// GuestServiceQuarantineProcedure is the fully-qualified name of the GuestService's Quarantine RPC.
+	GuestServiceQuarantineProcedure = "/redoubt.v1.GuestService/Quarantine"
+	// GuestServiceReleaseProcedure is the fully-qualified name of the GuestService's Release RPC.
+	GuestServiceReleaseProcedure = "/redoubt.v1.GuestService/Release"
+	// GuestServiceValidateProcedure is the fully-qualified name of the GuestService's Validate RPC.
+	GuestServiceValidateProcedure = "/redoubt.v1.GuestService/Validate"
+	// GuestServiceValidationProcedure is the fully-qualified name of the GuestService's Validation RPC.
+	GuestServiceValidationProcedure = "/redoubt.v1.GuestService/Validation"
+	// GuestServiceCreateBaselineProcedure is the fully-qualified name of the GuestService's
+	// CreateBaseline RPC.
+	GuestServiceCreateBaselineProcedure = "/redoubt.v1.GuestService/CreateBaseline"
+	// GuestServiceGetBaselineProcedure is the fully-qualified name of the GuestService's GetBaseline
+	// RPC.
+	GuestServiceGetBaselineProcedure = "/redoubt.v1.GuestService/GetBaseline"
+	// GuestServiceSignBaselineProcedure is the fully-qualified name of the GuestService's SignBaseline
+	// RPC.
+	GuestServiceSignBaselineProcedure = "/redoubt.v1.GuestService/SignBaseline"
+	// GuestServiceAcceptBaselineProcedure is the fully-qualified name of the GuestService's
+	// AcceptBaseline RPC.
+	GuestServiceAcceptBaselineProcedure = "/redoubt.v1.GuestService/AcceptBaseline"
 )
 
 // GuestServiceClient is a client for the redoubt.v1.GuestService service.
@@ -91,6 +115,26 @@ type GuestServiceClient interface {
 	Inspect(context.Context, *v1.InspectRequest) (*v1.InspectResponse, error)
 	// Modules answers with what the isolated modules of a running guest have done since it booted.
 	Modules(context.Context, *v1.ModulesRequest) (*v1.ModulesResponse, error)
+	// Pause stops a running guest's processors and its clock. One that is paused already is no error.
+	Pause(context.Context, *v1.PauseRequest) (*v1.PauseResponse, error)
+	// Resume ends what Pause began. One that is not paused is no error.
+	Resume(context.Context, *v1.ResumeRequest) (*v1.ResumeResponse, error)
+	// Quarantine has the guest's NICs reach nothing but the remediation addresses, from now on and over its restarts.
+	Quarantine(context.Context, *v1.QuarantineRequest) (*v1.QuarantineResponse, error)
+	// Release ends all that is in force against a guest: quarantine, a verdict's pause, a revoked vTPM.
+	Release(context.Context, *v1.ReleaseRequest) (*v1.ReleaseResponse, error)
+	// Validate holds a running guest's disks to its baseline and answers with the verdict.
+	Validate(context.Context, *v1.ValidateRequest) (*v1.ValidateResponse, error)
+	// Validation answers with the last verdict and with what is in force against the guest.
+	Validation(context.Context, *v1.ValidationRequest) (*v1.ValidationResponse, error)
+	// CreateBaseline reads a running guest's disks and drafts its next baseline.
+	CreateBaseline(context.Context, *v1.CreateBaselineRequest) (*v1.CreateBaselineResponse, error)
+	// GetBaseline answers with a guest's baseline, or with the draft of its next one.
+	GetBaseline(context.Context, *v1.GetBaselineRequest) (*v1.GetBaselineResponse, error)
+	// SignBaseline puts a signature to the draft, which is the guest's baseline from then on.
+	SignBaseline(context.Context, *v1.SignBaselineRequest) (*v1.SignBaselineResponse, error)
+	// AcceptBaseline drafts the next baseline from the one there is, with some files as they are now.
+	AcceptBaseline(context.Context, *v1.AcceptBaselineRequest) (*v1.AcceptBaselineResponse, error)
 }
 
 // NewGuestServiceClient constructs a client for the redoubt.v1.GuestService service. By default, it
@@ -176,6 +220,66 @@ func NewGuestServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 			connect.WithSchema(guestServiceMethods.ByName("Modules")),
 			connect.WithClientOptions(opts...),
 		),
+		pause: connect.NewClient[v1.PauseRequest, v1.PauseResponse](
+			httpClient,
+			baseURL+GuestServicePauseProcedure,
+			connect.WithSchema(guestServiceMethods.ByName("Pause")),
+			connect.WithClientOptions(opts...),
+		),
+		resume: connect.NewClient[v1.ResumeRequest, v1.ResumeResponse](
+			httpClient,
+			baseURL+GuestServiceResumeProcedure,
+			connect.WithSchema(guestServiceMethods.ByName("Resume")),
+			connect.WithClientOptions(opts...),
+		),
+		quarantine: connect.NewClient[v1.QuarantineRequest, v1.QuarantineResponse](
+			httpClient,
+			baseURL+GuestServiceQuarantineProcedure,
+			connect.WithSchema(guestServiceMethods.ByName("Quarantine")),
+			connect.WithClientOptions(opts...),
+		),
+		release: connect.NewClient[v1.ReleaseRequest, v1.ReleaseResponse](
+			httpClient,
+			baseURL+GuestServiceReleaseProcedure,
+			connect.WithSchema(guestServiceMethods.ByName("Release")),
+			connect.WithClientOptions(opts...),
+		),
+		validate: connect.NewClient[v1.ValidateRequest, v1.ValidateResponse](
+			httpClient,
+			baseURL+GuestServiceValidateProcedure,
+			connect.WithSchema(guestServiceMethods.ByName("Validate")),
+			connect.WithClientOptions(opts...),
+		),
+		validation: connect.NewClient[v1.ValidationRequest, v1.ValidationResponse](
+			httpClient,
+			baseURL+GuestServiceValidationProcedure,
+			connect.WithSchema(guestServiceMethods.ByName("Validation")),
+			connect.WithClientOptions(opts...),
+		),
+		createBaseline: connect.NewClient[v1.CreateBaselineRequest, v1.CreateBaselineResponse](
+			httpClient,
+			baseURL+GuestServiceCreateBaselineProcedure,
+			connect.WithSchema(guestServiceMethods.ByName("CreateBaseline")),
+			connect.WithClientOptions(opts...),
+		),
+		getBaseline: connect.NewClient[v1.GetBaselineRequest, v1.GetBaselineResponse](
+			httpClient,
+			baseURL+GuestServiceGetBaselineProcedure,
+			connect.WithSchema(guestServiceMethods.ByName("GetBaseline")),
+			connect.WithClientOptions(opts...),
+		),
+		signBaseline: connect.NewClient[v1.SignBaselineRequest, v1.SignBaselineResponse](
+			httpClient,
+			baseURL+GuestServiceSignBaselineProcedure,
+			connect.WithSchema(guestServiceMethods.ByName("SignBaseline")),
+			connect.WithClientOptions(opts...),
+		),
+		acceptBaseline: connect.NewClient[v1.AcceptBaselineRequest, v1.AcceptBaselineResponse](
+			httpClient,
+			baseURL+GuestServiceAcceptBaselineProcedure,
+			connect.WithSchema(guestServiceMethods.ByName("AcceptBaseline")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -193,6 +297,16 @@ type guestServiceClient struct {
 	activateCredential *connect.Client[v1.ActivateCredentialRequest, v1.ActivateCredentialResponse]
 	inspect            *connect.Client[v1.InspectRequest, v1.InspectResponse]
 	modules            *connect.Client[v1.ModulesRequest, v1.ModulesResponse]
+	pause              *connect.Client[v1.PauseRequest, v1.PauseResponse]
+	resume             *connect.Client[v1.ResumeRequest, v1.ResumeResponse]
+	quarantine         *connect.Client[v1.QuarantineRequest, v1.QuarantineResponse]
+	release            *connect.Client[v1.ReleaseRequest, v1.ReleaseResponse]
+	validate           *connect.Client[v1.ValidateRequest, v1.ValidateResponse]
+	validation         *connect.Client[v1.ValidationRequest, v1.ValidationResponse]
+	createBaseline     *connect.Client[v1.CreateBaselineRequest, v1.CreateBaselineResponse]
+	getBaseline        *connect.Client[v1.GetBaselineRequest, v1.GetBaselineResponse]
+	signBaseline       *connect.Client[v1.SignBaselineRequest, v1.SignBaselineResponse]
+	acceptBaseline     *connect.Client[v1.AcceptBaselineRequest, v1.AcceptBaselineResponse]
 }
 
 // Run calls redoubt.v1.GuestService.Run.
@@ -291,6 +405,96 @@ func (c *guestServiceClient) Modules(ctx context.Context, req *v1.ModulesRequest
 	return nil, err
 }
 
+// Pause calls redoubt.v1.GuestService.Pause.
+func (c *guestServiceClient) Pause(ctx context.Context, req *v1.PauseRequest) (*v1.PauseResponse, error) {
+	response, err := c.pause.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// Resume calls redoubt.v1.GuestService.Resume.
+func (c *guestServiceClient) Resume(ctx context.Context, req *v1.ResumeRequest) (*v1.ResumeResponse, error) {
+	response, err := c.resume.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// Quarantine calls redoubt.v1.GuestService.Quarantine.
+func (c *guestServiceClient) Quarantine(ctx context.Context, req *v1.QuarantineRequest) (*v1.QuarantineResponse, error) {
+	response, err := c.quarantine.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// Release calls redoubt.v1.GuestService.Release.
+func (c *guestServiceClient) Release(ctx context.Context, req *v1.ReleaseRequest) (*v1.ReleaseResponse, error) {
+	response, err := c.release.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// Validate calls redoubt.v1.GuestService.Validate.
+func (c *guestServiceClient) Validate(ctx context.Context, req *v1.ValidateRequest) (*v1.ValidateResponse, error) {
+	response, err := c.validate.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// Validation calls redoubt.v1.GuestService.Validation.
+func (c *guestServiceClient) Validation(ctx context.Context, req *v1.ValidationRequest) (*v1.ValidationResponse, error) {
+	response, err := c.validation.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// CreateBaseline calls redoubt.v1.GuestService.CreateBaseline.
+func (c *guestServiceClient) CreateBaseline(ctx context.Context, req *v1.CreateBaselineRequest) (*v1.CreateBaselineResponse, error) {
+	response, err := c.createBaseline.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// GetBaseline calls redoubt.v1.GuestService.GetBaseline.
+func (c *guestServiceClient) GetBaseline(ctx context.Context, req *v1.GetBaselineRequest) (*v1.GetBaselineResponse, error) {
+	response, err := c.getBaseline.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// SignBaseline calls redoubt.v1.GuestService.SignBaseline.
+func (c *guestServiceClient) SignBaseline(ctx context.Context, req *v1.SignBaselineRequest) (*v1.SignBaselineResponse, error) {
+	response, err := c.signBaseline.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// AcceptBaseline calls redoubt.v1.GuestService.AcceptBaseline.
+func (c *guestServiceClient) AcceptBaseline(ctx context.Context, req *v1.AcceptBaselineRequest) (*v1.AcceptBaselineResponse, error) {
+	response, err := c.acceptBaseline.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
 // GuestServiceHandler is an implementation of the redoubt.v1.GuestService service.
 type GuestServiceHandler interface {
 	// Run creates a guest, or starts a stopped one, and answers when its kernel runs.
@@ -320,6 +524,26 @@ type GuestServiceHandler interface {
 	Inspect(context.Context, *v1.InspectRequest) (*v1.InspectResponse, error)
 	// Modules answers with what the isolated modules of a running guest have done since it booted.
 	Modules(context.Context, *v1.ModulesRequest) (*v1.ModulesResponse, error)
+	// Pause stops a running guest's processors and its clock. One that is paused already is no error.
+	Pause(context.Context, *v1.PauseRequest) (*v1.PauseResponse, error)
+	// Resume ends what Pause began. One that is not paused is no error.
+	Resume(context.Context, *v1.ResumeRequest) (*v1.ResumeResponse, error)
+	// Quarantine has the guest's NICs reach nothing but the remediation addresses, from now on and over its restarts.
+	Quarantine(context.Context, *v1.QuarantineRequest) (*v1.QuarantineResponse, error)
+	// Release ends all that is in force against a guest: quarantine, a verdict's pause, a revoked vTPM.
+	Release(context.Context, *v1.ReleaseRequest) (*v1.ReleaseResponse, error)
+	// Validate holds a running guest's disks to its baseline and answers with the verdict.
+	Validate(context.Context, *v1.ValidateRequest) (*v1.ValidateResponse, error)
+	// Validation answers with the last verdict and with what is in force against the guest.
+	Validation(context.Context, *v1.ValidationRequest) (*v1.ValidationResponse, error)
+	// CreateBaseline reads a running guest's disks and drafts its next baseline.
+	CreateBaseline(context.Context, *v1.CreateBaselineRequest) (*v1.CreateBaselineResponse, error)
+	// GetBaseline answers with a guest's baseline, or with the draft of its next one.
+	GetBaseline(context.Context, *v1.GetBaselineRequest) (*v1.GetBaselineResponse, error)
+	// SignBaseline puts a signature to the draft, which is the guest's baseline from then on.
+	SignBaseline(context.Context, *v1.SignBaselineRequest) (*v1.SignBaselineResponse, error)
+	// AcceptBaseline drafts the next baseline from the one there is, with some files as they are now.
+	AcceptBaseline(context.Context, *v1.AcceptBaselineRequest) (*v1.AcceptBaselineResponse, error)
 }
 
 // NewGuestServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -401,6 +625,66 @@ func NewGuestServiceHandler(svc GuestServiceHandler, opts ...connect.HandlerOpti
 		connect.WithSchema(guestServiceMethods.ByName("Modules")),
 		connect.WithHandlerOptions(opts...),
 	)
+	guestServicePauseHandler := connect.NewUnaryHandlerSimple(
+		GuestServicePauseProcedure,
+		svc.Pause,
+		connect.WithSchema(guestServiceMethods.ByName("Pause")),
+		connect.WithHandlerOptions(opts...),
+	)
+	guestServiceResumeHandler := connect.NewUnaryHandlerSimple(
+		GuestServiceResumeProcedure,
+		svc.Resume,
+		connect.WithSchema(guestServiceMethods.ByName("Resume")),
+		connect.WithHandlerOptions(opts...),
+	)
+	guestServiceQuarantineHandler := connect.NewUnaryHandlerSimple(
+		GuestServiceQuarantineProcedure,
+		svc.Quarantine,
+		connect.WithSchema(guestServiceMethods.ByName("Quarantine")),
+		connect.WithHandlerOptions(opts...),
+	)
+	guestServiceReleaseHandler := connect.NewUnaryHandlerSimple(
+		GuestServiceReleaseProcedure,
+		svc.Release,
+		connect.WithSchema(guestServiceMethods.ByName("Release")),
+		connect.WithHandlerOptions(opts...),
+	)
+	guestServiceValidateHandler := connect.NewUnaryHandlerSimple(
+		GuestServiceValidateProcedure,
+		svc.Validate,
+		connect.WithSchema(guestServiceMethods.ByName("Validate")),
+		connect.WithHandlerOptions(opts...),
+	)
+	guestServiceValidationHandler := connect.NewUnaryHandlerSimple(
+		GuestServiceValidationProcedure,
+		svc.Validation,
+		connect.WithSchema(guestServiceMethods.ByName("Validation")),
+		connect.WithHandlerOptions(opts...),
+	)
+	guestServiceCreateBaselineHandler := connect.NewUnaryHandlerSimple(
+		GuestServiceCreateBaselineProcedure,
+		svc.CreateBaseline,
+		connect.WithSchema(guestServiceMethods.ByName("CreateBaseline")),
+		connect.WithHandlerOptions(opts...),
+	)
+	guestServiceGetBaselineHandler := connect.NewUnaryHandlerSimple(
+		GuestServiceGetBaselineProcedure,
+		svc.GetBaseline,
+		connect.WithSchema(guestServiceMethods.ByName("GetBaseline")),
+		connect.WithHandlerOptions(opts...),
+	)
+	guestServiceSignBaselineHandler := connect.NewUnaryHandlerSimple(
+		GuestServiceSignBaselineProcedure,
+		svc.SignBaseline,
+		connect.WithSchema(guestServiceMethods.ByName("SignBaseline")),
+		connect.WithHandlerOptions(opts...),
+	)
+	guestServiceAcceptBaselineHandler := connect.NewUnaryHandlerSimple(
+		GuestServiceAcceptBaselineProcedure,
+		svc.AcceptBaseline,
+		connect.WithSchema(guestServiceMethods.ByName("AcceptBaseline")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/redoubt.v1.GuestService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case GuestServiceRunProcedure:
@@ -427,6 +711,26 @@ func NewGuestServiceHandler(svc GuestServiceHandler, opts ...connect.HandlerOpti
 			guestServiceInspectHandler.ServeHTTP(w, r)
 		case GuestServiceModulesProcedure:
 			guestServiceModulesHandler.ServeHTTP(w, r)
+		case GuestServicePauseProcedure:
+			guestServicePauseHandler.ServeHTTP(w, r)
+		case GuestServiceResumeProcedure:
+			guestServiceResumeHandler.ServeHTTP(w, r)
+		case GuestServiceQuarantineProcedure:
+			guestServiceQuarantineHandler.ServeHTTP(w, r)
+		case GuestServiceReleaseProcedure:
+			guestServiceReleaseHandler.ServeHTTP(w, r)
+		case GuestServiceValidateProcedure:
+			guestServiceValidateHandler.ServeHTTP(w, r)
+		case GuestServiceValidationProcedure:
+			guestServiceValidationHandler.ServeHTTP(w, r)
+		case GuestServiceCreateBaselineProcedure:
+			guestServiceCreateBaselineHandler.ServeHTTP(w, r)
+		case GuestServiceGetBaselineProcedure:
+			guestServiceGetBaselineHandler.ServeHTTP(w, r)
+		case GuestServiceSignBaselineProcedure:
+			guestServiceSignBaselineHandler.ServeHTTP(w, r)
+		case GuestServiceAcceptBaselineProcedure:
+			guestServiceAcceptBaselineHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -482,4 +786,44 @@ func (UnimplementedGuestServiceHandler) Inspect(context.Context, *v1.InspectRequ
 
 func (UnimplementedGuestServiceHandler) Modules(context.Context, *v1.ModulesRequest) (*v1.ModulesResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("redoubt.v1.GuestService.Modules is not implemented"))
+}
+
+func (UnimplementedGuestServiceHandler) Pause(context.Context, *v1.PauseRequest) (*v1.PauseResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("redoubt.v1.GuestService.Pause is not implemented"))
+}
+
+func (UnimplementedGuestServiceHandler) Resume(context.Context, *v1.ResumeRequest) (*v1.ResumeResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("redoubt.v1.GuestService.Resume is not implemented"))
+}
+
+func (UnimplementedGuestServiceHandler) Quarantine(context.Context, *v1.QuarantineRequest) (*v1.QuarantineResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("redoubt.v1.GuestService.Quarantine is not implemented"))
+}
+
+func (UnimplementedGuestServiceHandler) Release(context.Context, *v1.ReleaseRequest) (*v1.ReleaseResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("redoubt.v1.GuestService.Release is not implemented"))
+}
+
+func (UnimplementedGuestServiceHandler) Validate(context.Context, *v1.ValidateRequest) (*v1.ValidateResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("redoubt.v1.GuestService.Validate is not implemented"))
+}
+
+func (UnimplementedGuestServiceHandler) Validation(context.Context, *v1.ValidationRequest) (*v1.ValidationResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("redoubt.v1.GuestService.Validation is not implemented"))
+}
+
+func (UnimplementedGuestServiceHandler) CreateBaseline(context.Context, *v1.CreateBaselineRequest) (*v1.CreateBaselineResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("redoubt.v1.GuestService.CreateBaseline is not implemented"))
+}
+
+func (UnimplementedGuestServiceHandler) GetBaseline(context.Context, *v1.GetBaselineRequest) (*v1.GetBaselineResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("redoubt.v1.GuestService.GetBaseline is not implemented"))
+}
+
+func (UnimplementedGuestServiceHandler) SignBaseline(context.Context, *v1.SignBaselineRequest) (*v1.SignBaselineResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("redoubt.v1.GuestService.SignBaseline is not implemented"))
+}
+
+func (UnimplementedGuestServiceHandler) AcceptBaseline(context.Context, *v1.AcceptBaselineRequest) (*v1.AcceptBaselineResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("redoubt.v1.GuestService.AcceptBaseline is not implemented"))
 }

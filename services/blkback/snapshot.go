@@ -1,0 +1,67 @@
+package blkback
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"time"
+
+	"redoubt.dev/redoubt/block"
+	"redoubt.dev/redoubt/ipc/rpc"
+	"redoubt.dev/redoubt/services/protocol"
+)
+
+// snapshot begins a snapshot of the disks that it is asked for, all at one moment: no change of any of them is made
+// meanwhile. Whether it may, the guest's rings say: the guest's processors are held by the caller, so that no request comes.
+func (s *service) snapshot(in protocol.Snapshot, files []*os.File) (out protocol.Snapshotted, err error) {
+	if len(files) != len(in.Disks) || len(in.Disks) == 0 || !slices.IsSorted(in.Disks) || len(slices.Compact(slices.Clone(in.Disks))) != len(in.Disks) {
+		return out, rpc.Errorf(rpc.Invalid, "blkback: %d snapshots for disks %v", len(files), in.Disks)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var disks []*disk
+	var snapshots []*block.Snapshot
+	defer func() {
+		for _, n := range snapshots { // that no disk has taken
+			err = errors.Join(err, n.Close())
+		}
+	}()
+	for i, index := range in.Disks {
+		d := s.disks[index]
+		if d == nil {
+			return out, rpc.Errorf(rpc.Unavailable, "disks[%d]: the guest has no connection to it", index)
+		}
+		n, err := block.OpenSnapshot(files[i], d.image.Size(), in.Scratch)
+		if err != nil {
+			return out, fmt.Errorf("disks[%d]: %w", index, err)
+		}
+		disks, snapshots = append(disks, d), append(snapshots, n)
+	}
+	start := time.Now()
+	for _, d := range disks {
+		d.image.Hold()
+		defer d.image.Release()
+	}
+	for _, d := range s.disks { // of those that are only read, too
+		out.InFlight += d.rings.InFlight()
+	}
+	if out.InFlight == 0 || in.Force {
+		for i, d := range disks {
+			err = errors.Join(err, d.image.Begin(snapshots[i], in.Validated))
+		}
+		snapshots = nil
+	}
+	out.Held = time.Since(start)
+	return out, err
+}
+
+// drop ends the snapshot of all disks.
+func (s *service) drop() (err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, d := range s.disks {
+		err = errors.Join(err, d.image.Drop())
+	}
+	return err
+}

@@ -1,0 +1,163 @@
+package builder
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"sync"
+
+	"redoubt.dev/redoubt/block"
+	"redoubt.dev/redoubt/ipc"
+	"redoubt.dev/redoubt/ipc/rpc"
+	"redoubt.dev/redoubt/memfd"
+	inspected "redoubt.dev/redoubt/services/inspector/asked"
+	"redoubt.dev/redoubt/services/keeper"
+	"redoubt.dev/redoubt/services/protocol"
+)
+
+// The memory of a guest's snapshots and of the maps of its disks' changes is the Builder's: a BlkBack that is replaced gets
+// it again.
+
+// copies is how much memory a guest's BlkBack may take for copies of what is overwritten, in bytes.
+func (g *guest) copies() (sum uint64) {
+	for _, d := range g.Build.Spec.Disks {
+		if !d.ReadOnly {
+			sum += uint64(block.SnapshotSize(int64(g.Build.Spec.Validated().Scratch)))
+		}
+	}
+	return sum
+}
+
+// snapshot has BlkBack begin a snapshot of all disks that can be written. One that is lost over it may have begun one: the
+// next is asked for another, and told that nothing was validated, so that no change is lost.
+func (s *storage) snapshot(ctx context.Context, validated, force bool) (out protocol.Snapshotted, err error) {
+	s.Lock()
+	defer s.Unlock()
+	if s.run == nil {
+		return out, rpc.Errorf(rpc.Unavailable, "the guest is being started: ask again")
+	}
+	s.forgetSnapshot()
+	err = s.Serve(func(i *keeper.Instance) error {
+		in := protocol.Snapshot{Scratch: int64(s.g.Build.Spec.Validated().Scratch), Validated: validated, Force: force}
+		validated = false
+		all := make([]*os.File, len(s.g.Disks))
+		var files []*os.File
+		for d := range s.g.Disks {
+			if s.g.Changes[d] == nil {
+				continue
+			}
+			f, err := memfd.New("snapshot", block.SnapshotSize(in.Scratch))
+			if err != nil {
+				ipc.CloseAll(files)
+				return err
+			}
+			all[d], files = f, append(files, f)
+			in.Disks, in.Files = append(in.Disks, d), append(in.Files, protocol.FileSnapshot)
+		}
+		if len(files) == 0 { // nothing of it can change
+			s.snapshots = all
+			return nil
+		}
+		if _, err := i.Peer.Call(ctx, protocol.MethodSnapshot, in, &out, files...); err != nil || out.InFlight > 0 && !force {
+			ipc.CloseAll(files)
+			return err
+		}
+		s.scratch, s.snapshots = in.Scratch, all
+		return nil
+	})
+	return out, err
+}
+
+// dropSnapshot ends it.
+func (s *storage) dropSnapshot(ctx context.Context) error {
+	s.Lock()
+	defer s.Unlock()
+	if s.snapshots == nil {
+		return nil
+	}
+	s.forgetSnapshot() // a BlkBack that is started from here on knows of none
+	i := s.Now()
+	if i == nil {
+		return nil
+	}
+	_, err := i.Peer.Call(ctx, protocol.MethodDropSnapshot, struct{}{}, nil)
+	return err
+}
+
+func (s *storage) forgetSnapshot() {
+	for _, f := range s.snapshots {
+		if f != nil {
+			f.Close()
+		}
+	}
+	s.snapshots = nil
+}
+
+// view is what an inspector needs to read the disks as they were at the snapshot: descriptors by which nothing can be changed.
+func (s *storage) view() (disks []inspected.Disk, err error) {
+	s.Lock()
+	defer s.Unlock()
+	if s.snapshots == nil {
+		return nil, rpc.Errorf(rpc.Unavailable, "there is no snapshot")
+	}
+	defer func() {
+		if err != nil {
+			inspected.CloseDisks(disks)
+			disks = nil
+		}
+	}()
+	for d := range s.g.Disks {
+		v := inspected.Disk{Index: d, Scratch: s.scratch}
+		for _, f := range []struct {
+			from *os.File
+			to   **os.File
+		}{{s.g.Disks[d], &v.Image}, {s.g.Bases[d], &v.Base}, {s.g.Changes[d], &v.Changes}, {s.snapshots[d], &v.Snapshot}} {
+			if f.from == nil {
+				continue
+			}
+			if *f.to, err = memfd.ReadOnly(f.from); err != nil {
+				return disks, fmt.Errorf("disks[%d]: %w", d, err)
+			}
+		}
+		disks = append(disks, v)
+	}
+	return disks, nil
+}
+
+// written is how much a guest has written to its disks, as its BlkBacks tell.
+type written struct {
+	mu   sync.Mutex
+	last map[int]uint64 // of each disk, since the present BlkBack has it
+	sum  uint64
+}
+
+// leastWritten is how much a guest writes before its BlkBack tells, in bytes, at least.
+const leastWritten = 1 << 20
+
+// writtenEvery is after how many bytes BlkBack tells how much the guest has written; 0: nobody wants to know.
+func (g *guest) writtenEvery() uint64 {
+	if w := uint64(g.Build.Spec.Validated().Written); w > 0 {
+		return max(w/8, leastWritten)
+	}
+	return 0
+}
+
+// wrote takes a BlkBack's word; a number that is less than the last is of another BlkBack.
+func (g *guest) wrote(in protocol.Written, tell func(uuid string, sum uint64)) {
+	if in.Index < 0 || in.Index >= len(g.Disks) {
+		return
+	}
+	w := &g.written
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.last == nil {
+		w.last = map[int]uint64{}
+	}
+	more := in.Bytes
+	if last := w.last[in.Index]; last <= more {
+		more -= last
+	}
+	w.last[in.Index] = in.Bytes
+	w.sum += more
+	tell(g.Build.UUID, w.sum)
+}

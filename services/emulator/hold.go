@@ -1,0 +1,121 @@
+package emulator
+
+import (
+	"fmt"
+	"sync"
+	"time"
+
+	"redoubt.dev/redoubt/ipc/rpc"
+	"redoubt.dev/redoubt/services/protocol"
+	"redoubt.dev/redoubt/vtpm/frontend"
+)
+
+// A holder holds a guest still as long as anybody wants it held: several may, each for a reason of its own, and it goes on
+// when the last one lets go.
+type holder struct {
+	guest frontend.Guest
+
+	mu  sync.Mutex
+	who map[protocol.Holder]time.Time // since when
+}
+
+// hold holds the guest for somebody; twice is once.
+func (h *holder) hold(who protocol.Holder) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if _, ok := h.who[who]; ok {
+		return nil
+	}
+	if len(h.who) == 0 {
+		if err := h.guest.Pause(); err != nil {
+			return err
+		}
+	}
+	if h.who == nil {
+		h.who = map[protocol.Holder]time.Time{}
+	}
+	h.who[who] = time.Now()
+	return nil
+}
+
+// letGo ends that, and says how long it was; the guest stays held while others want it to.
+func (h *holder) letGo(who protocol.Holder) (time.Duration, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	since, ok := h.who[who]
+	if !ok {
+		return 0, nil
+	}
+	if len(h.who) == 1 {
+		if err := h.guest.Resume(); err != nil {
+			return 0, err
+		}
+	}
+	delete(h.who, who)
+	return time.Since(since), nil
+}
+
+// gateHolder holds the guest for the vTPM's gate.
+type gateHolder struct {
+	h *holder
+	s *service
+}
+
+func (g gateHolder) Pause() error {
+	if err := g.h.hold(protocol.HolderGate); err != nil {
+		return err
+	}
+	g.s.event(protocol.EventPaused, "guest and its clock stopped")
+	return nil
+}
+
+func (g gateHolder) Resume() error {
+	_, err := g.h.letGo(protocol.HolderGate)
+	return err
+}
+
+// hold answers protocol.MethodHold. Where the moment is not safe and that was asked for, the guest goes on at once.
+func (s *service) hold(in protocol.Hold) (out protocol.Held, err error) {
+	s.mu.Lock()
+	m, h := s.machine, s.holder
+	s.mu.Unlock()
+	if m == nil {
+		return out, rpc.Errorf(rpc.Unavailable, "the guest has not been started")
+	}
+	if in.Who != protocol.HolderOperator && in.Who != protocol.HolderValidation && in.Who != protocol.HolderVerdict {
+		return out, rpc.Errorf(rpc.Invalid, "emulator: no holder %q", in.Who)
+	}
+	if err := h.hold(in.Who); err != nil {
+		return out, fmt.Errorf("hold: %w", err)
+	}
+	if !in.Safe {
+		return out, nil
+	}
+	masked, err := m.Masked()
+	if err == nil && len(masked) == 0 {
+		return out, nil
+	}
+	out.Masked = masked
+	if err == nil && in.Force {
+		return out, nil
+	}
+	out.LetGo = true
+	took, lerr := h.letGo(in.Who)
+	out.Took = took
+	if err == nil {
+		err = lerr
+	}
+	return out, err
+}
+
+// letGo answers protocol.MethodLetGo.
+func (s *service) letGo(in protocol.LetGo) (out protocol.WasHeld, err error) {
+	s.mu.Lock()
+	h := s.holder
+	s.mu.Unlock()
+	if h == nil {
+		return out, rpc.Errorf(rpc.Unavailable, "the guest has not been started")
+	}
+	out.Took, err = h.letGo(in.Who)
+	return out, err
+}
