@@ -26,7 +26,7 @@ func (a *app) runCommand() *cobra.Command {
 	var emulator, memory, firmware string
 	var disks, nics []string
 	var modules spec.Modules
-	var verdict, mode string
+	var verdict, mode, response string
 	var wait bool
 	var req v1.RunRequest
 	var delay, poll time.Duration
@@ -70,7 +70,8 @@ The spec's schema is docs/guest.schema.json.`,
 				g.Memory = m
 			}
 			modules.Default, modules.Mode = spec.Verdict(verdict), spec.ModuleMode(mode)
-			for _, name := range []string{"modules", "modules-mode", "modules-trusted", "modules-profile"} {
+			modules.Response = spec.ModuleResponse(response)
+			for _, name := range []string{"modules", "modules-mode", "modules-response", "modules-trusted", "modules-profile"} {
 				if c.Flags().Changed(name) { // also to nothing, which is the default
 					g.Modules = &modules
 				}
@@ -95,6 +96,7 @@ The spec's schema is docs/guest.schema.json.`,
 	f.StringArrayVar(&nics, "nic", nil, "network device, such as vlan=10,mac=02:00:00:00:00:01,address=192.0.2.1 (repeatable; each part may be left out, address repeated)")
 	f.StringVar(&verdict, "modules", "", "isolate the kernel's modules: isolate, trust or refuse those that are not trusted")
 	f.StringVar(&mode, "modules-mode", "", "what is done about what a module's profile does not allow: monitor, learn or enforce")
+	f.StringVar(&response, "modules-response", "", "what follows what a module was refused: refuse (nothing more) or pause (until redoubt resume)")
 	f.StringSliceVar(&modules.Trusted, "modules-trusted", nil, "modules that are not isolated if their signature is valid, by name")
 	f.StringVar(&modules.Profile, "modules-profile", "", "file with what isolated modules may do, as redoubt modules --learned prints it")
 	f.BoolVar(&g.TPM.Disabled, "no-tpm", false, "start without a TPM")

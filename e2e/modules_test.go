@@ -83,6 +83,17 @@ func TestModulesNative(t *testing.T) {
 	}
 	h.must("stop", "guest", "--grace", "0s")
 
+	// Without a profile it may do next to nothing; where that is to be seen, the guest stands still at its first refusal.
+	h.start(start{emulator: "native", what: "modules", args: []string{"--modules", "isolate", "--modules-response", "pause"}})
+	next := h.followEvents("guest")
+	next("held", bootTime)
+	if c := h.console("guest"); strings.Contains(c, "SENT ") {
+		t.Errorf("the guest went on after what its module was refused\n%s", lastLines(c, 20))
+	}
+	h.must("resume", "guest")
+	next("resumed", bootTime)
+	h.must("stop", "guest", "--grace", "0s")
+
 	// Files that are none, and guests that cannot be had.
 	if err := os.WriteFile(learned, []byte("module: dummy\ncalls: [commit_creds]\n"), 0o600); err != nil {
 		t.Fatal(err)

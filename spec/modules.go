@@ -14,7 +14,17 @@ type Modules struct {
 	Trusted []string   `yaml:"trusted,omitempty" json:"trusted,omitempty" jsonschema:"maxItems=64,description=modules that are not isolated\\, by name\\, if the guest's kernel finds their signature valid"`
 	Profile string     `yaml:"profile,omitempty" json:"profile,omitempty" jsonschema:"description=path of the profiles of isolated modules\\, as redoubt modules --learned prints them; a module without one may do nothing but what every module may"`
 	Mode    ModuleMode `yaml:"mode,omitempty" json:"mode,omitempty" jsonschema:"enum=monitor,enum=learn,enum=enforce,default=enforce,description=what is done about what a profile does not allow: noted\\, learnt or refused"`
+	// Response is what follows a refusal beside it: nothing more, or the guest stands still until `redoubt resume`.
+	Response ModuleResponse `yaml:"response,omitempty" json:"response,omitempty" jsonschema:"enum=refuse,enum=pause,description=what follows what was refused: nothing more (refuse\\, the default)\\, or the guest is paused until redoubt resume"`
 }
+
+// ModuleResponse is what follows what an isolated module was refused.
+type ModuleResponse string
+
+const (
+	RefuseOnly       ModuleResponse = "refuse"
+	PauseWhenRefused ModuleResponse = "pause"
+)
 
 // Verdict is what becomes of a module.
 type Verdict string
@@ -56,6 +66,10 @@ func (m *Modules) complete(g *Guest, bad func(field, format string, args ...any)
 		return bad("modules.default", "%q: use isolate, trust or refuse", m.Default)
 	case m.Mode != Monitor && m.Mode != Learn && m.Mode != Enforce:
 		return bad("modules.mode", "%q: use monitor, learn or enforce", m.Mode)
+	case m.Response != "" && m.Response != RefuseOnly && m.Response != PauseWhenRefused:
+		return bad("modules.response", "%q: use refuse or pause", m.Response)
+	case m.Response == PauseWhenRefused && m.Mode == Monitor:
+		return bad("modules.response", "pause: modules.mode is monitor, which refuses next to nothing: use enforce")
 	case len(m.Trusted) > MaxTrusted:
 		return bad("modules.trusted", "%d: the most is %d", len(m.Trusted), MaxTrusted)
 	case len(m.Trusted) > 0 && m.Default == Trust:

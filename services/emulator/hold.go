@@ -74,6 +74,14 @@ func (g gateHolder) Resume() error {
 	return err
 }
 
+// holdFor holds the guest for somebody in this process.
+func (s *service) holdFor(who protocol.Holder) error {
+	s.mu.Lock()
+	h := s.holder
+	s.mu.Unlock()
+	return h.hold(who)
+}
+
 // hold answers protocol.MethodHold. Where the moment is not safe and that was asked for, the guest goes on at once.
 func (s *service) hold(in protocol.Hold) (out protocol.Held, err error) {
 	s.mu.Lock()
@@ -117,5 +125,10 @@ func (s *service) letGo(in protocol.LetGo) (out protocol.WasHeld, err error) {
 		return out, rpc.Errorf(rpc.Unavailable, "the guest has not been started")
 	}
 	out.Took, err = h.letGo(in.Who)
+	if in.Who == protocol.HolderOperator && err == nil { // who is asked to look at what a module did
+		var took time.Duration
+		took, err = h.letGo(protocol.HolderModules)
+		out.Took = max(out.Took, took)
+	}
 	return out, err
 }

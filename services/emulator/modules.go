@@ -1,6 +1,7 @@
 package emulator
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -46,6 +47,7 @@ const maxModuleEvents = 32
 // moduleEvents tells of events of modules. One vCPU's goroutine at a time calls it, in its turn at the fence.
 type moduleEvents struct {
 	tell           func(text string)
+	halt           func(text string) // is called for what was refused, and returns at once; nil: it is only told
 	refused, other uint64
 }
 
@@ -55,6 +57,9 @@ func (m *moduleEvents) event(e isolate.Event) {
 		n = &m.other
 	}
 	*n++
+	if m.halt != nil && !e.Allowed && e.Kind != isolate.Loaded && e.Kind != isolate.Unloaded {
+		m.halt(strings.Map(printable, strings.TrimPrefix(e.String(), "module ")))
+	}
 	if *n > maxModuleEvents && bits.OnesCount64(*n) != 1 {
 		return
 	}
@@ -70,6 +75,23 @@ func (m *moduleEvents) event(e isolate.Event) {
 		text += fmt.Sprintf(" (%d such so far)", *n)
 	}
 	m.tell(strings.Map(printable, text))
+}
+
+// halts pauses the guest for what its modules were refused, until the operator has it go on; what is refused on the way there
+// is no reason to pause it again.
+func (n *nativeMachine) halts(ctx context.Context, reasons <-chan string) {
+	for {
+		select {
+		case why := <-reasons:
+			if err := n.g.service.holdFor(protocol.HolderModules); err != nil {
+				n.g.service.log.Error("the guest is not paused", "err", err)
+				continue
+			}
+			n.g.service.event(protocol.EventHeld, "by its modules' response, until `redoubt resume`: "+why)
+		case <-ctx.Done():
+			return
+		}
+	}
 }
 
 // printable keeps what a guest calls its things from writing lines or terminal commands of its own.

@@ -10,6 +10,7 @@ import (
 	"redoubt.dev/redoubt/isolate"
 	"redoubt.dev/redoubt/monitor"
 	"redoubt.dev/redoubt/services/protocol"
+	"redoubt.dev/redoubt/spec"
 	"redoubt.dev/redoubt/vtpm/frontend"
 )
 
@@ -91,6 +92,15 @@ func (n *nativeMachine) Run(ctx context.Context, tpm *frontend.Frontend, started
 	input := make(chan []byte)
 	output := newLineWriter(n.console)
 	events := moduleEvents{tell: func(text string) { n.g.service.event(protocol.EventModule, text) }}
+	refused := make(chan string, 1)
+	if policy := n.g.in.Modules; policy != nil && policy.Response == spec.PauseWhenRefused {
+		events.halt = func(why string) {
+			select {
+			case refused <- why:
+			default: // it is about to be paused
+			}
+		}
+	}
 	exited := make(chan struct{}, 1)
 	cfg := monitor.Config{
 		KVM: one(n.g.files, protocol.FileKVM), Memory: one(n.g.files, protocol.FileMemory),
@@ -148,17 +158,15 @@ func (n *nativeMachine) Run(ctx context.Context, tpm *frontend.Frontend, started
 			}
 		}()
 	}
-	telling := make(chan struct{})
-	go func() {
-		defer close(telling)
-		n.tellExits(ctx, m, exited)
-	}()
+	var telling sync.WaitGroup
+	telling.Go(func() { n.tellExits(ctx, m, exited) })
+	telling.Go(func() { n.halts(ctx, refused) })
 	out, err := m.Run(ctx)
 	cancel()
 	output.Flush()
 	n.console.Close()
 	<-reading
-	<-telling
+	telling.Wait()
 	if err = errors.Join(err, m.Close()); err != nil {
 		return crashed(err)
 	}

@@ -45,6 +45,7 @@ const (
 	HolderOperator   Holder = "operator"   // until the operator lets it go on
 	HolderValidation Holder = "validation" // for a snapshot, or until its verdict
 	HolderVerdict    Holder = "verdict"    // until what was found is released
+	HolderModules    Holder = "modules"    // the emulator's own, for what a module was refused, until the operator lets it go on
 )
 
 // Hold says for whom.
