@@ -1,6 +1,7 @@
 package block
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"unsafe"
@@ -17,8 +18,12 @@ func mapShared(f *os.File, size int64, writable bool) ([]byte, error) {
 	if st.Size() != size {
 		return nil, fmt.Errorf("%d bytes of memory, not %d", st.Size(), size)
 	}
-	if seals, err := unix.FcntlInt(f.Fd(), unix.F_GET_SEALS, 0); err != nil || seals&unix.F_SEAL_SHRINK == 0 {
-		return nil, fmt.Errorf("not memory that keeps its size (%v)", err)
+	seals, err := unix.FcntlInt(f.Fd(), unix.F_GET_SEALS, 0)
+	if err != nil {
+		return nil, fmt.Errorf("not memory: %w", err)
+	}
+	if seals&unix.F_SEAL_SHRINK == 0 {
+		return nil, errors.New("memory that may lose its size")
 	}
 	prot := unix.PROT_READ
 	if writable {

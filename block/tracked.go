@@ -122,7 +122,7 @@ func (t *Tracked) ReadVector(p [][]byte, off int64) error {
 	if t.vector != nil {
 		return t.vector.ReadVector(p, off)
 	}
-	return each(p, off, t.Image.ReadAt)
+	return each(p, off, t.ReadAt)
 }
 
 // ReadCached implements Vectored.

@@ -271,7 +271,7 @@ func TestSnapshotTogether(t *testing.T) {
 	img := r.open(t, false)
 	r.begin(t, img, true)
 	v := r.view(t)
-	defer v.Close()
+	defer func() { _ = v.Close() }()
 	var writers, readers sync.WaitGroup
 	done := make(chan struct{})
 	for w := range uint64(3) {
@@ -324,7 +324,7 @@ func TestSnapshotLost(t *testing.T) {
 	img := r.open(t, false)
 	r.begin(t, img, true)
 	v := r.view(t)
-	defer v.Close()
+	defer func() { _ = v.Close() }()
 	p := bytes.Repeat([]byte{7}, 100<<10)
 	for off := int64(0); off < r.size; off += int64(len(p)) {
 		part := p[:min(int64(len(p)), r.size-off)]
@@ -423,7 +423,7 @@ func TestChangesRefused(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer snap.Close()
+	defer func() { _ = snap.Close() }()
 	if _, err := OpenSnapshot(s, 2<<20, MinScratch); !errors.Is(err, ErrSnapshot) {
 		t.Error(err)
 	}
@@ -439,7 +439,7 @@ func TestSnapshotLies(t *testing.T) {
 		img.snapshot.table[i] = random.Uint64() | 1
 	}
 	v := r.view(t)
-	defer v.Close()
+	defer func() { _ = v.Close() }()
 	if _, err := v.ReadAt(make([]byte, 100<<10), 0); err != nil {
 		t.Error(err)
 	}

@@ -347,7 +347,10 @@ func (a *app) printBaseline(b *baseline.Baseline) error {
 		if err != nil {
 			return fmt.Errorf("baseline: %w", err)
 		}
-		l := line{Name: e.Name.String(), Mode: fmt.Sprintf("%06o", e.Mode), UID: e.UID, GID: e.GID, Size: e.Size, Target: baseline.Escape(e.Target), Rule: b.Rules.RuleOf(e)}
+		l := line{
+			Name: e.String(), Mode: fmt.Sprintf("%06o", e.Mode), UID: e.UID, GID: e.GID, Size: e.Size,
+			Target: baseline.Escape(e.Target), Rule: b.Rules.RuleOf(e),
+		}
 		if e.Digest != (baseline.Digest{}) {
 			l.SHA256 = fmt.Sprintf("%x", e.Digest)
 		}

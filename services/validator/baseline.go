@@ -28,7 +28,9 @@ func text(name string, b []byte) (t asked.Text, err error) {
 		return t, err
 	}
 	t.Size = len(b)
-	_, err = t.File.WriteAt(b, 0)
+	if _, err = t.File.WriteAt(b, 0); err != nil {
+		t.Close()
+	}
 	return t, err
 }
 
@@ -40,10 +42,10 @@ func (m *Manager) Create(ctx context.Context, in protocol.CreateBaseline) (any, 
 		}
 	}
 	rules, err := text("rules", in.Rules)
-	defer rules.Close()
 	if err != nil {
 		return nil, err
 	}
+	defer rules.Close()
 	return m.draft(ctx, in.UUID, in.Force, asked.Scan{Draft: true, Rules: rules})
 }
 

@@ -46,12 +46,17 @@ type Guest interface {
 	Tell(kind, text string)
 }
 
+// A Scanner has an inspector read disks, which it closes: asked.Scanner.
+type Scanner interface {
+	Scan(ctx context.Context, guest string, disks []asked.Disk, q asked.Scan) (asked.Answer, error)
+}
+
 // Options of a Manager.
 type Options struct {
 	Dir     string // where baselines lie, a directory a guest
 	Log     *slog.Logger
 	Journal *audit.Journal
-	Scanner *asked.Scanner
+	Scanner Scanner
 	Ledger  *response.Ledger
 }
 

@@ -61,7 +61,7 @@ type inquiry struct {
 
 // commitTime is how long a guest's file system may take to commit what it has done: ext4's default is five seconds (ext4(5),
 // commit=). A finding counts once a snapshot confirms it that was taken so long after the first.
-const commitTime = 5500 * time.Millisecond
+var commitTime = 5500 * time.Millisecond // changed by tests
 
 func newWorker(m *Manager, g Guest) *worker {
 	v := g.Spec().Validated()
