@@ -25,6 +25,8 @@ type NIC struct {
 	// Quarantined puts it into the quarantine: its port is there and not in its VLAN, and its filter lets it
 	// reach remediation addresses only. It goes before Unfiltered.
 	Quarantined bool `json:"quarantined,omitempty"`
+	// CutOff, of one that is Quarantined, puts it in no VLAN at all: it reaches nothing.
+	CutOff bool `json:"cutOff,omitempty"`
 	// Unfiltered turns the filter off, for comparison in tests.
 	Unfiltered bool `json:"unfiltered,omitempty"`
 }
@@ -168,6 +170,8 @@ func (c Config) check() error {
 			return bad("id %d is taken or not within 0 to %d", n.ID, MaxID)
 		case n.VLAN < 1 || n.VLAN > MaxVLAN:
 			return bad("VLAN %d: use 1 to %d", n.VLAN, MaxVLAN)
+		case n.CutOff && !n.Quarantined:
+			return bad("cut off, but not quarantined")
 		case n.VLAN == c.Quarantine.VLAN && !n.Quarantined:
 			return bad("VLAN %d is the quarantine's: give the NIC another, or the quarantine", n.VLAN)
 		case n.MAC[0]&1 != 0 || n.MAC == MAC{}:

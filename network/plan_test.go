@@ -83,3 +83,28 @@ func parseAddresses(texts []string) (all []netip.Addr, err error) {
 	}
 	return all, nil
 }
+
+// TestPlanCutOff: a NIC that is cut off is in no VLAN, whatever the quarantine is, and keeps nobody of its MAC out of that.
+func TestPlanCutOff(t *testing.T) {
+	c := Config{Quarantine: Quarantine{VLAN: 99, Remediation: []netip.Addr{ipB}}, NICs: []NIC{
+		{ID: 1, VLAN: 5, MAC: macA, Quarantined: true, CutOff: true}, {ID: 2, VLAN: 6, MAC: macA, Quarantined: true},
+	}}
+	for _, filtering := range []bool{false, true} {
+		p, err := NewPlan(c, filtering)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if p.Ports[0].VLAN != 0 || p.Ports[1].VLAN != 99 {
+			t.Errorf("%+v", p.Ports)
+		}
+		for _, chain := range p.Chains {
+			if chain.Name == "rt1" && len(chain.Rules) != 1 {
+				t.Errorf("it may say something: %v", chain.Rules)
+			}
+		}
+	}
+	c.NICs[0].Quarantined = false
+	if _, err := NewPlan(c, true); err == nil {
+		t.Error("cut off, and not quarantined")
+	}
+}

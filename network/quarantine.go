@@ -60,14 +60,14 @@ func (c Config) places() map[int]uint16 {
 			all[n.ID] = n.VLAN
 			continue
 		}
-		if first, ok := stations[n.MAC]; !ok || n.ID < first {
+		if first, ok := stations[n.MAC]; !n.CutOff && (!ok || n.ID < first) {
 			stations[n.MAC] = n.ID
 		}
 	}
 	for _, n := range c.NICs {
 		if n.Quarantined {
 			all[n.ID] = 0
-			if stations[n.MAC] == n.ID {
+			if first, ok := stations[n.MAC]; ok && first == n.ID && !n.CutOff {
 				all[n.ID] = c.Quarantine.VLAN
 			}
 		}

@@ -174,7 +174,7 @@ func Run(ctx context.Context, cfg Config) error {
 	}
 	b.pcibacks = &asked.Asker{Log: b.log, Journal: b.journal, Limit: pcibackLimit, Start: start(services.PCIBack)}
 	b.inspectors = inspected.New(b.journal, start(services.Inspector))
-	responses, err := response.Open(filepath.Join(cfg.StateDir, "responses.json"))
+	responses, err := response.Open(filepath.Join(cfg.StateDir, response.LedgerFile))
 	if err != nil {
 		return err
 	}

@@ -177,7 +177,7 @@ func (s *nics) restricted() []network.NIC {
 	all := slices.Clone(s.config)
 	r, _ := s.n.b.validations.Ledger.Get(s.g.Build.UUID)
 	for i := range all {
-		all[i].Quarantined = r.Quarantined || r.DevicesDropped
+		all[i].Quarantined, all[i].CutOff = r.Quarantined || r.DevicesDropped, r.DevicesDropped
 	}
 	return all
 }

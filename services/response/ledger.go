@@ -1,7 +1,6 @@
-// Package response is what is done about guests that are not what they should be: the responses there are, what follows
-// from findings, and the ledger of what is in force against whom.
+// Package response is the ledger of what is in force against guests that are not what they should be.
 //
-// The ledger outlives the Builder and the host: a change is on the disk before it is in force, so a guest that was
+// It outlives the Builder and the host: a change is on the disk before it is in force, so a guest that was
 // quarantined, or whose attestation was revoked, is so after whatever ends meanwhile. A damaged file is refused, never
 // replaced. Who may change what is the caller's to say, and so is carrying it out: the ledger only remembers.
 package response

@@ -79,6 +79,9 @@ func decide(policy spec.Respond, findings []baseline.Finding) (all []spec.Respon
 			}
 		}
 	}
+	if slices.ContainsFunc(all, func(r spec.Response) bool { return r == spec.Stop || r == spec.Revoke }) {
+		all = slices.DeleteFunc(all, func(r spec.Response) bool { return r == spec.Pause }) // a guest that ends need not stand still
+	}
 	slices.SortFunc(all, func(a, b spec.Response) int { return slices.Index(spec.Responses, a) - slices.Index(spec.Responses, b) })
 	return all
 }
