@@ -31,6 +31,7 @@ import (
 	"redoubt.dev/redoubt/services/keeper"
 	"redoubt.dev/redoubt/services/launch"
 	"redoubt.dev/redoubt/services/pciback/asked"
+	"redoubt.dev/redoubt/services/protocol"
 	"redoubt.dev/redoubt/services/response"
 	"redoubt.dev/redoubt/services/store/kept"
 	"redoubt.dev/redoubt/services/trust"
@@ -181,6 +182,9 @@ func Run(ctx context.Context, cfg Config) error {
 	if b.validations, err = validator.New(validator.Options{
 		Dir: filepath.Join(cfg.StateDir, "validation"), Log: b.log, Journal: b.journal, Ledger: responses,
 		Scanner: inspected.NewScanner(b.journal, start(services.Inspector)),
+		Revoke: func(ctx context.Context, uuid string, revoked bool) error {
+			return b.vtpm.Call(ctx, protocol.MethodRevoke, protocol.Revoke{UUID: uuid, Revoked: revoked}, nil)
+		},
 	}); err != nil {
 		return err
 	}

@@ -12,6 +12,7 @@ const (
 	MethodCreate  = "create"  // Create → Created: the device's process runs
 	MethodMeasure = "measure" // Measure → nothing, when the vTPM is ready
 	MethodRelease = "release" // Release → nothing: the guest is gone
+	MethodRevoke  = "revoke"  // Revoke → nothing: it is in force from the next start on
 	MethodInherit = "inherit" // Inherit → Inherited, by a manager that follows one that died
 	// NoticeShutdown has the manager shut all engines down in order once its connection ends. Without it
 	// the connection's end is the Builder's death, and the manager leaves the engines to the next one.
@@ -25,6 +26,12 @@ const (
 	// that guest, so that the engine outlives the manager.
 	MethodKeep = "keep" // Keep → nothing
 )
+
+// Revoke has a guest's vTPM opened no more, or again.
+type Revoke struct {
+	UUID    string `json:"uuid"`
+	Revoked bool   `json:"revoked"`
+}
 
 // Keep names a guest's engine. Files: FileControl, FileData, FileLifeline, FileOutput.
 type Keep struct {

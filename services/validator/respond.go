@@ -56,8 +56,11 @@ func (m *Manager) enforce(g Guest, what spec.Response, reason, by string) error 
 		err = g.Restrict(ctx)
 	case spec.Pause:
 		_, err = g.Hold(ctx, protocol.Hold{Who: protocol.HolderVerdict})
-	case spec.Stop, spec.Revoke:
-		g.Fail(fmt.Sprintf("validation: %s: %s", what, reason))
+	case spec.Revoke:
+		err = m.Revoke(ctx, g.UUID(), true)
+		g.Fail(fmt.Sprintf("validation: its vTPM is revoked: %s", reason))
+	case spec.Stop:
+		g.Fail(fmt.Sprintf("validation: %s", reason))
 	}
 	if err != nil {
 		g.Fail(fmt.Sprintf("%s could not be put in force: %v", what, err))
@@ -103,6 +106,12 @@ func (m *Manager) Quarantine(ctx context.Context, tenant string, in protocol.Con
 
 // Release ends all that is in force against a guest, which g is nil for if it does not run.
 func (m *Manager) Release(ctx context.Context, in protocol.Control, g Guest) error {
+	r, _ := m.Ledger.Get(in.UUID)
+	if r.Revoked { // first: what is in the ledger still keeps it from starting
+		if err := m.Revoke(ctx, in.UUID, false); err != nil {
+			return err
+		}
+	}
 	if err := m.Ledger.Remove(in.UUID); err != nil || g == nil {
 		return err
 	}

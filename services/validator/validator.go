@@ -58,6 +58,8 @@ type Options struct {
 	Journal *audit.Journal
 	Scanner Scanner
 	Ledger  *response.Ledger
+	// Revoke has a guest's vTPM opened no more, or again.
+	Revoke func(ctx context.Context, uuid string, revoked bool) error
 }
 
 // A Manager validates guests. Its methods may be called by several goroutines.

@@ -62,7 +62,7 @@ func newFake(t *testing.T, v *spec.Validation) *fake {
 	}
 	f := &fake{t: t, held: map[protocol.Holder]bool{}}
 	f.spec = spec.Guest{Name: "web", Disks: []spec.Disk{{Path: "/disk"}}, NICs: []spec.NIC{{VLAN: 1}}, Validation: v}
-	f.m, err = New(Options{Dir: filepath.Join(dir, "validation"), Log: log, Journal: j, Scanner: f, Ledger: ledger})
+	f.m, err = New(Options{Dir: filepath.Join(dir, "validation"), Log: log, Journal: j, Scanner: f, Ledger: ledger, Revoke: f.revoke})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -117,6 +117,13 @@ func (f *fake) Restrict(context.Context) error {
 	defer f.mu.Unlock()
 	r, _ := f.m.Ledger.Get(uuid)
 	f.note("restrict %v", r.Quarantined)
+	return nil
+}
+
+func (f *fake) revoke(_ context.Context, _ string, revoked bool) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.note("revoke %v", revoked)
 	return nil
 }
 
@@ -382,6 +389,27 @@ func TestByItself(t *testing.T) {
 	f.m.Wrote(uuid, 1<<19)
 	f.m.Wrote(uuid, 1<<20)
 	<-scanned
+}
+
+// TestRevoked: a guest whose vTPM is revoked is ended, and not started before it is released.
+func TestRevoked(t *testing.T) {
+	f := newFake(t, &spec.Validation{Respond: spec.Respond{Critical: []spec.Response{spec.Revoke, spec.Pause}}})
+	f.scans = append(f.scans, finds("/a"), finds("/a"))
+	if _, err := f.validate(protocol.Validate{}); err != nil {
+		t.Fatal(err)
+	}
+	if did := f.did(); !strings.HasSuffix(did, "drop, revoke true") || !strings.Contains(f.failed, "its vTPM is revoked") {
+		t.Errorf("%s; %q", did, f.failed)
+	}
+	if err := f.m.MayStart(uuid, "web"); err == nil || !strings.Contains(err.Error(), "revoked") {
+		t.Error(err)
+	}
+	if err := f.m.Release(t.Context(), protocol.Control{UUID: uuid}, nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.m.MayStart(uuid, "web"); err != nil || f.did() != "revoke false" {
+		t.Error(err)
+	}
 }
 
 // TestUnrecorded: a response that cannot be recorded ends the guest: without it it must not go on.

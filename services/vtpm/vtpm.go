@@ -132,6 +132,14 @@ func (s *service) handle(ctx context.Context, r *rpc.Request) (any, error) {
 		return struct{}{}, s.release(r)
 	case protocol.MethodDestroy:
 		return struct{}{}, s.destroy(r)
+	case protocol.MethodRevoke:
+		return rpc.Answer(r, func(in protocol.Revoke) (any, error) {
+			err := s.manager.Revoke(in.UUID, in.Revoked)
+			if errors.Is(err, manager.ErrUnknown) {
+				err = nil // there is nothing that could open
+			}
+			return struct{}{}, err
+		})
 	case protocol.MethodActivate:
 		return s.activate(ctx, r)
 	case protocol.MethodQuote:

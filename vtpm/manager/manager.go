@@ -52,6 +52,7 @@ var (
 	ErrRunning = errors.New("vTPM is running already") // Start or Remove of a running one
 	ErrUnknown = errors.New("no vTPM of this guest")
 	ErrClosed  = errors.New("vTPM manager is closed")
+	ErrRevoked = errors.New("vTPM is revoked: it opens no more")
 	// ErrFailure is TPM_RC_FAILURE: what the TPM has saved is whole, but it does no more.
 	ErrFailure = errors.New("vTPM is in failure mode until its next start: is its disk full?")
 )
@@ -352,9 +353,37 @@ func (m *Manager) reserve(guest string) (r *record, fresh bool, err error) {
 		r = &record{Version: recordVersion, Guest: guest, Instance: m.nextInstance, key: keys.New()}
 		m.nextInstance++
 	}
+	if r.revoked() {
+		return nil, false, ErrRevoked
+	}
 	m.running[guest] = nil
 	m.starting.Add(1)
 	return r, !ok, nil
+}
+
+// Revoke has a guest's vTPM opened no more, from its next start on, or takes that back; it survives this manager. What runs is
+// the caller's to end.
+func (m *Manager) Revoke(guest string, revoked bool) error {
+	if err := checkGuest(guest); err != nil {
+		return err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	r := m.records[guest]
+	if r == nil {
+		return fmt.Errorf("guest %s: %w", guest, ErrUnknown)
+	}
+	r.mu.Lock()
+	was := r.Revoked
+	r.Revoked = revoked
+	r.mu.Unlock()
+	if was == revoked {
+		return nil
+	}
+	if err := m.save(r); err != nil {
+		return fmt.Errorf("vTPM of guest %s: %w", guest, err)
+	}
+	return nil
 }
 
 // release forgets a device that was closed.

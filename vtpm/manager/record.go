@@ -28,9 +28,11 @@ type record struct {
 	EKName        []byte `json:"ek_name,omitempty"`        // Part 1 §16
 	AK            []byte `json:"ak,omitempty"`             // TPMT_PUBLIC
 	AKName        []byte `json:"ak_name,omitempty"`
-	WrappedKey    []byte `json:"wrapped_key,omitempty"`
+	// Revoked says that the key is given to no engine any more. It is bound to the key as all other fields are.
+	Revoked    bool   `json:"revoked,omitempty"`
+	WrappedKey []byte `json:"wrapped_key,omitempty"`
 
-	mu  sync.Mutex // guards the fields that manufacture sets
+	mu  sync.Mutex // guards the fields that change
 	key [keys.Size]byte
 }
 
@@ -45,6 +47,13 @@ func (r *record) identity() (ekCert, akName []byte) {
 func (r *record) manufactured() bool {
 	ek, _ := r.identity()
 	return ek != nil
+}
+
+// revoked says whether the vTPM was revoked.
+func (r *record) revoked() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.Revoked
 }
 
 // setIdentity records the outcome of manufacture.
