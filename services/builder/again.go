@@ -7,6 +7,7 @@ import (
 	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/pci/topology"
+	blkback "redoubt.dev/redoubt/services/blkback/kept"
 	"redoubt.dev/redoubt/services/keeper"
 	"redoubt.dev/redoubt/services/protocol"
 )
@@ -36,7 +37,7 @@ func (b *Builder) backEnd(ctx context.Context, g *guest, r *run, req *rpc.Reques
 	var err error
 	switch {
 	case in.Kind == topology.Disk && g.storage != nil && in.Index >= 0 && in.Index < len(g.Disks):
-		f, err = g.storage.again(ctx, r, in.Index)
+		f, err = g.storage.Again(ctx, r.domain, in.Index)
 	case in.Kind == topology.NIC && g.nics != nil && in.Index >= 0 && in.Index < len(g.nics.config):
 		f, err = g.nics.again(r, in.Index)
 	default:
@@ -48,28 +49,12 @@ func (b *Builder) backEnd(ctx context.Context, g *guest, r *run, req *rpc.Reques
 	return rpc.WithFiles{Value: struct{}{}, Files: []*os.File{f}}, nil
 }
 
-var errRuns = rpc.Errorf(rpc.Refused, "builder: an emulator whose guest runs, or is none of this guest's, asks for a back end")
-
-// again has the BlkBack that there is serve a disk of the emulator that is being started, or the next one.
-func (s *storage) again(ctx context.Context, r *run, d int) (f *os.File, err error) {
-	s.Lock()
-	defer s.Unlock()
-	if s.memory == nil || s.run != nil || s.domain != r.domain {
-		return nil, errRuns
-	}
-	err = s.Serve(func(i *keeper.Instance) (err error) {
-		f, err = s.connect(ctx, i, d, r, s.memory)
-		return err
-	})
-	return f, err
-}
-
 // again has the NetBack that there is serve a NIC of the emulator that is being started, or the next one.
 func (s *nics) again(r *run, d int) (f *os.File, err error) {
 	s.n.Lock()
 	defer s.n.Unlock()
 	if s.memory == nil || s.run != nil || s.domain != r.domain {
-		return nil, errRuns
+		return nil, blkback.ErrRuns
 	}
 	err = s.n.Serve(func(i *keeper.Instance) (err error) {
 		f, err = s.connectOne(i, d)

@@ -10,6 +10,7 @@ import (
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/network"
 	"redoubt.dev/redoubt/pci/topology"
+	blkback "redoubt.dev/redoubt/services/blkback/kept"
 	"redoubt.dev/redoubt/services/emulator/kept"
 	"redoubt.dev/redoubt/services/keeper"
 	"redoubt.dev/redoubt/services/protocol"
@@ -29,7 +30,7 @@ func TestBackEndRefused(t *testing.T) {
 	defer memory.Close()
 	// Both have a run already, and memory; the domain is this emulator's.
 	lock := func() *keeper.Keeper { return keeper.New(keeper.Options{Log: b.log}) }
-	g.storage = &storage{Keeper: lock(), b: b, g: g, memory: memory, domain: 7, run: r}
+	g.storage = blkback.New(blkback.Options{Disks: make([]*os.File, 1), Log: b.log}) // of no emulator
 	g.nics = &nics{n: &networking{Keeper: lock(), b: b}, g: g, config: make([]network.NIC, 1), memory: memory, domain: 7, run: r}
 	ours, its, err := ipc.Pipe()
 	must(t, err)
@@ -48,12 +49,9 @@ func TestBackEndRefused(t *testing.T) {
 	ask(topology.Disk, 0) // it runs
 	ask(topology.NIC, 0)
 	is := func(domain tree.Domain) {
-		g.storage.Lock()
-		defer g.storage.Unlock()
 		g.nics.n.Lock()
 		defer g.nics.n.Unlock()
-		g.storage.run, g.nics.run = nil, nil
-		g.storage.domain, g.nics.domain = domain, domain
+		g.nics.run, g.nics.domain = nil, domain
 	}
 	is(8) // another emulator is being started
 	ask(topology.Disk, 0)

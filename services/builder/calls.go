@@ -305,7 +305,7 @@ func (b *Builder) build(ctx context.Context, t *tenancy, in protocol.Build, r *r
 	}
 	var run *run
 	g.storage = b.newStorage(g)
-	if err = g.storage.open(ctx, nil); err == nil {
+	if err = g.storage.Open(ctx, nil); err == nil {
 		g.nics, err = t.network.add(g)
 	}
 	b.starts.RLock()
@@ -322,7 +322,7 @@ func (b *Builder) build(ctx context.Context, t *tenancy, in protocol.Build, r *r
 	if err != nil {
 		b.unkeep(g)
 		g.nics.close()
-		g.storage.close()
+		g.storage.End()
 		b.release(g, false)
 		b.journal.Note(b.journal.Entry(audit.ActGuestEnd, g.name(), audit.Done, "uuid", g.Build.UUID, "reason", err.Error()))
 		b.unclaim(g)

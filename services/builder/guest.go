@@ -16,6 +16,7 @@ import (
 	"redoubt.dev/redoubt/memfd"
 	"redoubt.dev/redoubt/process"
 	"redoubt.dev/redoubt/services"
+	blkback "redoubt.dev/redoubt/services/blkback/kept"
 	"redoubt.dev/redoubt/services/calls"
 	"redoubt.dev/redoubt/services/emulator/kept"
 	inspected "redoubt.dev/redoubt/services/inspector/asked"
@@ -33,12 +34,11 @@ import (
 // those beneath mu.
 type guest struct {
 	kept.Guest
-	storage *storage // nil without disks
-	nics    *nics    // nil without any
+	storage *blkback.Storage // nil without disks
+	nics    *nics            // nil without any
 	bus     *asked.Assignment
 	log     []byte     // event log of the measurements, once made; they are the same at each reboot
 	keeping sync.Mutex // over keeping it as it is
-	written written
 
 	inspected inspected.Guest
 	mu        sync.Mutex
@@ -120,7 +120,7 @@ func (b *Builder) start(ctx context.Context, g *guest) (_ *run, err error) {
 		add(protocol.FileCode, g.Firmware)
 		add(protocol.FileVars, g.Vars)
 	}
-	fronts, err := g.storage.attach(ctx, r, mem)
+	fronts, err := g.storage.Attach(ctx, d, mem)
 	if err != nil {
 		return nil, err
 	}
@@ -225,7 +225,7 @@ func (b *Builder) start(ctx context.Context, g *guest) (_ *run, err error) {
 		b.journal.Note(b.journal.Ended(r.is, r.proc.Err(), []string{g.name()}))
 		return nil, err
 	}
-	g.storage.setRun(r)
+	g.storage.Runs(r)
 	g.nics.setRun(r)
 	b.store.Hold(d, number, r.peer, func(err error) { r.fail(err.Error()) })
 	return r, nil

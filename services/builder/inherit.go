@@ -11,6 +11,7 @@ import (
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/network"
 	"redoubt.dev/redoubt/services"
+	blkback "redoubt.dev/redoubt/services/blkback/kept"
 	"redoubt.dev/redoubt/services/calls"
 	"redoubt.dev/redoubt/services/emulator/kept"
 	"redoubt.dev/redoubt/services/pciback/asked"
@@ -98,11 +99,12 @@ var errUnseen = errors.New("the emulator ended while there was no Builder")
 func (b *Builder) resume(ctx context.Context) {
 	for _, g := range b.guests {
 		r := g.run
-		with := r
+		var with blkback.Emulator // nil: it is gone
 		if r.proc == nil {
-			r.peer, with = rpc.Gone(), nil
+			r.peer = rpc.Gone()
 			close(r.heard)
 		} else {
+			with = r
 			r.peer = rpc.New(r.proc.Control, calls.Watched(b.journal, services.Emulator, g.name(), b.fromEmulator(g, r)))
 			r.peer.Follow(b.generation)
 			b.wg.Go(func() {
@@ -119,7 +121,7 @@ func (b *Builder) resume(ctx context.Context) {
 		}
 		g.storage = b.newStorage(g)
 		b.wg.Go(func() {
-			if err := g.storage.open(ctx, with); err != nil {
+			if err := g.storage.Open(ctx, with); err != nil {
 				r.fail(fmt.Sprintf("storage: %v", err))
 			}
 		})

@@ -29,7 +29,7 @@ func (b *Builder) supervise(g *guest) {
 // follow follows the end of a guest's emulator, and reports whether there is another one.
 func (b *Builder) follow(g *guest, run *run, exit protocol.Exit) bool {
 	run.peer.Close()
-	g.storage.detach()
+	g.storage.Detach()
 	g.nics.detach()
 	again := exit.Outcome == protocol.Reboot
 	run.over(g, again)
@@ -49,7 +49,7 @@ func (b *Builder) follow(g *guest, run *run, exit protocol.Exit) bool {
 	}
 	b.validations.End(g.Build.UUID)
 	g.nics.close()
-	g.storage.close()
+	g.storage.End()
 	b.journal.Note(b.journal.Entry(audit.ActGuestEnd, g.name(), audit.Done,
 		"uuid", g.Build.UUID, "outcome", string(exit.Outcome), "reason", exit.Reason))
 	g.Close()

@@ -49,6 +49,8 @@ const (
 	// maxNICs of all a tenant's guests: what one message can say of them, and one process can have open.
 	maxNICs = 64
 	nicMTU  = 1500
+	// drainLimit is how long requests may take to end in a back end that is replaced.
+	drainLimit = 2 * time.Second
 	// netbackLimit bounds a call to NetBack, which then is sick and replaced.
 	netbackLimit = 10 * time.Second
 	// tellLimit bounds what an emulator may take to take a new NetBack; its guest is failed then.

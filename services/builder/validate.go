@@ -41,12 +41,12 @@ func (v validated) LetGo(ctx context.Context, who protocol.Holder) (out protocol
 }
 
 func (v validated) Snapshot(ctx context.Context, validated, force bool) (protocol.Snapshotted, error) {
-	return v.g.storage.snapshot(ctx, validated, force)
+	return v.g.storage.Snapshot(ctx, validated, force)
 }
 
-func (v validated) DropSnapshot(ctx context.Context) error { return v.g.storage.dropSnapshot(ctx) }
+func (v validated) DropSnapshot(ctx context.Context) error { return v.g.storage.DropSnapshot(ctx) }
 
-func (v validated) View() ([]inspected.Disk, error) { return v.g.storage.view() }
+func (v validated) View() ([]inspected.Disk, error) { return v.g.storage.View() }
 
 func (v validated) Restrict(context.Context) error { return v.g.nics.restrict() }
 

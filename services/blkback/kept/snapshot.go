@@ -1,4 +1,4 @@
-package builder
+package kept
 
 import (
 	"context"
@@ -19,18 +19,18 @@ import (
 // it again.
 
 // copies is how much memory a guest's BlkBack may take for copies of what is overwritten, in bytes.
-func (g *guest) copies() (sum uint64) {
-	for _, d := range g.Build.Spec.Disks {
+func (s *Storage) copies() (sum uint64) {
+	for _, d := range s.o.Spec.Disks {
 		if !d.ReadOnly {
-			sum += uint64(block.SnapshotSize(int64(g.Build.Spec.Validated().Scratch)))
+			sum += uint64(block.SnapshotSize(int64(s.o.Spec.Validated().Scratch)))
 		}
 	}
 	return sum
 }
 
-// snapshot has BlkBack begin a snapshot of all disks that can be written. One that is lost over it may have begun one: the
+// Snapshot has BlkBack begin a snapshot of all disks that can be written. One that is lost over it may have begun one: the
 // next is asked for another, and told that nothing was validated, so that no change is lost.
-func (s *storage) snapshot(ctx context.Context, validated, force bool) (out protocol.Snapshotted, err error) {
+func (s *Storage) Snapshot(ctx context.Context, validated, force bool) (out protocol.Snapshotted, err error) {
 	s.Lock()
 	defer s.Unlock()
 	if s.run == nil {
@@ -38,12 +38,12 @@ func (s *storage) snapshot(ctx context.Context, validated, force bool) (out prot
 	}
 	s.forgetSnapshot()
 	err = s.Serve(func(i *keeper.Instance) error {
-		in := protocol.Snapshot{Scratch: int64(s.g.Build.Spec.Validated().Scratch), Validated: validated, Force: force}
+		in := protocol.Snapshot{Scratch: int64(s.o.Spec.Validated().Scratch), Validated: validated, Force: force}
 		validated = false
-		all := make([]*os.File, len(s.g.Disks))
+		all := make([]*os.File, len(s.o.Disks))
 		var files []*os.File
-		for d := range s.g.Disks {
-			if s.g.Changes[d] == nil {
+		for d := range s.o.Disks {
+			if s.o.Changes[d] == nil {
 				continue
 			}
 			f, err := memfd.New("snapshot", block.SnapshotSize(in.Scratch))
@@ -68,8 +68,8 @@ func (s *storage) snapshot(ctx context.Context, validated, force bool) (out prot
 	return out, err
 }
 
-// dropSnapshot ends it.
-func (s *storage) dropSnapshot(ctx context.Context) error {
+// DropSnapshot ends it.
+func (s *Storage) DropSnapshot(ctx context.Context) error {
 	s.Lock()
 	defer s.Unlock()
 	if s.snapshots == nil {
@@ -84,7 +84,7 @@ func (s *storage) dropSnapshot(ctx context.Context) error {
 	return err
 }
 
-func (s *storage) forgetSnapshot() {
+func (s *Storage) forgetSnapshot() {
 	for _, f := range s.snapshots {
 		if f != nil {
 			f.Close()
@@ -93,8 +93,8 @@ func (s *storage) forgetSnapshot() {
 	s.snapshots = nil
 }
 
-// view is what an inspector needs to read the disks as they were at the snapshot: descriptors by which nothing can be changed.
-func (s *storage) view() (disks []inspected.Disk, err error) {
+// View is what an inspector needs to read the disks as they were at the snapshot: descriptors by which nothing can be changed.
+func (s *Storage) View() (disks []inspected.Disk, err error) {
 	s.Lock()
 	defer s.Unlock()
 	if s.snapshots == nil {
@@ -106,12 +106,12 @@ func (s *storage) view() (disks []inspected.Disk, err error) {
 			disks = nil
 		}
 	}()
-	for d := range s.g.Disks {
+	for d := range s.o.Disks {
 		v := inspected.Disk{Index: d, Scratch: s.scratch}
 		for _, f := range []struct {
 			from *os.File
 			to   **os.File
-		}{{s.g.Disks[d], &v.Image}, {s.g.Bases[d], &v.Base}, {s.g.Changes[d], &v.Changes}, {s.snapshots[d], &v.Snapshot}} {
+		}{{s.o.Disks[d], &v.Image}, {s.o.Bases[d], &v.Base}, {s.o.Changes[d], &v.Changes}, {s.snapshots[d], &v.Snapshot}} {
 			if f.from == nil {
 				continue
 			}
@@ -135,19 +135,19 @@ type written struct {
 const leastWritten = 1 << 20
 
 // writtenEvery is after how many bytes BlkBack tells how much the guest has written; 0: nobody wants to know.
-func (g *guest) writtenEvery() uint64 {
-	if w := uint64(g.Build.Spec.Validated().Written); w > 0 {
+func (s *Storage) writtenEvery() uint64 {
+	if w := uint64(s.o.Spec.Validated().Written); w > 0 {
 		return max(w/8, leastWritten)
 	}
 	return 0
 }
 
 // wrote takes a BlkBack's word; a number that is less than the last is of another BlkBack.
-func (g *guest) wrote(in protocol.Written, tell func(uuid string, sum uint64)) {
-	if in.Index < 0 || in.Index >= len(g.Disks) {
+func (s *Storage) wrote(in protocol.Written) {
+	if in.Index < 0 || in.Index >= len(s.o.Disks) {
 		return
 	}
-	w := &g.written
+	w := &s.written
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.last == nil {
@@ -159,5 +159,5 @@ func (g *guest) wrote(in protocol.Written, tell func(uuid string, sum uint64)) {
 	}
 	w.last[in.Index] = in.Bytes
 	w.sum += more
-	tell(g.Build.UUID, w.sum)
+	s.o.Wrote(w.sum)
 }
