@@ -80,7 +80,16 @@ const reopen = "open anew"
 // bad was taken over: it does what it is asked in place of a question.
 func bad(ctx context.Context, _ *slog.Logger, control *ipc.Conn) error {
 	var peer *rpc.Peer
+	var disks []*os.File
 	peer = rpc.New(control, func(ctx context.Context, r *rpc.Request) (any, error) {
+		switch r.Method {
+		case protocol.MethodViewDisk:
+			disks = append(disks, r.Files...)
+			return struct{}{}, nil
+		case protocol.MethodScan:
+			defer peer.Drain()
+			return badScan(ctx, r, disks)
+		}
 		var in protocol.Read
 		if err := r.Decode(&in); err != nil {
 			return nil, err
