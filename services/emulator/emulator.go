@@ -182,6 +182,10 @@ func (s *service) handle(_ context.Context, r *rpc.Request) (any, error) {
 		close(s.resumed)
 		s.resumed = make(chan struct{})
 		s.builders.Unlock()
+		// Whoever validated the guest is gone, and the next Builder does not know that it is held for that.
+		if _, err := s.letGo(protocol.LetGo{Who: protocol.HolderValidation}); err != nil {
+			s.log.Error("the guest is not let go", "err", err)
+		}
 		return nil, nil
 	case protocol.MethodEnd:
 		s.cancel()

@@ -25,9 +25,13 @@ func (w *worker) close() {
 // goes on when it returns.
 func (w *worker) trap(ctx context.Context, force, keep bool) (s verdict.Safety, err error) {
 	start := time.Now()
+	ctx, cancel := context.WithTimeout(ctx, trapLimit)
+	defer cancel()
 	held, err := w.g.Hold(ctx, protocol.Hold{Who: protocol.HolderValidation, Safe: true, Force: force})
-	if err != nil {
-		return s, err
+	if err != nil { // it may be held all the same
+		w.holds = true
+		_, lerr := w.letGo()
+		return s, errors.Join(err, lerr)
 	}
 	if held.LetGo {
 		s.Held, s.Why = held.Took, masked(held.Masked)
@@ -87,6 +91,10 @@ func (w *worker) letGo() (time.Duration, error) {
 	}
 	return was.Took, err
 }
+
+// trapLimit is how long an emulator and a BlkBack may take to hold the guest and to begin a snapshot: so long the guest may
+// stand still for one that is sick.
+const trapLimit = 10 * time.Second
 
 // letGoLimit is how long an emulator may take to let its guest go on.
 const letGoLimit = 20 * time.Second
