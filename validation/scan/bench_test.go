@@ -144,8 +144,10 @@ func BenchmarkValidateIncremental(b *testing.B) {
 				b.StopTimer()
 				s.Changed = modify(b, file, s.Size, c.count, r)
 				encoded := state.Index.Bytes()
-				_, took := benchScan(b, Source{Reader: s.Reader, Size: s.Size}, nil, files)
-				full = append(full, took)
+				if len(full) < 5 {
+					_, took := benchScan(b, Source{Reader: s.Reader, Size: s.Size}, nil, files)
+					full = append(full, took)
+				}
 				b.StartTimer()
 				start := time.Now()
 				last, err := Open(encoded)

@@ -3,6 +3,7 @@ package scan
 import (
 	"fmt"
 	"iter"
+	"math"
 	"math/bits"
 
 	"redoubt.dev/redoubt/validation/ext4"
@@ -55,7 +56,7 @@ func (s *changed) granule(off int64) int64 { return (s.offset + off) >> s.shift 
 
 // any reports whether a byte of the volume's range may have changed; what is not on the disk may have.
 func (s *changed) any(r ext4.Range) bool {
-	if r.Length <= 0 || r.Offset < 0 {
+	if r.Length <= 0 || r.Offset < 0 || r.Offset > math.MaxInt64-s.offset-r.Length {
 		return true
 	}
 	first, last := s.granule(r.Offset), s.granule(r.Offset+r.Length-1)

@@ -234,7 +234,7 @@ func (e *encoder) putInode(b []byte, r *record, i int) []byte {
 	} else if !keptRest {
 		rest = offset(e.base.rest, len(e.rest))
 		e.rest = append(e.rest, blob...)
-		if len(blob) <= 256 { // labels, which many have
+		if len(blob) <= maxShared { // labels, which many have
 			e.blobs[string(blob)] = rest
 		}
 	}

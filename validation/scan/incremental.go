@@ -164,7 +164,7 @@ func (r *reader) again(h hit, near bool) *record {
 	if old.state&hasXattrs != 0 {
 		r.u.attributes(rec, in)
 	}
-	if !rec.fresh && rec.state == old.state && rec.links == old.links && rec.mode == old.mode && rec.uid == old.uid && rec.gid == old.gid &&
+	if !rec.fresh && rec.state == old.state && rec.state&bad == 0 && rec.links == old.links && rec.mode == old.mode && rec.uid == old.uid && rec.gid == old.gid &&
 		rec.digest == old.digest && rec.target == old.target && slices.Equal(rec.xattrs, old.xattrs) && slices.Equal(rec.extents, old.extents) {
 		return nil
 	}

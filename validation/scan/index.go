@@ -37,6 +37,7 @@ const (
 
 	rootInode  = 2        // of ext4, and what FAT's root has here
 	maxVolumes = 4096     // of an index
+	maxShared  = 256      // bytes of a rest that several inodes may have
 	maxPath    = 64 << 10 // bytes
 )
 
@@ -185,6 +186,14 @@ func sectionsOf(b []byte) (*volume, error) {
 		off += n
 	}
 	v.encoded = b[:off:off]
+	last := int64(0)
+	for b := v.replayed; len(b) > 0; b = b[rangeSize:] {
+		from, length := int64(le.Uint64(b)), int64(le.Uint64(b[8:]))
+		if from < last || length <= 0 || from > v.size || length > v.size-from {
+			return nil, damaged("%d bytes replayed at %d, after %d of %d", length, from, last, v.size)
+		}
+		last = from + length
+	}
 	return v, nil
 }
 
@@ -261,6 +270,8 @@ const wantKnown = baseline.Descend | baseline.Metadata | baseline.Content | base
 func (v *volume) checkInodes() error {
 	extents := uint64(len(v.extents) / extentSize)
 	last, lastRest := uint32(0), [2]uint32{}
+	// Extents are one inode's, and only short rests are shared: else what each has could be all, many times over.
+	extentsLeft, restLeft := int64(extents), int64(len(v.rest))
 	for i := range v.inodeCount() {
 		n := v.inode(i)
 		first, count := n.extents()
@@ -274,6 +285,12 @@ func (v *volume) checkInodes() error {
 			return damaged("inode %d: extents %d to %d of %d", n.number(), first, uint64(first)+uint64(count), extents)
 		case uint64(off)+uint64(length) > uint64(len(v.rest)):
 			return damaged("inode %d: %d bytes at %d of %d", n.number(), length, off, len(v.rest))
+		}
+		if extentsLeft -= int64(count); length > maxShared {
+			restLeft -= int64(length)
+		}
+		if extentsLeft < 0 || restLeft < 0 {
+			return damaged("inode %d: what it has is another's too", n.number())
 		}
 		last = n.number()
 		if rest := [2]uint32{off, length}; length > 0 && rest != lastRest { // many have the same

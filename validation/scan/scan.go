@@ -51,7 +51,7 @@ type Source struct {
 
 // Options bound a scan. The zero value is right for most.
 type Options struct {
-	// MaxMemory bounds in bytes, about, what each volume's scan keeps; 0 is 1 GiB, enough for some three million files. A volume
+	// MaxMemory bounds in bytes, about, what each volume's scan keeps; 0 is 1 GiB, enough for some two million files. A volume
 	// with more is a problem.
 	MaxMemory int64
 	// MaxFile is how many bytes a file may have whose contents are hashed; 0: as many as its volume. Only sparse files

@@ -254,6 +254,87 @@ func TestBounds(t *testing.T) {
 	}
 }
 
+// TestChanged holds the answer for a range to the bits of its granules, one by one.
+func TestChanged(t *testing.T) {
+	r := rand.New(rand.NewPCG(7, 7))
+	for range 200 {
+		c := &Changes{Granule: 4096 << r.IntN(3), Bits: make([]uint64, 1+r.IntN(5))}
+		for range r.IntN(6) {
+			g := r.IntN(64 * len(c.Bits))
+			c.Bits[g/64] |= 1 << (g % 64)
+		}
+		offset, end := int64(r.IntN(5))*512, c.Granule*64*int64(len(c.Bits))
+		replayed := ext4.Range{Offset: r.Int64N(end), Length: 1 + r.Int64N(3*c.Granule)}
+		s := newChanged(c, offset, slices.Values([]ext4.Range{replayed}))
+		for range 100 {
+			x := ext4.Range{Offset: r.Int64N(end), Length: 1 + r.Int64N(end/2)}
+			if r.IntN(2) == 0 {
+				x.Length = 1 + r.Int64N(2*c.Granule)
+			}
+			first, last := (offset+x.Offset)/c.Granule, (offset+x.Offset+x.Length-1)/c.Granule
+			want := last/64 >= int64(len(c.Bits)) || first <= (offset+replayed.Offset+replayed.Length-1)/c.Granule && (offset+replayed.Offset)/c.Granule <= last
+			for g := first; g <= last && !want; g++ {
+				want = c.Bits[g/64]>>(g%64)&1 != 0
+			}
+			if s.any(x) != want {
+				t.Fatalf("%+v at %d of %+v and %+v: %v", x, offset, c, replayed, !want)
+			}
+		}
+	}
+}
+
+// TestRules: what is wanted of a file follows its mode, also where nothing else of it changed.
+func TestRules(t *testing.T) {
+	image := filepath.Join(t.TempDir(), "fs.img")
+	must(t, "mke2fs", "-q", "-F", "-t", "ext4", "-b", "1024", "-d", makeTree(t), image, "8M")
+	before := load(t, image)
+	first := scanImage(t, before, nil, nil)
+	debugfs(t, image, "sif /dir1/f3 mode 0100755", "sif /some/c mode 0100755")
+	b := load(t, image)
+	r := scanImage(t, b, changesOf(before, b, 4096, nil), first.Index)
+	if got := fmt.Sprint(r.Touched); got != "[disk0:/dir1/f3 disk0:/some/c]" || r.Full || r.Stats.Files != 2 {
+		t.Errorf("touched %s, full: %s, %+v", got, r.Why, r.Stats)
+	}
+	for n, e := range entriesOf(scanImage(t, b, nil, nil).Index) {
+		if g, ok := r.Index.Lookup(n); !ok || !sameEntry(&g, &e) {
+			t.Errorf("%v is %+v, not %+v", n, g, e)
+		}
+	}
+	// A change of an inode's times alone has nothing hashed.
+	debugfs(t, image, "sif /large mtime 20200101", "sif /large ctime 20200101")
+	now := load(t, image)
+	r = scanImage(t, now, changesOf(b, now, 4096, nil), r.Index)
+	if r.Stats.Files != 0 || len(r.Touched) != 0 || r.Full {
+		t.Errorf("touched %v, full: %s, %+v", r.Touched, r.Why, r.Stats)
+	}
+}
+
+// TestProblemStays: what could not be read stays a problem while nothing changes, without a full scan.
+func TestProblemStays(t *testing.T) {
+	tree := makeTree(t)
+	if err := os.Symlink(strings.Repeat("t", 300), filepath.Join(tree, "link")); err != nil {
+		t.Fatal(err)
+	}
+	image := filepath.Join(t.TempDir(), "fs.img")
+	must(t, "mke2fs", "-q", "-F", "-t", "ext2", "-b", "1024", "-d", tree, image, "8M")
+	debugfs(t, image, "sif /link size 5000", "sif /large block[3] 99999999")
+	b := load(t, image)
+	r := scanImage(t, b, nil, nil)
+	for range 3 {
+		if fmt.Sprint(names(r.Problems)) != "[disk0:/large disk0:/link]" {
+			t.Fatalf("%v, full: %s", r.Problems, r.Why)
+		}
+		for _, p := range r.Problems {
+			if _, ok := r.Index.Lookup(p.Name); ok || !slices.Contains(r.Touched, p.Name) {
+				t.Errorf("%v has an entry, or is not touched", p.Name)
+			}
+		}
+		if r = scanImage(t, b, changesOf(b, b, 4096, nil), r.Index); r.Full {
+			t.Errorf("full: %s", r.Why)
+		}
+	}
+}
+
 // A stopper stops the scan that reads it.
 type stopper struct {
 	b     []byte

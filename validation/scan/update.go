@@ -98,11 +98,7 @@ func (u *update) setReplayed(all iter.Seq[ext4.Range]) {
 func rangesOf(b []byte) iter.Seq[ext4.Range] {
 	return func(yield func(ext4.Range) bool) {
 		for ; len(b) >= rangeSize; b = b[rangeSize:] {
-			r := ext4.Range{Offset: int64(binary.LittleEndian.Uint64(b)), Length: int64(binary.LittleEndian.Uint64(b[8:]))}
-			if r.Offset < 0 || r.Length <= 0 || r.Offset+r.Length < 0 {
-				continue
-			}
-			if !yield(r) {
+			if !yield(ext4.Range{Offset: int64(binary.LittleEndian.Uint64(b)), Length: int64(binary.LittleEndian.Uint64(b[8:]))}) {
 				return
 			}
 		}
