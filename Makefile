@@ -51,6 +51,7 @@ bench: fetch build guest
 	@$(GO) run ./lab/cmd/peers
 	REDOUBT_LAB_LATER=1 $(GO) test -run '^$$' -bench '$(BENCH)' -benchtime 5x -timeout 60m ./vtpm/... ./services/netback ./e2e
 	$(GO) test -run '^$$' -bench '$(BENCH)' -benchtime 1s ./store/... ./validation/ext4
+	$(GO) test -run '^$$' -bench '$(BENCH)' -benchtime 5x -timeout 60m ./validation/scan ./network
 	$(LAB) test -timeout 60m -bench '$(BENCH)' ./monitor ./e2e
 
 soak: fetch build guest
@@ -63,7 +64,7 @@ soak: fetch build guest
 fuzz:
 	@set -e; for f in $$(grep -rl --include='*_test.go' 'func Fuzz' .); do \
 	  for t in $$(grep -o 'func Fuzz[A-Za-z0-9_]*' $$f | cut -c6-); do \
-	    echo "== $$(dirname $$f) $$t"; CGO_ENABLED=0 $(GO) test -run '^$$' -fuzz "^$$t$$" -fuzztime $(FUZZTIME) $$(dirname $$f); \
+	    echo "== $$(dirname $$f) $$t"; CGO_ENABLED=0 $(GO) test -run '^$$' -fuzz "^$$t$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x $$(dirname $$f); \
 	  done; done
 
 # A command in the nested test machine: make lab CMD='lsmod'
