@@ -337,3 +337,63 @@ func pause(t *testing.T, emulator string) {
 	}
 	h.must("stop", "web", "--grace", "0s")
 }
+
+func TestVerdictsQEMU(t *testing.T) { verdicts(t, "qemu", "  every: 2s\n") }
+
+func TestVerdictsNative(t *testing.T) {
+	lab.NeedsKVM(t)
+	verdicts(t, "native", "  exits: 20000\n")
+}
+
+// verdicts: guests are validated by themselves, and a verdict that pauses or revokes stays until it is released, over a killed
+// Builder and over attempts to start the guest anew. after is when the second is validated; the first is when it has written enough.
+func verdicts(t *testing.T, emulator, after string) {
+	h := newHost(t)
+	key := h.path("web.key")
+	h.must("baseline", "key", key)
+	h.must("run", h.validatedSpec("still", emulator, h.rootDisk("still"), "", "validation:\n  written: 1MiB\n  respond:\n    critical: [pause]\n"))
+	h.must("run", h.validatedSpec("revoked", emulator, h.rootDisk("revoked"), "", "validation:\n"+after+"  respond:\n    critical: [revoke]\n"))
+	for _, name := range []string{"still", "revoked"} {
+		h.await(name, "READY", bootTime)
+		h.must("baseline", "create", name, "--key", key)
+	}
+	ek := h.show("revoked").EKSHA256
+	still, revoked := h.shell("still"), h.shell("revoked")
+	next := h.followEvents("still")
+	if _, err := io.WriteString(still.in, "echo backdoor >/disk/usr/bin/login; dd if=/dev/zero of=/disk/home/much bs=64k count=64 conv=fsync\n"); err != nil {
+		t.Fatal(err)
+	}
+	revoked.does("echo backdoor >/disk/usr/bin/login; sync; load")
+
+	// One stands still.
+	next("validation", bootTime) // what was found
+	next("validation", bootTime) // and what follows
+	if s := h.status("still"); len(s.InForce) != 1 || s.InForce[0] != spec.Pause {
+		t.Errorf("in force: %v", s.InForce)
+	}
+	silent := len(h.console("still"))
+	if _, err := io.WriteString(still.in, "echo GOES-ON\n"); err != nil {
+		t.Fatal(err)
+	}
+	h.must("resume", "still") // is of the operator's own pauses
+	h.must("reset", "builder")
+
+	// The other is gone, and stays so.
+	g := h.awaitDown("revoked", bootTime)
+	if g.State != "failed" || !strings.Contains(g.Reason, "its vTPM is revoked") {
+		t.Errorf("the guest is %s: %s", g.State, g.Reason)
+	}
+	h.fails(1, "its vTPM is revoked", "run", "revoked")
+	if got := len(h.console("still")); got != silent {
+		t.Errorf("the guest that a verdict paused printed %d bytes", got-silent)
+	}
+	h.must("release", "still")
+	h.await("still", "GOES-ON\n", bootTime)
+	h.must("stop", "still", "--grace", "0s")
+	h.must("release", "revoked")
+	h.must("run", "revoked", "--wait")
+	if again := h.show("revoked").EKSHA256; ek == "" || again != ek {
+		t.Errorf("released, its vTPM is %s; it was %s", again, ek)
+	}
+	h.must("stop", "revoked", "--grace", "0s")
+}
