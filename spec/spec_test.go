@@ -206,3 +206,53 @@ func TestParseNIC(t *testing.T) {
 		}
 	}
 }
+
+// TestValidation: what validates a guest is checked whole, each mistake by its field; the defaults are not written into the spec.
+func TestValidation(t *testing.T) {
+	const signer = "ed25519:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="
+	guest := func(v string) string {
+		return "name: g\nboot: {kernel: /k}\ndisks: [{path: /d}]\nnics: [{}]\nvalidation: " + v + "\n"
+	}
+	g, err := Parse(strings.NewReader(guest("{signers: [\"" + signer + "\"], every: 1h, written: 64MiB, respond: {critical: [quarantine, log]}}")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if g.Validation.Tries != 0 || g.Validation.Scratch != 0 {
+		t.Errorf("%+v", g.Validation)
+	}
+	if v := g.Validated(); v.Tries != DefaultTries || v.Scratch != DefaultScratch || len(v.Respond.Critical) != 2 || v.Respond.Info[0] != Log {
+		t.Errorf("%+v", v)
+	}
+	if v := (&Guest{}).Validated(); v.Tries != DefaultTries || v.Every != 0 {
+		t.Errorf("%+v", v)
+	}
+	for v, field := range map[string]string{
+		"":                                  "validation",
+		"{signers: [rsa]}":                  "validation.signers[0]",
+		"{every: 10ms}":                     "validation.every",
+		"{written: 4KiB}":                   "validation.written",
+		"{exits: 5}":                        "validation.exits",
+		"{tries: 100000}":                   "validation.tries",
+		"{scratch: 1KiB}":                   "validation.scratch",
+		"{respond: {critical: [reboot]}}":   "validation.respond.critical[0]",
+		"{respond: {warning: [log, nuke]}}": "validation.respond.warning[1]",
+	} {
+		_, err := Parse(strings.NewReader(guest(v)))
+		var e *Error
+		if !errors.As(err, &e) || e.Field != field {
+			t.Errorf("%s: %v", v, err)
+		}
+	}
+	for doc, field := range map[string]string{
+		"name: g\nboot: {kernel: /k}\nvalidation: {every: 1h}\n":                                                                 "validation",
+		"name: g\nboot: {kernel: /k}\ndisks: [{path: /d}]\nvalidation: {respond: {critical: [quarantine]}}\n":                    "validation.respond.critical[0]",
+		"name: g\nboot: {kernel: /k}\ndisks: [{path: /d}]\ntpm: {disabled: true}\nvalidation: {respond: {critical: [revoke]}}\n": "validation.respond.critical[0]",
+		"name: g\nemulator: qemu\nboot: {kernel: /k}\ndisks: [{path: /d}]\nvalidation: {exits: 5000}\n":                          "validation.exits",
+	} {
+		_, err := Parse(strings.NewReader(doc))
+		var e *Error
+		if !errors.As(err, &e) || e.Field != field {
+			t.Errorf("%s: %v", doc, err)
+		}
+	}
+}

@@ -71,11 +71,6 @@ func ParseSigner(s string) (ed25519.PublicKey, error) {
 	return b, nil
 }
 
-// FormatSigner is ParseSigner's other side.
-func FormatSigner(k ed25519.PublicKey) string {
-	return keyPrefix + base64.StdEncoding.EncodeToString(k)
-}
-
 // Validated is the guest's validation with all defaults, also of a guest that has no such section.
 func (g *Guest) Validated() Validation {
 	v := Validation{}

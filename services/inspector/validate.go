@@ -22,6 +22,8 @@ import (
 const (
 	mostFindings = 10_000
 	mostProblems = 100
+	// scanMemory is what the scan of one volume may keep, in bytes: with index and baseline less than the sandbox's limit.
+	scanMemory = 256 << 20
 )
 
 // validation is what an inspector has of a guest's disks.
@@ -169,7 +171,7 @@ func (v *validation) scan(ctx context.Context, in protocol.Scan, r *rpc.Request)
 			v.sources[i].Changed = nil
 		}
 	}
-	found, err := scan.Run(ctx, v.sources, rules.Digest(), rules, last, scan.Options{Workers: runtime.NumCPU()})
+	found, err := scan.Run(ctx, v.sources, rules.Digest(), rules, last, scan.Options{MaxMemory: scanMemory, Workers: runtime.NumCPU()})
 	if v.lost() {
 		return out, rpc.Errorf(rpc.Unavailable, "%v: give validation.scratch more", block.ErrSnapshotLost)
 	}

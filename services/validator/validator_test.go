@@ -99,7 +99,7 @@ func (f *fake) sign() {
 		f.t.Fatal(err)
 	}
 	public, _ := key.Public().(ed25519.PublicKey)
-	if _, err := f.m.sign(uuid, spec.Validation{}, signed[text.Len():], spec.FormatSigner(public)); err != nil {
+	if _, err := f.m.sign(uuid, spec.Validation{}, signed[text.Len():], baseline.FormatPublicKey(public)); err != nil {
 		f.t.Fatal(err)
 	}
 }
