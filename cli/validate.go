@@ -190,7 +190,7 @@ func (a *app) controlCommands() []*cobra.Command {
 				return err
 			}, false),
 		a.controlCommand("quarantine", "Have a guest reach nothing but the remediation addresses",
-			"Moves the guest's NICs to the quarantine VLAN, where they reach the remediation addresses (`redoubt up --remediation`) and\nnothing else. It stays so over restarts of the guest and of Redoubt, until `redoubt release`. Its console works.",
+			"Moves the guest's NICs to the quarantine VLAN, where they reach the remediation addresses of `redoubt up --quarantine` and\nnothing else. It stays so over restarts of the guest and of Redoubt, until `redoubt release`. Its console works.",
 			"  redoubt quarantine web-1 --reason 'ticket 4711'\n  redoubt release web-1", "is in quarantine",
 			func(ctx context.Context, name, reason string) error {
 				_, err := a.client().Quarantine(ctx, &v1.QuarantineRequest{Name: name, Reason: reason})

@@ -100,7 +100,13 @@ func (b *Builder) validation(ctx context.Context, tenant string, r *rpc.Request)
 	case protocol.MethodBaseline:
 		return rpc.Answer(r, func(in protocol.Baseline) (any, error) { return m.Get(in) })
 	case protocol.MethodSignBaseline:
-		return rpc.Answer(r, func(in protocol.SignBaseline) (any, error) { return m.Sign(in, b.specOf(in.UUID)) })
+		return rpc.Answer(r, func(in protocol.SignBaseline) (any, error) {
+			g := b.guest(in.UUID)
+			if g == nil { // nobody here knows who may
+				return nil, rpc.Errorf(rpc.Unavailable, "the guest is down: who may sign its baseline says its spec while it runs")
+			}
+			return m.Sign(in, &g.Build.Spec)
+		})
 	case protocol.MethodAcceptBaseline:
 		return rpc.Answer(r, func(in protocol.AcceptBaseline) (any, error) { return m.Accept(ctx, in) })
 	}

@@ -113,7 +113,7 @@ func (a *api) GetBaseline(ctx context.Context, r *v1.GetBaselineRequest) (*v1.Ge
 
 // SignBaseline implements the API.
 func (a *api) SignBaseline(ctx context.Context, r *v1.SignBaselineRequest) (*v1.SignBaselineResponse, error) {
-	g, err := a.t.of(r.Name, false, "")
+	g, err := a.t.of(r.Name, true, "who may sign its baseline says its spec while it runs")
 	if err != nil {
 		return nil, status(err)
 	}
