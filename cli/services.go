@@ -2,6 +2,7 @@ package cli
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -16,6 +17,7 @@ import (
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/sandbox"
 	"redoubt.dev/redoubt/services"
+	"redoubt.dev/redoubt/services/answer"
 	"redoubt.dev/redoubt/services/protocol"
 )
 
@@ -157,10 +159,23 @@ func (a *app) askOnce(ctx context.Context, method string, in, out any) error {
 		defer close(done)
 		_ = peer.Run(context.Background())
 	}()
-	_, err = peer.Call(ctx, method, in, out)
+	var long protocol.Answered
+	into := out
+	if method == protocol.MethodServices {
+		into = &long
+	}
+	files, err := peer.Call(ctx, method, in, into)
 	_ = peer.Close()
 	<-done
-	return err
+	defer ipc.CloseAll(files)
+	if err != nil || into == out {
+		return err
+	}
+	b, err := answer.Read(files, long)
+	if err != nil {
+		return err
+	}
+	return json.Unmarshal(b, out)
 }
 
 func (a *app) printServices(all []serviceReport) error {

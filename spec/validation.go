@@ -38,13 +38,14 @@ const (
 	Log         Response = "log"
 	Quarantine  Response = "quarantine"   // its NICs reach nothing but the remediation addresses
 	DropDevices Response = "drop-devices" // its NICs reach nothing at all
+	Restrict    Response = "restrict"     // no guest of its tenant's is started until somebody releases it
 	Pause       Response = "pause"        // its processors stop until somebody releases it
 	Stop        Response = "stop"         // it is ended
 	Revoke      Response = "revoke"       // it is ended, and its vTPM opens no more
 )
 
 // Responses are all there are, from the least to the most.
-var Responses = []Response{Log, Quarantine, DropDevices, Pause, Stop, Revoke}
+var Responses = []Response{Log, Quarantine, DropDevices, Restrict, Pause, Stop, Revoke}
 
 // Bounds of a validation.
 const (

@@ -2,12 +2,14 @@ package builder
 
 import (
 	"context"
+	"encoding/json"
 	"os"
 	"path/filepath"
 
 	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/services"
+	"redoubt.dev/redoubt/services/answer"
 	"redoubt.dev/redoubt/services/calls"
 	"redoubt.dev/redoubt/services/protocol"
 	"redoubt.dev/redoubt/services/trust"
@@ -37,7 +39,14 @@ func (b *Builder) fromAdmin(ctx context.Context, r *rpc.Request) (any, error) {
 	ipc.CloseAll(r.Files)
 	switch r.Method {
 	case protocol.MethodServices:
-		return b.procs.List(), nil
+		return answer.Get(services.Builder, func(into *os.File) (int, error) { // many guests are more than a message holds
+			all, err := json.Marshal(b.procs.List())
+			if err != nil {
+				return 0, err
+			}
+			a, err := answer.Put(into, all)
+			return a.Size, err
+		})
 	case protocol.MethodReset:
 		return rpc.Answer(r, func(in protocol.Reset) (any, error) { return b.reset(in) })
 	case protocol.MethodTenants:

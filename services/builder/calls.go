@@ -273,7 +273,7 @@ func (b *Builder) build(ctx context.Context, t *tenancy, in protocol.Build, r *r
 		(len(files[protocol.FileVars]) == 1) != (in.Spec.Boot.Firmware == spec.OVMF) {
 		return nil, rpc.Errorf(rpc.Invalid, "build: the descriptors do not match the spec")
 	}
-	if err := b.validations.MayStart(in.UUID, in.Spec.Name); err != nil {
+	if err := b.validations.MayStart(t.name, in.UUID, in.Spec.Name); err != nil {
 		return nil, err
 	}
 	if err := b.ledger.Claim(in.UUID, t.name); err != nil {

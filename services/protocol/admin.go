@@ -4,7 +4,7 @@ import "redoubt.dev/redoubt/sandbox"
 
 // Root → Builder, over services.AdminSocket.
 const (
-	MethodServices = "services" // nothing → []RunningService: the processes that run
+	MethodServices = "services" // nothing → Answered: JSON of []RunningService, the processes that run
 	MethodReset    = "reset"    // Reset → ResetDone: a service's processes are replaced now, as by its timer
 	MethodTenants  = "tenants"  // nothing → []trust.Tenant
 	// MethodSetTenant makes a tenant or changes it, and its toolstack runs.

@@ -80,6 +80,8 @@ func (m *Manager) note(g Guest, what spec.Response, reason, by string) error {
 			r.Quarantined = true
 		case spec.DropDevices:
 			r.DevicesDropped = true
+		case spec.Restrict:
+			r.Restricted = true
 		case spec.Pause:
 			r.Paused = true
 		case spec.Revoke:
@@ -131,7 +133,7 @@ func (m *Manager) inForce(uuid string) (all []spec.Response, reason string, sinc
 	for _, x := range []struct {
 		is   bool
 		what spec.Response
-	}{{r.Quarantined, spec.Quarantine}, {r.DevicesDropped, spec.DropDevices}, {r.Paused, spec.Pause}, {r.Revoked, spec.Revoke}} {
+	}{{r.Quarantined, spec.Quarantine}, {r.DevicesDropped, spec.DropDevices}, {r.Restricted, spec.Restrict}, {r.Paused, spec.Pause}, {r.Revoked, spec.Revoke}} {
 		if x.is {
 			all = append(all, x.what)
 		}
@@ -139,8 +141,14 @@ func (m *Manager) inForce(uuid string) (all []spec.Response, reason string, sinc
 	return all, r.Reason, &r.Since
 }
 
-// MayStart refuses the start of a guest against which something is in force that it would evade.
-func (m *Manager) MayStart(uuid, name string) error {
+// MayStart refuses the start of a guest against which something is in force that it would evade, and of all of a tenant whose
+// guests are not to be started.
+func (m *Manager) MayStart(tenant, uuid, name string) error {
+	for _, g := range m.Ledger.All() {
+		if g.Restricted && g.Tenant == tenant {
+			return rpc.Errorf(rpc.Refused, "tenant %s may start no guests: %s deviates from its baseline (%s): `redoubt release %s` ends that", tenant, g.Name, g.Reason, g.Name)
+		}
+	}
 	r, ok := m.Ledger.Get(uuid)
 	switch {
 	case !ok:

@@ -312,7 +312,7 @@ func TestConfirmed(t *testing.T) {
 	if !slices.Equal(in, []spec.Response{spec.Quarantine, spec.Pause}) || !strings.Contains(reason, "/b") {
 		t.Error(in, reason)
 	}
-	if err := f.m.MayStart(uuid, "web"); err == nil || !strings.Contains(err.Error(), "redoubt release web") {
+	if err := f.m.MayStart("default", uuid, "web"); err == nil || !strings.Contains(err.Error(), "redoubt release web") {
 		t.Error(err)
 	}
 	if err := f.m.Release(t.Context(), protocol.Control{UUID: uuid}, f); err != nil {
@@ -401,13 +401,34 @@ func TestRevoked(t *testing.T) {
 	if did := f.did(); !strings.HasSuffix(did, "drop, revoke true") || !strings.Contains(f.failed, "its vTPM is revoked") {
 		t.Errorf("%s; %q", did, f.failed)
 	}
-	if err := f.m.MayStart(uuid, "web"); err == nil || !strings.Contains(err.Error(), "revoked") {
+	if err := f.m.MayStart("default", uuid, "web"); err == nil || !strings.Contains(err.Error(), "revoked") {
 		t.Error(err)
 	}
 	if err := f.m.Release(t.Context(), protocol.Control{UUID: uuid}, nil); err != nil {
 		t.Fatal(err)
 	}
-	if err := f.m.MayStart(uuid, "web"); err != nil || f.did() != "revoke false" {
+	if err := f.m.MayStart("default", uuid, "web"); err != nil || f.did() != "revoke false" {
+		t.Error(err)
+	}
+}
+
+// TestRestricted: while a guest's deviation restricts its tenant none of that tenant's guests is started, and all others are.
+func TestRestricted(t *testing.T) {
+	f := newFake(t, &spec.Validation{Respond: spec.Respond{Critical: []spec.Response{spec.Restrict}}})
+	f.scans = append(f.scans, finds("/a"), finds("/a"))
+	if _, err := f.validate(protocol.Validate{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.m.MayStart("default", "another", "other"); rpc.KindOf(err) != rpc.Refused || !strings.Contains(err.Error(), "redoubt release web") {
+		t.Error(err)
+	}
+	if err := f.m.MayStart("acme", "another", "other"); err != nil {
+		t.Error(err)
+	}
+	if err := f.m.Release(t.Context(), protocol.Control{UUID: uuid}, f); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.m.MayStart("default", "another", "other"); err != nil {
 		t.Error(err)
 	}
 }
