@@ -21,6 +21,8 @@ type demo struct {
 	late  time.Duration // how late a vTPM has to be
 	boots map[string]*boot
 	fence *performance // nil: not begun
+
+	shopSpec string // of the guest that is validated, what is special about it
 }
 
 // A step shows one thing. It fails with the reason; what needs it is then not tried.

@@ -21,8 +21,11 @@ import (
 
 // attacks tries every attack in the sandbox of every service, and without one.
 func (d *demo) attacks(ctx context.Context) error {
-	// The next step's guest boots meanwhile.
+	// The next steps' guests boot meanwhile.
 	if err := d.startStored(ctx); err != nil {
+		return err
+	}
+	if err := d.startShop(ctx); err != nil {
 		return err
 	}
 	// The sandboxes of QEMU and swtpm are made of these.
@@ -106,6 +109,8 @@ const storedInit = `#!/bin/sh
 exec </dev/console >/dev/console 2>&1
 dmesg -n 1
 for m in $(cat /mod/order); do insmod /mod/$m; done
+ip link set eth0 up
+ip addr add 192.0.2.1/24 dev eth0
 /bin/guest io verified /dev/vda
 poweroff -f
 `
@@ -116,7 +121,7 @@ func (d *demo) startStored(ctx context.Context) error {
 		return err
 	}
 	b := initramfs.New(d.cache.Path("bin/busybox"), storedInit)
-	b.Modules(modules, "virtio_pci", "virtio_blk")
+	b.Modules(modules, "virtio_pci", "virtio_blk", "virtio_net")
 	b.HostFile(d.guest, "bin/guest")
 	if err := b.WriteFile(d.path("initrd-" + stored)); err != nil {
 		return err
@@ -125,7 +130,7 @@ func (d *demo) startStored(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	text = strings.Replace(text, "initrd: initrd", "initrd: initrd-"+stored, 1) + "disks:\n  - path: disk.img\n"
+	text = strings.Replace(text, "initrd: initrd", "initrd: initrd-"+stored, 1) + "disks:\n  - path: disk.img\n" + vlan
 	if err := os.WriteFile(d.path(stored+".yaml"), []byte(text), 0o600); err != nil {
 		return err
 	}
@@ -240,7 +245,7 @@ func (d *demo) killBlkBack(ctx context.Context) error {
 		return err
 	}
 	for _, p := range all {
-		if p.Service == services.BlkBack {
+		if p.Service == services.BlkBack && strings.HasSuffix(p.Label, "-"+stored) {
 			d.say("  $ kill -9 %d    # %s", p.PID, p.Label)
 			return unix.Kill(p.PID, unix.SIGKILL)
 		}

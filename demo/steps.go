@@ -62,6 +62,10 @@ func steps() []step {
 			title: "The Builder, which has all privileges, is killed under the same guest: the next one goes on",
 		},
 		{
+			name: "validated", needs: []string{"load"}, do: (*demo).validated,
+			title: "A file in a running guest's /usr/bin is changed: the host finds it, the guest goes into quarantine",
+		},
+		{
 			name: "rootkit", needs: []string{"up"}, do: (*demo).unfenced,
 			title: "A kernel module that is a rootkit: the guest's kernel is its",
 		},

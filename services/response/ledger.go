@@ -49,13 +49,15 @@ type Record struct {
 	Revoked        bool      `json:"revoked,omitempty"`
 	DevicesDropped bool      `json:"devicesDropped,omitempty"`
 	Restricted     bool      `json:"restricted,omitempty"` // its tenant's guests are not started
-	Reason         string    `json:"reason,omitempty"` // one line, up to MaxReason bytes
-	Since          time.Time `json:"since"`            // when it last changed, in UTC
-	By             string    `json:"by"`               // one line, up to MaxBy bytes, such as "operator 0" or "validation v3"
+	Reason         string    `json:"reason,omitempty"`     // one line, up to MaxReason bytes
+	Since          time.Time `json:"since"`                // when it last changed, in UTC
+	By             string    `json:"by"`                   // one line, up to MaxBy bytes, such as "operator 0" or "validation v3"
 }
 
 // InForce reports whether anything is.
-func (r Record) InForce() bool { return r.Quarantined || r.Paused || r.Revoked || r.DevicesDropped || r.Restricted }
+func (r Record) InForce() bool {
+	return r.Quarantined || r.Paused || r.Revoked || r.DevicesDropped || r.Restricted
+}
 
 // check refuses what cannot be meant.
 func (r Record) check() error {
