@@ -48,7 +48,7 @@ type Options struct {
 // stopped when Serve returns.
 func Serve(ctx context.Context, c *net.UnixConn, backend virtio.Backend, opt Options) error {
 	info := backend.Info()
-	s := &session{conn: conn{c: c}, backend: backend, info: info, allowed: opt.Memory, onStart: opt.OnStart}
+	s := &session{conn: conn{c: c}, backend: backend, info: info, allowed: opt.Memory, onStart: opt.OnStart, rings: opt.Rings}
 	for i, n := range info.Queues {
 		s.queues = append(s.queues, &queue{s: s, index: i, max: n})
 	}
@@ -77,6 +77,7 @@ type session struct {
 	info    virtio.Info
 	allowed Whitelist
 	onStart func() // nil once called
+	rings   *Rings // may be nil
 
 	features uint64
 	mem      *memory

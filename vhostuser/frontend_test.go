@@ -28,6 +28,7 @@ type front struct {
 	flightMsg  []byte
 	c          *net.UnixConn
 	end        chan error // of the back end's Serve
+	rings      *Rings     // of the device; nil: nobody asks
 
 	avail, used uint16
 }
@@ -124,7 +125,7 @@ func (f *front) serve(backend virtio.Backend) {
 	own, theirs := socketpair(f.t)
 	f.c, f.end = own, make(chan error, 1)
 	end := f.end
-	go func() { end <- Serve(context.Background(), theirs, backend, Options{Memory: f.whitelist()}) }()
+	go func() { end <- Serve(context.Background(), theirs, backend, Options{Memory: f.whitelist(), Rings: f.rings}) }()
 }
 
 // close ends the connection and returns what Serve did.

@@ -446,6 +446,7 @@ func (q *queue) take() (*virtio.Chain, error) {
 			q.call.signal()
 		}
 		q.mu.Unlock()
+		q.s.rings.answered()
 		q.taken.Done()
 	})
 	return c, nil

@@ -34,7 +34,7 @@ type service struct {
 // disk is one disk's connection to a front end.
 type disk struct {
 	image    *block.Tracked
-	rings    vhostuser.Rings
+	rings    *vhostuser.Rings
 	overlaid int64 // bytes, of an overlay
 	stop     context.CancelFunc
 	done     chan struct{} // closed when nothing of it is left
@@ -212,12 +212,12 @@ func (s *service) attach(in protocol.AttachDisk, files map[string][]*os.File) er
 		return errors.Join(fmt.Errorf("disks[%d]: front end: not a Unix socket", in.Index), err, b.Close())
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	d := &disk{image: img, overlaid: overlaid, stop: cancel, done: make(chan struct{})}
+	d := &disk{image: img, rings: vhostuser.NewRings(), overlaid: overlaid, stop: cancel, done: make(chan struct{})}
 	s.disks[in.Index] = d
 	go func() {
 		defer close(d.done)
 		defer cancel()
-		err := vhostuser.Serve(ctx, u, b, vhostuser.Options{Memory: vhostuser.Whitelist{st}, Rings: &d.rings})
+		err := vhostuser.Serve(ctx, u, b, vhostuser.Options{Memory: vhostuser.Whitelist{st}, Rings: d.rings})
 		if ctx.Err() != nil {
 			err = nil
 		}

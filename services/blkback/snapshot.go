@@ -12,6 +12,10 @@ import (
 	"redoubt.dev/redoubt/services/protocol"
 )
 
+// drainLimit is how long requests in flight may take to end before a moment is not safe: so long the guest's processors stand
+// still beside what they do anyway.
+const drainLimit = 10 * time.Millisecond
+
 // snapshot begins a snapshot of the disks that it is asked for, all at one moment: no change of any of them is made
 // meanwhile. Whether it may, the guest's rings say: the guest's processors are held by the caller, so that no request comes.
 func (s *service) snapshot(in protocol.Snapshot, files []*os.File) (out protocol.Snapshotted, err error) {
@@ -37,6 +41,11 @@ func (s *service) snapshot(in protocol.Snapshot, files []*os.File) (out protocol
 			return out, fmt.Errorf("disks[%d]: %w", index, err)
 		}
 		disks, snapshots = append(disks, d), append(snapshots, n)
+	}
+	// No request comes any more: those that are on their way are given a moment to end.
+	drained := time.Now().Add(drainLimit)
+	for _, d := range s.disks {
+		d.rings.Drain(drained)
 	}
 	start := time.Now()
 	for _, d := range disks {
