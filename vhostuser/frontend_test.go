@@ -125,7 +125,9 @@ func (f *front) serve(backend virtio.Backend) {
 	own, theirs := socketpair(f.t)
 	f.c, f.end = own, make(chan error, 1)
 	end := f.end
-	go func() { end <- Serve(context.Background(), theirs, backend, Options{Memory: f.whitelist(), Rings: f.rings}) }()
+	go func() {
+		end <- Serve(context.Background(), theirs, backend, Options{Memory: f.whitelist(), Rings: f.rings})
+	}()
 }
 
 // close ends the connection and returns what Serve did.
