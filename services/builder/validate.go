@@ -105,7 +105,7 @@ func (b *Builder) validation(ctx context.Context, tenant string, r *rpc.Request)
 			if g == nil { // nobody here knows who may
 				return nil, rpc.Errorf(rpc.Unavailable, "the guest is down: who may sign its baseline says its spec while it runs")
 			}
-			return m.Sign(in, &g.Build.Spec)
+			return m.Sign(ctx, in, &g.Build.Spec)
 		})
 	case protocol.MethodAcceptBaseline:
 		return rpc.Answer(r, func(in protocol.AcceptBaseline) (any, error) { return m.Accept(ctx, in) })

@@ -16,6 +16,7 @@ import (
 	"redoubt.dev/redoubt/services/protocol"
 	"redoubt.dev/redoubt/spec"
 	"redoubt.dev/redoubt/validation/baseline"
+	"redoubt.dev/redoubt/validation/schedule"
 	"redoubt.dev/redoubt/validation/verdict"
 )
 
@@ -124,9 +125,17 @@ func (m *Manager) Get(in protocol.Baseline) (any, error) {
 }
 
 // Sign puts a signature to the draft.
-func (m *Manager) Sign(in protocol.SignBaseline, g *spec.Guest) (any, error) {
+func (m *Manager) Sign(ctx context.Context, in protocol.SignBaseline, g *spec.Guest) (any, error) {
 	v, err := m.sign(in.UUID, g.Validated(), in.Signature, in.Signer)
-	return protocol.Signed{Version: v}, err
+	if err != nil {
+		return nil, err
+	}
+	// From here on it is validated by itself. A guest without disks has nobody who would.
+	_ = m.with(ctx, in.UUID, func(_ context.Context, w *worker) error {
+		w.step(schedule.Event{Kind: schedule.Resumed})
+		return nil
+	})
+	return protocol.Signed{Version: v}, nil
 }
 
 // answered is a handler's answer with JSON.

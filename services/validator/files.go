@@ -29,6 +29,12 @@ const (
 
 func (m *Manager) dir(uuid string) string { return filepath.Join(m.Dir, uuid) }
 
+// has reports whether a guest has such a file.
+func (m *Manager) has(uuid, name string) bool {
+	_, err := os.Stat(filepath.Join(m.dir(uuid), name))
+	return err == nil
+}
+
 func (m *Manager) write(uuid, name string, b []byte) error {
 	if err := os.MkdirAll(m.dir(uuid), 0o700); err != nil {
 		return err

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -23,6 +24,7 @@ import (
 	"redoubt.dev/redoubt/services/response"
 	"redoubt.dev/redoubt/spec"
 	"redoubt.dev/redoubt/validation/baseline"
+	"redoubt.dev/redoubt/validation/schedule"
 	"redoubt.dev/redoubt/validation/verdict"
 )
 
@@ -431,6 +433,42 @@ func TestRestricted(t *testing.T) {
 	if err := f.m.MayStart("default", "another", "other"); err != nil {
 		t.Error(err)
 	}
+}
+
+// TestNoBaseline: nothing is due before there is a baseline, and whoever asks is told.
+func TestNoBaseline(t *testing.T) {
+	f := newFake(t, &spec.Validation{Written: 1 << 20})
+	f.m.End(uuid)
+	if err := os.Remove(filepath.Join(f.m.dir(uuid), fileBaseline)); err != nil {
+		t.Fatal(err)
+	}
+	f.m.Begin(f)
+	f.m.Wrote(uuid, 1<<21)
+	if _, err := f.m.Validate(t.Context(), protocol.Validate{UUID: uuid}); !errors.Is(err, errNone) {
+		t.Error(err)
+	}
+	none := f.m.with(t.Context(), uuid, func(_ context.Context, w *worker) error { return nil }) // what was written was taken in
+	if none != nil || f.did() != "" {
+		t.Errorf("%v: without a baseline it is validated", none)
+	}
+	if err := os.RemoveAll(f.m.dir(uuid)); err != nil {
+		t.Fatal(err)
+	}
+	scanned := make(chan struct{}, 1)
+	f.mu.Lock()
+	f.scans = append(f.scans, func(context.Context, asked.Scan) ([]baseline.Finding, error) {
+		scanned <- struct{}{}
+		return nil, nil
+	})
+	f.mu.Unlock()
+	f.sign()
+	if err := f.m.with(t.Context(), uuid, func(_ context.Context, w *worker) error {
+		w.step(schedule.Event{Kind: schedule.Resumed})
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	<-scanned
 }
 
 // TestUnrecorded: a response that cannot be recorded ends the guest: without it it must not go on.

@@ -85,6 +85,9 @@ func (w *worker) run() {
 	w.alarm.Stop()
 	defer w.alarm.Stop()
 	w.step(schedule.Event{Kind: schedule.GuestStarted})
+	if !w.m.has(w.g.UUID(), fileBaseline) { // nothing is due before there is something to hold it to
+		w.step(schedule.Event{Kind: schedule.Paused})
+	}
 	for id := uint64(1); ; {
 		select {
 		case <-w.ctx.Done():
@@ -224,7 +227,8 @@ func (w *worker) scanned(a schedule.Action) schedule.Event {
 		n.report.Baseline = n.base.Version
 	}
 	first := a.Kind == schedule.Scan
-	c, scanned, err := w.compare(w.ctx, n.base, a.Full || first && n.full)
+	// Whether changes were missed the index knows better than the schedule: it is there as long as none was.
+	c, scanned, err := w.compare(w.ctx, n.base, first && n.full)
 	if err != nil {
 		return failed(err)
 	}
