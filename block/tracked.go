@@ -10,8 +10,7 @@ import (
 // A Tracked image is another one whose changes are noted in a map, and which can be held for an instant to begin a snapshot.
 // It implements [Vectored].
 type Tracked struct {
-	Image
-	vector  Vectored // nil: the image is none
+	Vectored
 	changes *Changes // nil: nothing is noted
 	written atomic.Uint64
 	every   uint64
@@ -24,9 +23,7 @@ type Tracked struct {
 
 // NewTracked takes over image, changes, which may be nil, and a snapshot that another process began, which mostly is nil.
 func NewTracked(image Image, changes *Changes, snapshot *Snapshot) *Tracked {
-	t := &Tracked{Image: image, changes: changes, snapshot: snapshot}
-	t.vector, _ = image.(Vectored)
-	return t
+	return &Tracked{Vectored: AsVectored(image), changes: changes, snapshot: snapshot}
 }
 
 // OnWritten has tell called, by whoever writes, with the number of bytes that were written or discarded since the image was
@@ -77,7 +74,7 @@ func (t *Tracked) change(off, n int64, do func() error) error {
 			t.changes.Mark(off, n)
 		}
 		if t.snapshot != nil {
-			t.snapshot.save(t.Image, off, n)
+			t.snapshot.save(t.Vectored, off, n)
 		}
 	}
 	err := do()
@@ -92,7 +89,7 @@ func (t *Tracked) change(off, n int64, do func() error) error {
 // WriteAt implements Image.
 func (t *Tracked) WriteAt(p []byte, off int64) (n int, err error) {
 	err = t.change(off, int64(len(p)), func() (err error) {
-		n, err = t.Image.WriteAt(p, off)
+		n, err = t.Vectored.WriteAt(p, off)
 		return err
 	})
 	return n, err
@@ -100,7 +97,7 @@ func (t *Tracked) WriteAt(p []byte, off int64) (n int, err error) {
 
 // Discard implements Image.
 func (t *Tracked) Discard(off, n int64) error {
-	return t.change(off, n, func() error { return t.Image.Discard(off, n) })
+	return t.change(off, n, func() error { return t.Vectored.Discard(off, n) })
 }
 
 // WriteVector implements Vectored.
@@ -109,36 +106,7 @@ func (t *Tracked) WriteVector(p [][]byte, off int64) error {
 	for _, s := range p {
 		n += int64(len(s))
 	}
-	return t.change(off, n, func() error {
-		if t.vector != nil {
-			return t.vector.WriteVector(p, off)
-		}
-		return each(p, off, t.Image.WriteAt)
-	})
-}
-
-// ReadVector implements Vectored.
-func (t *Tracked) ReadVector(p [][]byte, off int64) error {
-	if t.vector != nil {
-		return t.vector.ReadVector(p, off)
-	}
-	return each(p, off, t.ReadAt)
-}
-
-// ReadCached implements Vectored.
-func (t *Tracked) ReadCached(p [][]byte, off int64) bool {
-	return t.vector != nil && t.vector.ReadCached(p, off)
-}
-
-// each moves one buffer after another.
-func each(p [][]byte, off int64, move func([]byte, int64) (int, error)) error {
-	for _, s := range p {
-		if _, err := move(s, off); err != nil {
-			return err
-		}
-		off += int64(len(s))
-	}
-	return nil
+	return t.change(off, n, func() error { return t.Vectored.WriteVector(p, off) })
 }
 
 // Close implements Image: a snapshot's memory and the map stay.
@@ -154,5 +122,5 @@ func (t *Tracked) Close() error {
 		err = errors.Join(err, t.changes.Close())
 		t.changes = nil
 	}
-	return errors.Join(err, t.Image.Close())
+	return errors.Join(err, t.Vectored.Close())
 }

@@ -84,3 +84,33 @@ func behind(p [][]byte, n int) [][]byte {
 	}
 	return p
 }
+
+// AsVectored is the image itself where it is one, else one that moves a buffer after another.
+func AsVectored(image Image) Vectored {
+	if v, ok := image.(Vectored); ok {
+		return v
+	}
+	return oneByOne{image}
+}
+
+// oneByOne makes an image of single buffers a Vectored one.
+type oneByOne struct{ Image }
+
+// ReadVector implements Vectored.
+func (o oneByOne) ReadVector(p [][]byte, off int64) error { return each(p, off, o.ReadAt) }
+
+// WriteVector implements Vectored.
+func (o oneByOne) WriteVector(p [][]byte, off int64) error { return each(p, off, o.WriteAt) }
+
+// ReadCached implements Vectored: nobody knows.
+func (oneByOne) ReadCached([][]byte, int64) bool { return false }
+
+func each(p [][]byte, off int64, move func([]byte, int64) (int, error)) error {
+	for _, s := range p {
+		if _, err := move(s, off); err != nil {
+			return err
+		}
+		off += int64(len(s))
+	}
+	return nil
+}

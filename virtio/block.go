@@ -61,8 +61,7 @@ const (
 // what is in memory, and a write where nothing else is under way. A flush covers every request answered before it was made. A driver that does not take
 // the flush feature gets write-through: each write is flushed before its answer (§5.2.6.2).
 type Block struct {
-	image  block.Image
-	vector block.Vectored // image, nil if it is not
+	image  block.Vectored
 	serial string
 	jobs   chan *blkRequest
 	busy   atomic.Int32 // requests that the workers have
@@ -81,8 +80,7 @@ func NewBlock(image block.Image, serial string) (*Block, error) {
 	if image.Size()%sector != 0 || image.Size() == 0 {
 		return nil, fmt.Errorf("virtio-blk: image of %d bytes: must be whole sectors of %d", image.Size(), sector)
 	}
-	b := &Block{image: image, serial: serial, jobs: make(chan *blkRequest)}
-	b.vector, _ = image.(block.Vectored)
+	b := &Block{image: block.AsVectored(image), serial: serial, jobs: make(chan *blkRequest)}
 	for range blkWorkers {
 		b.wg.Add(1)
 		go b.work()
@@ -153,12 +151,12 @@ func (b *Block) Handle(_ int, c *Chain) error {
 
 // cached carries out a read that need not wait.
 func (b *Block) cached(r *blkRequest) bool {
-	if r.kind != blkIn || b.vector == nil {
+	if r.kind != blkIn {
 		return false
 	}
 	total := Length(r.in)
 	off, ok := b.inside(r.sector, total)
-	r.done = ok && total%sector == 0 && b.vector.ReadCached(r.in, off)
+	r.done = ok && total%sector == 0 && b.image.ReadCached(r.in, off)
 	return r.done
 }
 
@@ -217,12 +215,12 @@ func parseBlock(c *Chain) (*blkRequest, error) {
 func (b *Block) do(r *blkRequest) (status byte, written uint32) {
 	switch r.kind {
 	case blkIn:
-		return b.transfer(r.sector, r.in, b.read)
+		return b.transfer(r.sector, r.in, b.image.ReadVector)
 	case blkOut:
 		if b.image.ReadOnly() {
 			return blkIOError, 0
 		}
-		status, _ = b.transfer(r.sector, r.out, b.write)
+		status, _ = b.transfer(r.sector, r.out, b.image.WriteVector)
 		return b.settle(status), 0
 	case blkDoFlush:
 		if b.image.Flush() != nil {
@@ -266,31 +264,6 @@ func (b *Block) transfer(at uint64, segments [][]byte, move func([][]byte, int64
 		return blkIOError, 0
 	}
 	return blkOK, uint32(total)
-}
-
-func (b *Block) read(p [][]byte, off int64) error {
-	if b.vector != nil {
-		return b.vector.ReadVector(p, off)
-	}
-	return each(p, off, b.image.ReadAt)
-}
-
-func (b *Block) write(p [][]byte, off int64) error {
-	if b.vector != nil {
-		return b.vector.WriteVector(p, off)
-	}
-	return each(p, off, b.image.WriteAt)
-}
-
-// each moves one buffer after another.
-func each(p [][]byte, off int64, move func([]byte, int64) (int, error)) error {
-	for _, s := range p {
-		if _, err := move(s, off); err != nil {
-			return err
-		}
-		off += int64(len(s))
-	}
-	return nil
 }
 
 // ranges carries out a discard or write-zeroes request (§5.2.6). All segments are checked

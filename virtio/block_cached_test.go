@@ -16,7 +16,7 @@ type vectorImage struct {
 }
 
 func (v *vectorImage) ReadCached(p [][]byte, off int64) bool {
-	if off >= int64(len(v.data))/2 || each(p, off, v.ReadAt) != nil {
+	if off >= int64(len(v.data))/2 || v.moves().ReadVector(p, off) != nil {
 		return false
 	}
 	v.cached++
@@ -26,10 +26,13 @@ func (v *vectorImage) ReadCached(p [][]byte, off int64) bool {
 func (v *vectorImage) ReadVector(p [][]byte, off int64) error {
 	v.waiting <- struct{}{}
 	<-v.release
-	return each(p, off, v.ReadAt)
+	return v.moves().ReadVector(p, off)
 }
 
-func (v *vectorImage) WriteVector(p [][]byte, off int64) error { return each(p, off, v.WriteAt) }
+func (v *vectorImage) WriteVector(p [][]byte, off int64) error { return v.moves().WriteVector(p, off) }
+
+// moves is the image below, a buffer after another.
+func (v *vectorImage) moves() block.Vectored { return block.AsVectored(&v.testImage) }
 
 // What is in memory is read while reads of what is not wait for their device, and so is what was
 // written meanwhile.
