@@ -88,6 +88,9 @@ func (a *app) drafted(ctx context.Context, name string, answer []byte, key strin
 		for _, p := range d.Problems {
 			fmt.Fprintf(a.out, "not in it, cannot be read: %s\n", printable(p))
 		}
+		if len(d.Problems) > 0 {
+			fmt.Fprintln(a.out, "what cannot be read deviates at each validation: a rule that leaves it out has ignore: true, its path and its volumes")
+		}
 	}
 	if key == "" {
 		fmt.Fprintf(a.out, "it counts when it is signed: `redoubt baseline sign %s --key KEY`\n", name)
