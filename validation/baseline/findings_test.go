@@ -468,3 +468,33 @@ func TestAccept(t *testing.T) {
 		}
 	}
 }
+
+// TestIgnoredVolume: a volume that cannot be read deviates, unless a rule leaves it out.
+func TestIgnoredVolume(t *testing.T) {
+	lvm := []Problem{{Name: Name{"disk0p2", "/"}, Text: "LVM is not read"}}
+	for text, want := range map[string]int{
+		"rules: [{name: programs, include: [/usr/bin], severity: critical}]":                                                                  1,
+		"rules: [{name: lvm, include: [/], volumes: [disk0p2], ignore: true}, {name: programs, include: [/usr/bin], severity: critical}]":     0,
+		"rules: [{name: another, include: [/], volumes: [disk0p3], ignore: true}, {name: programs, include: [/usr/bin], severity: critical}]": 1,
+		"rules: [{name: programs, include: [/usr/bin], volumes: [disk0p1], severity: critical}]":                                              0,
+		"rules: [{name: programs, include: [/usr/bin], severity: critical}, {name: lvm, include: [/], volumes: [disk0p2], ignore: true}]":     1,
+	} {
+		rules, err := ParseRules([]byte(text))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var file strings.Builder
+		h := Header{Guest: "0b5ff3a6-0d8e-4a1c-9c41-0d7b4c2f6a01", Version: 1, Created: time.Unix(1, 0).UTC(), Rules: rules}
+		if err := Write(&file, h, slices.Values([]Entry(nil))); err != nil {
+			t.Fatal(err)
+		}
+		b, err := Open([]byte(file.String()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		c, err := Compare(b, slices.Values([]Entry(nil)), lvm, 10)
+		if err != nil || len(c.Findings) != want {
+			t.Errorf("%s: %v, %v", text, c.Findings, err)
+		}
+	}
+}
