@@ -59,8 +59,9 @@ type service struct {
 	ended   chan struct{} // closed when the guest has ended and that was told
 	exit    protocol.Exit // set before ended is closed
 
-	builders sync.Mutex    // taken for moments only
-	resumed  chan struct{} // closed when another Builder has come, then made anew
+	work     sync.WaitGroup // Serve waits for it
+	builders sync.Mutex     // taken for moments only
+	resumed  chan struct{}  // closed when another Builder has come, then made anew
 }
 
 // Serve runs one guest: it waits for the Builder's start call, and returns when the guest has
@@ -68,6 +69,7 @@ type service struct {
 func Serve(ctx context.Context, log *slog.Logger, control *ipc.Conn) error {
 	s := &service{log: log, resumed: make(chan struct{}), ended: make(chan struct{})}
 	s.ctx, s.cancel = context.WithCancel(ctx)
+	defer s.work.Wait()
 	defer s.cancel()
 	s.peer = rpc.New(control, s.handle)
 	done := make(chan error, 1)
@@ -182,10 +184,13 @@ func (s *service) handle(_ context.Context, r *rpc.Request) (any, error) {
 		close(s.resumed)
 		s.resumed = make(chan struct{})
 		s.builders.Unlock()
-		// Whoever validated the guest is gone, and the next Builder does not know that it is held for that.
-		if _, err := s.letGo(protocol.LetGo{Who: protocol.HolderValidation}); err != nil {
-			s.log.Error("the guest is not let go", "err", err)
-		}
+		// Whoever validated the guest is gone, and the next Builder does not know that it is held for that. Not here: what is
+		// being held or let go now may wait for a back end, of which this Builder tells later on the same connection.
+		s.work.Go(func() {
+			if _, err := s.letGo(protocol.LetGo{Who: protocol.HolderValidation}); err != nil {
+				s.log.Error("the guest is not let go", "err", err)
+			}
+		})
 		return nil, nil
 	case protocol.MethodEnd:
 		s.cancel()

@@ -78,18 +78,24 @@ func TestHoldSafe(t *testing.T) {
 	if out, err = s.hold(in); err != nil || out.LetGo || len(out.Masked) != 1 {
 		t.Fatalf("%+v, %v", out, err)
 	}
-	if _, err := s.handle(t.Context(), &rpc.Request{Method: protocol.NoticeResumed}); err != nil {
-		t.Fatal(err)
+	resumed := func() {
+		t.Helper()
+		// Somebody holds the guest just now, which waits for what comes behind the notice.
+		s.holder.mu.Lock()
+		if _, err := s.handle(t.Context(), &rpc.Request{Method: protocol.NoticeResumed}); err != nil {
+			t.Fatal(err)
+		}
+		s.holder.mu.Unlock()
+		s.work.Wait()
 	}
+	resumed()
 	m.want(t, "pause", "resume")
 	for _, who := range []protocol.Holder{protocol.HolderOperator, protocol.HolderValidation} {
 		if _, err := s.hold(protocol.Hold{Who: who}); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if _, err := s.handle(t.Context(), &rpc.Request{Method: protocol.NoticeResumed}); err != nil {
-		t.Fatal(err)
-	}
+	resumed()
 	m.want(t, "pause")
 	if _, err := s.hold(protocol.Hold{Who: protocol.HolderGate}); rpc.KindOf(err) != rpc.Invalid {
 		t.Errorf("the gate is another's to hold for: %v", err)
