@@ -434,6 +434,7 @@ func (m *Manager) inherit(i *keeper.Instance, uuid string, d *device) error {
 	}
 	switch {
 	case err != nil:
+		m.o.Log.Warn("a vTPM is lost with its manager", "guest", uuid, "err", err)
 		m.dropEngine(uuid, d)
 		m.o.Fail(uuid, fmt.Sprintf("lost with its manager: %v", err))
 	case out.Ready:
