@@ -190,11 +190,17 @@ func (h *host) console(name string) string {
 	return strings.ReplaceAll(string(b), "\r", "")
 }
 
+// client is a command of the CLI that talks to the API alone.
+func (h *host) client(ctx context.Context, args ...string) *exec.Cmd {
+	c := exec.CommandContext(ctx, filepath.Join(programsDir, "redoubt"), args...)
+	c.Env = append(os.Environ(), "REDOUBT_RUN_DIR="+h.path("run"))
+	return c
+}
+
 // stream runs the CLI for what it prints as it goes. end ends it.
 func (h *host) stream(ctx context.Context, args ...string) (out io.Reader, end func()) {
 	h.t.Helper()
-	c := exec.CommandContext(ctx, filepath.Join(programsDir, "redoubt"), args...)
-	c.Env = append(os.Environ(), "REDOUBT_RUN_DIR="+h.path("run"))
+	c := h.client(ctx, args...)
 	out, err := c.StdoutPipe()
 	if err != nil {
 		h.t.Fatal(err)

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -98,8 +97,7 @@ type shell struct {
 func (h *host) shell(name string) *shell {
 	h.t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
-	c := exec.CommandContext(ctx, filepath.Join(programsDir, "redoubt"), "console", name)
-	c.Env = append(os.Environ(), "REDOUBT_RUN_DIR="+h.path("run"))
+	c := h.client(ctx, "console", name)
 	in, err := c.StdinPipe()
 	if err != nil {
 		h.t.Fatal(err)

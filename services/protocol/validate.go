@@ -128,7 +128,7 @@ type SignBaseline struct {
 	UUID      string `json:"uuid"`
 	Name      string `json:"name"`
 	Signature []byte `json:"signature"` // the line that follows the draft
-	Signer    string `json:"signer"`    // the public key that it is of, see spec.ParseSigner
+	Signer    string `json:"signer"`    // the public key that it is of, see baseline.ParsePublicKey
 	Caller    Caller `json:"caller"`
 }
 

@@ -82,7 +82,7 @@ func signers(v spec.Validation, p pin) (all []ed25519.PublicKey, err error) {
 		names = []string{p.Signer}
 	}
 	for _, s := range names {
-		k, err := spec.ParseSigner(s)
+		k, err := baseline.ParsePublicKey([]byte(s))
 		if err != nil {
 			return nil, err
 		}
@@ -146,7 +146,7 @@ func (m *Manager) sign(uuid string, v spec.Validation, signature []byte, signer 
 	if err != nil {
 		return 0, err
 	}
-	key, err := spec.ParseSigner(signer)
+	key, err := baseline.ParsePublicKey([]byte(signer))
 	if err != nil {
 		return 0, rpc.Errorf(rpc.Invalid, "%v", err)
 	}
@@ -172,7 +172,7 @@ func (m *Manager) sign(uuid string, v spec.Validation, signature []byte, signer 
 	if err := m.write(uuid, fileBaseline, signed); err != nil {
 		return 0, err
 	}
-	text, err := json.Marshal(pin{signer, b.Version})
+	text, err := json.Marshal(pin{baseline.FormatPublicKey(key), b.Version})
 	if err != nil {
 		return 0, err
 	}

@@ -160,16 +160,16 @@ func (w *worker) act(a schedule.Action) (e schedule.Event, ok bool) {
 // inquiry is the validation under way, or the next.
 func (w *worker) inquiry() *inquiry {
 	if w.now == nil {
-		w.now = &inquiry{report: &verdict.Report{Guest: w.g.Name(), Cause: "by the spec", Started: time.Now(), Findings: []baseline.Finding{}}}
+		w.now = &inquiry{report: &verdict.Report{Guest: w.g.Name(), Cause: verdict.BySpec, Started: time.Now(), Findings: []baseline.Finding{}}}
 		for _, a := range w.waiting {
-			w.now.report.Cause = "asked"
+			w.now.report.Cause = verdict.Asked
 			w.now.full, w.now.force = w.now.full || a.full, w.now.force || a.force
 		}
 	}
 	return w.now
 }
 
-// look looks whether this is a safe moment, and where it is has a snapshot begun. Without a baseline there is nothing to look for.
+// look looks whether this is a safe moment, and where it is has a snapshot begun.
 func (w *worker) look(run uint64) schedule.Event {
 	n := w.inquiry()
 	n.tries++
@@ -272,9 +272,8 @@ func (w *worker) conclude(a schedule.Action) {
 	if n.base != nil {
 		n.base.text.Close()
 	}
-	// A guest that nobody has made a baseline for, asked about by its own schedule, is no news each time.
-	quiet := a.Outcome == schedule.Gone && len(a.IDs) == 0
-	if !quiet {
+	// What its guest's end has cut short, and nobody waits for, is no news.
+	if a.Outcome != schedule.Gone || len(a.IDs) > 0 {
 		if err := w.m.conclude(w.g, w.spec, r, failed); err != nil {
 			w.m.Log.Warn("validation", "guest", w.g.Name(), "err", err)
 			if r.Error == "" {

@@ -70,9 +70,6 @@ func (f *FS) InodeReader() *InodeReader { return &InodeReader{table{fs: f}} }
 // Inode is [FS.Inode]; numbers that do not ascend are right too, and slower.
 func (r *InodeReader) Inode(n uint32) (*Inode, error) { return r.t.inode(n) }
 
-// Known reports whether the inode is a file as a directory may name it: of a type that there is, and with links.
-func (i *Inode) Known() bool { return i.Links > 0 && knownType(i.Type()) }
-
 // InlineData reports whether the contents are in the inode itself, so that its block is all that they depend on.
 func (i *Inode) InlineData() bool { return i.Flags&flagInline != 0 }
 

@@ -28,10 +28,16 @@ type Safety struct {
 	Snapshot int           `json:"snapshot"` // 1, or 2 for the one that confirms
 }
 
+// Causes of a validation.
+const (
+	Asked  = "asked"
+	BySpec = "by the spec" // so long after the last, or after so much
+)
+
 // Report is a verdict, or why there is none.
 type Report struct {
 	Guest     string             `json:"guest"`
-	Cause     string             `json:"cause"`    // what it was begun for: asked, interval, written, exits
+	Cause     string             `json:"cause"`    // what it was begun for: Asked, BySpec
 	Baseline  uint64             `json:"baseline"` // the version
 	Started   time.Time          `json:"started"`
 	Took      time.Duration      `json:"tookNs"`
