@@ -68,7 +68,7 @@ func (d *demo) goesOn(ctx context.Context, s *ioSeconds) error {
 	if err != nil {
 		return err
 	}
-	console, end, err := d.lines(ctx, stored)
+	console, end, err := d.lines(ctx, "logs", stored, "--follow")
 	if err != nil {
 		return err
 	}

@@ -17,8 +17,12 @@ const (
 	stored    = "stored"
 )
 
-// cmdline is the good one.
-const cmdline = "console=ttyS0"
+// The good command line and the good kernel, of the flavour that boots soonest; and another kernel.
+const (
+	cmdline     = "console=ttyS0"
+	kernel      = "6.1-cloud"
+	otherKernel = "6.12-cloud"
+)
 
 // writeSpec writes NAME.yaml and returns its text.
 func (d *demo) writeSpec(name, kernel, cmdline string) (string, error) {

@@ -50,7 +50,6 @@ func find(name string) attack.Attack {
 
 // infect starts the guest, with more of its spec, and says of each attack whether it has won.
 func (d *demo) infect(ctx context.Context, more string) (won map[string]bool, err error) {
-	const kernel = "6.1-cloud"
 	modules, err := attack.Build(ctx, d.cache, kernel)
 	if err != nil {
 		return nil, err

@@ -51,10 +51,7 @@ func steps() []step {
 			title: "What a service that was taken over cannot do: every attack in the sandbox of every service",
 		},
 		{
-			name: "load", needs: []string{"attacks"}, do: func(d *demo, ctx context.Context) error {
-				d.beginFenced(ctx) // for long: meanwhile the other steps go on
-				return d.load(ctx)
-			},
+			name: "load", needs: []string{"attacks"}, do: (*demo).load,
 			title: "BlkBack is killed and replaced while its guest writes and verifies its disk",
 		},
 		{
@@ -97,7 +94,8 @@ func (d *demo) boot(ctx context.Context) error {
 	if err := buildInitrd(d.cache, d.path("initrd")); err != nil {
 		return err
 	}
-	text, err := d.writeSpec(reference, "6.1", cmdline)
+	d.beginFenced(ctx) // for long: meanwhile the other steps go on
+	text, err := d.writeSpec(reference, kernel, cmdline)
 	if err != nil {
 		return err
 	}
@@ -182,7 +180,7 @@ func (d *demo) withoutGate(ctx context.Context) error {
 		run  func(context.Context, ...string) (string, error)
 		args []string
 	}{{ungated, d.run, append(late, "--unsafe-no-gate")}, {gated, d.redoubt, late}} {
-		if _, err := d.writeSpec(g.name, "6.1", cmdline); err != nil {
+		if _, err := d.writeSpec(g.name, kernel, cmdline); err != nil {
 			return err
 		}
 		if _, err := g.run(ctx, append([]string{"run", g.name + ".yaml"}, g.args...)...); err != nil {
@@ -208,7 +206,7 @@ func (d *demo) withoutGate(ctx context.Context) error {
 
 func (d *demo) startChanged(ctx context.Context) error {
 	for _, g := range []struct{ name, kernel, cmdline string }{
-		{cmdlined, "6.1", cmdline + " apparmor=0"}, {kerneled, "6.1-cloud", cmdline},
+		{cmdlined, kernel, cmdline + " apparmor=0"}, {kerneled, otherKernel, cmdline},
 	} {
 		if _, err := d.writeSpec(g.name, g.kernel, g.cmdline); err != nil {
 			return err
@@ -258,7 +256,7 @@ func (d *demo) changed(ctx context.Context, name, pcr string) error {
 	case cmdlined:
 		d.say("  %s.yaml says `cmdline: %s apparmor=0`", name, cmdline)
 	case kerneled:
-		d.say("  %s.yaml says `kernel: vmlinuz-6.1-cloud`; the guest runs %s", name, t.kernel)
+		d.say("  %s.yaml says `kernel: vmlinuz-%s`; the guest runs %s", name, otherKernel, t.kernel)
 	}
 	out, err := d.run(ctx, "attest", name, "--policy", "good.yaml")
 	lines := strings.Split(strings.TrimSpace(out), "\n")

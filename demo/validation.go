@@ -89,7 +89,6 @@ func (d *demo) startShop(ctx context.Context) error {
 	if err := d.shopDisk(ctx); err != nil {
 		return err
 	}
-	const kernel = "6.1-cloud" // boots soonest
 	modules, err := d.cache.Modules(kernel)
 	if err != nil {
 		return err
