@@ -22,14 +22,22 @@ func (m *Machine) Done() <-chan struct{} { return m.done }
 func (m *Machine) command(name string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), commandTime)
 	defer cancel()
+	p, err := m.begin(ctx, name, nil)
+	if err != nil {
+		return err
+	}
+	return p.wait(ctx, nil)
+}
+
+func (m *Machine) begin(ctx context.Context, name string, args any) (*pending, error) {
 	select {
 	case <-m.ready:
 	case <-m.done:
-		return fmt.Errorf("qemu %s: %s: the machine has ended", m.config.Name, name)
+		return nil, fmt.Errorf("qemu %s: %s: the machine has ended", m.config.Name, name)
 	case <-ctx.Done():
-		return fmt.Errorf("qemu %s: %s: not started", m.config.Name, name)
+		return nil, fmt.Errorf("qemu %s: %s: not started", m.config.Name, name)
 	}
-	return m.qmp.Execute(ctx, name, nil, nil)
+	return m.qmp.begin(name, args)
 }
 
 // Pause stops every vCPU and the guest's clock (QMP stop).

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"sync"
 	"time"
 )
@@ -120,23 +121,37 @@ func NewClient(ctx context.Context, rw io.ReadWriteCloser, onEvent func(Event)) 
 		onEvent = func(Event) {}
 	}
 	c := &Client{rw: rw, onEvent: onEvent, done: make(chan struct{}), pending: map[uint64]chan reply{}}
-	greeted := make(chan struct{})
+	greeted := make(chan greeting, 1)
 	go c.read(greeted)
+	var offered greeting
 	select {
-	case <-greeted:
+	case offered = <-greeted:
 	case <-c.done:
 		return nil, fmt.Errorf("qmp greeting: %w", c.err)
 	case <-ctx.Done():
 		return nil, errors.Join(fmt.Errorf("qmp greeting: %w", context.Cause(ctx)), c.Close())
 	}
-	if err := c.Execute(ctx, "qmp_capabilities", nil, nil); err != nil {
+	var args any
+	if slices.Contains(offered.Capabilities, outOfBand) {
+		args = map[string][]string{"enable": {outOfBand}}
+	}
+	if err := c.Execute(ctx, "qmp_capabilities", args, nil); err != nil {
 		return nil, errors.Join(fmt.Errorf("qmp negotiation: %w", err), c.Close())
 	}
 	return c, nil
 }
 
+// A greeting says what QEMU can do.
+type greeting struct {
+	Capabilities []string `json:"capabilities"`
+}
+
+// outOfBand is the capability of taking commands out of turn. It is of use here for what comes with it: QEMU reads the next
+// command while it carries out one, where else it reads it, byte after byte, when that is done.
+const outOfBand = "oob"
+
 // read owns the reading side.
-func (c *Client) read(greeted chan struct{}) {
+func (c *Client) read(greeted chan<- greeting) {
 	defer close(c.done)
 	r := bufio.NewReaderSize(c.rw, 4096)
 	open := false
@@ -156,7 +171,12 @@ func (c *Client) read(greeted chan struct{}) {
 			err = fmt.Errorf("%w: no greeting", ErrQMP)
 		case !open:
 			open = true
-			close(greeted)
+			var g greeting
+			if err = json.Unmarshal(*m.Greeting, &g); err != nil {
+				err = fmt.Errorf("%w: greeting: %w", ErrQMP, err)
+				break
+			}
+			greeted <- g
 		case m.Greeting != nil:
 			err = fmt.Errorf("%w: a second greeting", ErrQMP)
 		case m.Event != "":
@@ -218,11 +238,27 @@ func (c *Client) answer(m message) error {
 // args is nil or marshals to an object. A refusal is a *[CommandError]; the end of the
 // connection is [ErrQMPClosed]. A command whose ctx ends may still be carried out.
 func (c *Client) Execute(ctx context.Context, command string, args, result any) error {
+	p, err := c.begin(command, args)
+	if err != nil {
+		return err
+	}
+	return p.wait(ctx, result)
+}
+
+// pending is a command that was sent.
+type pending struct {
+	c       *Client
+	command string
+	answer  <-chan reply
+}
+
+// begin sends a command; QEMU carries commands out in the order in which they were sent.
+func (c *Client) begin(command string, args any) (*pending, error) {
 	ch := make(chan reply, 1)
 	c.mu.Lock()
 	if len(c.pending) >= maxPending {
 		c.mu.Unlock()
-		return fmt.Errorf("qmp: %s: %d commands are unanswered", command, maxPending)
+		return nil, fmt.Errorf("qmp: %s: %d commands are unanswered", command, maxPending)
 	}
 	c.next++
 	id := c.next
@@ -232,26 +268,31 @@ func (c *Client) Execute(ctx context.Context, command string, args, result any) 
 	line, err := json.Marshal(request{command, args, id})
 	if err != nil {
 		c.forget(id)
-		return fmt.Errorf("qmp: arguments of %s: %w", command, err)
+		return nil, fmt.Errorf("qmp: arguments of %s: %w", command, err)
 	}
 	c.write.Lock()
 	_, err = c.rw.Write(append(line, '\n'))
 	c.write.Unlock()
 	if err != nil {
 		c.forget(id)
-		return fmt.Errorf("%w: %s: %w", ErrQMPClosed, command, err)
+		return nil, fmt.Errorf("%w: %s: %w", ErrQMPClosed, command, err)
 	}
+	return &pending{c, command, ch}, nil
+}
+
+// wait waits for the answer.
+func (p *pending) wait(ctx context.Context, result any) error {
 	select {
-	case r := <-ch:
-		return finish(command, r, result)
+	case r := <-p.answer:
+		return finish(p.command, r, result)
 	case <-ctx.Done():
-		return fmt.Errorf("qmp: %s: %w", command, context.Cause(ctx))
-	case <-c.done:
+		return fmt.Errorf("qmp: %s: %w", p.command, context.Cause(ctx))
+	case <-p.c.done:
 		select {
-		case r := <-ch: // the answer came before the end
-			return finish(command, r, result)
+		case r := <-p.answer: // it came before the end
+			return finish(p.command, r, result)
 		default:
-			return fmt.Errorf("qmp: %s: %w", command, c.err)
+			return fmt.Errorf("qmp: %s: %w", p.command, p.c.err)
 		}
 	}
 }

@@ -3,30 +3,39 @@ package qemu
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"strconv"
 	"strings"
 )
 
-// Masked says which processors have interrupts switched off (RFLAGS.IF, Intel SDM volume 1, §3.4.3.3), but for those that
-// the guest has never started. The machine is paused.
-func (m *Machine) Masked() ([]int, error) {
+// PauseMasked is Pause, and says which processors have interrupts switched off then (RFLAGS.IF, Intel SDM volume 1,
+// §3.4.3.3), but for those that the guest has never started. Where that cannot be said (err) the machine may be paused
+// all the same. Both commands are sent at once: the guest stands still from one to the other.
+func (m *Machine) PauseMasked() (masked []int, paused bool, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), commandTime)
 	defer cancel()
+	stop, err := m.begin(ctx, "stop", nil)
+	if err != nil {
+		return nil, false, err
+	}
 	// QMP itself has no command that tells registers.
-	args := map[string]string{"command-line": "info registers -a"}
+	info, err := m.begin(ctx, "human-monitor-command", map[string]string{"command-line": "info registers -a"})
+	if serr := stop.wait(ctx, nil); serr != nil || err != nil {
+		return nil, serr == nil, errors.Join(serr, err)
+	}
 	var text string
-	if err := m.qmp.Execute(ctx, "human-monitor-command", args, &text); err != nil {
-		return nil, fmt.Errorf("qemu %s: %w", m.config.Name, err)
+	if err := info.wait(ctx, &text); err != nil {
+		return nil, true, fmt.Errorf("qemu %s: %w", m.config.Name, err)
 	}
 	masked, n, err := parseRegisters(text)
 	if err == nil && n != m.config.CPUs {
 		err = fmt.Errorf("registers of %d processors, not %d", n, m.config.CPUs)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("qemu %s: info registers: %w", m.config.Name, err)
+		return nil, true, fmt.Errorf("qemu %s: info registers: %w", m.config.Name, err)
 	}
-	return masked, nil
+	return masked, true, nil
 }
 
 const (

@@ -142,10 +142,10 @@ func (f *Frontend) greet() error {
 	f.known, f.protocol, f.offered, f.config = true, protocol, offered&^featureProtocol, config
 	// Not f.do, which takes the end of the connection for no error and leaves no peer: the replay
 	// below does, since a queue that the guest broke ends every back end.
-	if err := f.peer.do(setOwner, nil); err != nil {
+	if err := f.peer.do(order{request: setOwner}); err != nil {
 		return err
 	}
-	if err := f.peer.do(setFeatures, u64(f.features|featureProtocol)); err != nil {
+	if err := f.peer.do(order{setFeatures, u64(f.features | featureProtocol), nil}); err != nil {
 		return err
 	}
 	tracked := protocol&protoInflight != 0
@@ -160,7 +160,7 @@ func (f *Frontend) greet() error {
 		}
 	}
 	if tracked {
-		if err := f.do(setInflight, f.head.bytes(24), f.flight); err != nil {
+		if err := f.do(order{setInflight, f.head.bytes(24), []*os.File{f.flight}}); err != nil {
 			return err
 		}
 	}
@@ -232,7 +232,7 @@ func (f *Frontend) SetFeatures(v uint64) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.features = v
-	return f.do(setFeatures, u64(v|featureProtocol))
+	return f.do(order{setFeatures, u64(v | featureProtocol), nil})
 }
 
 // SetMemory tells where guest memory is; running queues go on with it.
@@ -257,7 +257,7 @@ func (f *Frontend) tellMemory() error {
 		}
 		files = append(files, r.File)
 	}
-	return f.do(setMemTable, b, files...)
+	return f.do(order{setMemTable, b, files})
 }
 
 // StartQueue lets a queue run.
@@ -280,7 +280,7 @@ func (f *Frontend) SetCall(i int, call *os.File) error {
 	if !f.queues[i].running {
 		return nil
 	}
-	return f.do(setVringCall, u64(uint64(i)), call)
+	return f.do(order{setVringCall, u64(uint64(i)), []*os.File{call}})
 }
 
 func (f *Frontend) tellQueue(i int) error {
@@ -290,27 +290,14 @@ func (f *Frontend) tellQueue(i int) error {
 	for _, a := range [...]uint64{q.Areas[0], q.Areas[2], q.Areas[1], 0} {
 		areas = le.AppendUint64(areas, a)
 	}
-	for _, m := range []struct {
-		request request
-		payload []byte
-		file    *os.File
-	}{
-		{setVringNum, vringState{n, uint32(q.Size)}.bytes(), nil},
-		{setVringBase, vringState{n, uint32(q.Base)}.bytes(), nil},
-		{setVringAddr, areas, nil},
-		{setVringCall, u64(uint64(i)), q.Call},
-		{setVringKick, u64(uint64(i)), q.Kick},
-		{setVringEnable, vringState{n, 1}.bytes(), nil},
-	} {
-		var files []*os.File
-		if m.file != nil {
-			files = append(files, m.file)
-		}
-		if err := f.do(m.request, m.payload, files...); err != nil {
-			return err
-		}
-	}
-	return nil
+	return f.do(
+		order{setVringNum, vringState{n, uint32(q.Size)}.bytes(), nil},
+		order{setVringBase, vringState{n, uint32(q.Base)}.bytes(), nil},
+		order{setVringAddr, areas, nil},
+		order{setVringCall, u64(uint64(i)), []*os.File{q.Call}},
+		order{setVringKick, u64(uint64(i)), []*os.File{q.Kick}},
+		order{setVringEnable, vringState{n, 1}.bytes(), nil},
+	)
 }
 
 // StopQueue stops a queue that is to go on later: when it returns, every request that was taken is
@@ -374,12 +361,12 @@ func (f *Frontend) forget(i int) {
 	}
 }
 
-// do makes a request that is acknowledged. Without a back end it is put off until there is one.
-func (f *Frontend) do(r request, payload []byte, files ...*os.File) error {
+// do makes requests that are acknowledged. Without a back end they are put off until there is one.
+func (f *Frontend) do(all ...order) error {
 	if f.peer == nil {
 		return nil
 	}
-	err := f.peer.do(r, payload, files...)
+	err := f.peer.do(all...)
 	if err != nil && !errors.Is(err, errRefused) {
 		f.lose()
 		return nil

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -91,6 +92,11 @@ func mapMemory(regions []region, files []*os.File, allowed Whitelist) (_ *memory
 		m.regions = append(m.regions, mapped{r, data})
 	}
 	return m, nil
+}
+
+// is reports whether the memory is what a table says, if it is of the same files.
+func (m *memory) is(regions []region) bool {
+	return m != nil && slices.EqualFunc(m.regions, regions, func(a mapped, b region) bool { return a.region == b })
 }
 
 func (m *memory) unmap() error {

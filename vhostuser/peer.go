@@ -171,18 +171,34 @@ func (p *peer) askU64(r request) (uint64, error) {
 	return parseU64(b)
 }
 
-// do makes a request that is acknowledged.
-func (p *peer) do(r request, payload []byte, files ...*os.File) error {
-	if err := p.send(r, flagNeedAck, payload, files...); err != nil {
-		return err
+// An order is a request that is acknowledged.
+type order struct {
+	request request
+	payload []byte
+	files   []*os.File
+}
+
+// do gives orders, all before it waits for the first acknowledgement: a back end carries them out in their order. Which of
+// those were carried out that follow a refused one is not known.
+func (p *peer) do(all ...order) error {
+	for _, o := range all {
+		if err := p.send(o.request, flagNeedAck, o.payload, o.files...); err != nil {
+			return err
+		}
 	}
-	b, err := p.receive(r)
-	if err != nil {
-		return err
+	var refused error
+	for _, o := range all {
+		b, err := p.receive(o.request)
+		if err != nil {
+			return err
+		}
+		code, err := parseU64(b)
+		if err != nil {
+			return err
+		}
+		if code != 0 && refused == nil {
+			refused = fmt.Errorf("%w: %v %w", ErrBackEnd, o.request, errRefused)
+		}
 	}
-	code, err := parseU64(b)
-	if err == nil && code != 0 {
-		err = fmt.Errorf("%w: %v %w", ErrBackEnd, r, errRefused)
-	}
-	return err
+	return refused
 }

@@ -5,8 +5,6 @@ import (
 	"fmt"
 	"os"
 	"sync"
-	"syscall"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -24,6 +22,7 @@ type queue struct {
 	base    uint16 // next available entry, when there is no in-flight region
 	enabled bool
 	kick    *os.File
+	kicks   *kicks         // of a queue that has a goroutine
 	ended   chan struct{}  // closed by the goroutine; nil when there is none
 	stop    func() error   // of a queue that the kernel runs, in place of the goroutine
 	taken   sync.WaitGroup // chains taken and not given back
@@ -33,20 +32,18 @@ type queue struct {
 	ring *virtio.Ring
 }
 
-// event is a call eventfd: writing never waits.
+// event is a call eventfd: writing never waits. It is closed by nobody who does not hold the queue's lock.
 type event struct {
-	f   *os.File
-	raw syscall.RawConn
+	f  *os.File
+	fd int
 }
 
 // signal adds one. A counter that is full means an interrupt that is pending anyway, and a
 // front end that fills it on purpose harms only its own guest.
-func (e *event) signal() {
-	_ = e.raw.Write(func(fd uintptr) bool {
-		_, _ = unix.Write(int(fd), []byte{1, 0, 0, 0, 0, 0, 0, 0})
-		return true // whatever came of it
-	})
-}
+func (e *event) signal() { _, _ = unix.Write(e.fd, one[:]) } // whatever comes of it
+
+// one is what is written to an eventfd.
+var one = [8]byte{1}
 
 // noDescriptor says in a queue's index that no descriptor comes along.
 const noDescriptor = 1 << 8
@@ -140,11 +137,7 @@ func (q *queue) setFile(r request, f *os.File) error {
 	case setVringCall:
 		var next *event
 		if f != nil {
-			raw, err := f.SyscallConn()
-			if err != nil {
-				return errors.Join(err, f.Close())
-			}
-			next = &event{f, raw}
+			next = &event{f, int(f.Fd())}
 		}
 		if q.stop != nil { // the kernel has the old one
 			q.halt()
@@ -179,7 +172,7 @@ func (q *queue) setFile(r request, f *os.File) error {
 }
 
 // eventFile takes f over if it is an eventfd, as far as that can be told without /proc: of no
-// file type. Reads and writes of it never block this process.
+// file type. Reads and writes of it never block this process, and the runtime's poller does not watch it.
 func eventFile(f *os.File) (*os.File, error) {
 	var st unix.Stat_t
 	err := unix.Fstat(int(f.Fd()), &st)
@@ -195,10 +188,12 @@ func eventFile(f *os.File) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.SetNonblock(fd, true); err != nil {
-		return nil, errors.Join(err, unix.Close(fd))
+	err = unix.SetNonblock(fd, false) // what is non-blocking now, the poller would watch
+	file := os.NewFile(uintptr(fd), "eventfd")
+	if err = errors.Join(err, unix.SetNonblock(fd, true)); err != nil {
+		return nil, errors.Join(err, file.Close())
 	}
-	return os.NewFile(uintptr(fd), "eventfd"), nil // non-blocking: reads wait in the poller
+	return file, nil
 }
 
 func (q *queue) closeKick() error {
@@ -263,9 +258,6 @@ func (q *queue) start() error {
 	if err := r.Resume(base, used, again, journal); err != nil {
 		return fmt.Errorf("queue %d: %w", q.index, err)
 	}
-	if err := q.kick.SetReadDeadline(time.Time{}); err != nil {
-		return fmt.Errorf("queue %d: kick: %w", q.index, err)
-	}
 	if !s.started {
 		s.backend.Start(s.features)
 		s.started = true
@@ -281,6 +273,10 @@ func (q *queue) start() error {
 	if d, ok := s.backend.(virtio.Delegate); ok {
 		return q.delegate(d, area, used)
 	}
+	if q.kicks, err = newKicks(q.kick); err != nil {
+		close(q.ended)
+		return fmt.Errorf("queue %d: %w", q.index, err)
+	}
 	// What another back end left undone comes first, and before anything can halt the queue.
 	for range again {
 		if err := q.handle(); err != nil {
@@ -295,7 +291,7 @@ func (q *queue) start() error {
 		q.call.signal()
 	}
 	q.mu.Unlock()
-	go q.run(r, q.kick, q.ended)
+	go q.run(r, q.ended)
 	s.tellStart()
 	return nil
 }
@@ -318,7 +314,7 @@ func (q *queue) delegate(d virtio.Delegate, area [3][]byte, base uint16) (err er
 		return fmt.Errorf("queue %d: %w", q.index, err)
 	}
 	q.call.signal() // as above; and what was made available before is looked at
-	if _, err := q.kick.Write([]byte{1, 0, 0, 0, 0, 0, 0, 0}); err != nil {
+	if _, err := q.kick.Write(one[:]); err != nil {
 		return fmt.Errorf("queue %d: kick: %w", q.index, err)
 	}
 	q.s.tellStart()
@@ -385,7 +381,11 @@ func (q *queue) halt() {
 		q.mu.Unlock()
 		return
 	}
-	_ = q.kick.SetReadDeadline(time.Now()) // wakes the goroutine; it cannot fail on a pollable file
+	if q.kicks != nil {
+		if err := q.kicks.halt(); err != nil {
+			q.s.fail(fmt.Errorf("queue %d: %w", q.index, err))
+		}
+	}
 	q.mu.Lock()
 	r := q.ring
 	q.ring = nil
@@ -395,12 +395,18 @@ func (q *queue) halt() {
 	}
 	<-q.ended
 	q.ended = nil
+	if q.kicks != nil {
+		if err := q.kicks.close(); err != nil {
+			q.s.fail(fmt.Errorf("queue %d: %w", q.index, err))
+		}
+		q.kicks = nil
+	}
 	q.taken.Wait()
 	q.base, _ = r.Positions()
 }
 
 // run owns taking chains: what there is at first, then what each kick tells of.
-func (q *queue) run(r *virtio.Ring, kick *os.File, ended chan<- struct{}) {
+func (q *queue) run(r *virtio.Ring, ended chan<- struct{}) {
 	defer close(ended)
 	work := q.handleAll
 	if b, ok := q.s.backend.(virtio.QueueServer); ok {
@@ -412,14 +418,13 @@ func (q *queue) run(r *virtio.Ring, kick *os.File, ended chan<- struct{}) {
 			return nil
 		}
 	}
-	var count [8]byte
-	for {
+	for kicks := q.kicks; ; {
 		if err := work(); err != nil {
 			q.s.fail(err)
 			return
 		}
-		if _, err := kick.Read(count[:]); err != nil {
-			if !errors.Is(err, os.ErrDeadlineExceeded) && !errors.Is(err, os.ErrClosed) {
+		if kicked, err := kicks.wait(); !kicked {
+			if err != nil {
 				q.s.fail(fmt.Errorf("queue %d: kick: %w", q.index, err))
 			}
 			return

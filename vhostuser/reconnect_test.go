@@ -9,6 +9,7 @@ import (
 	"net"
 	"os/exec"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -153,7 +154,10 @@ func TestFrontendGreeting(t *testing.T) {
 }
 
 // pass hands n messages on, or all, and ends both connections.
-func pass(from, to *net.UnixConn, n int) {
+func pass(from, to *net.UnixConn, n int) { passCounting(from, to, n, 0, nil) }
+
+// passCounting is pass, and counts the requests of a kind.
+func passCounting(from, to *net.UnixConn, n int, kind request, seen *atomic.Int32) {
 	defer func() {
 		_ = from.CloseRead()
 		_ = to.CloseWrite()
@@ -164,6 +168,9 @@ func pass(from, to *net.UnixConn, n int) {
 		var head [headerSize]byte
 		if s.fill(m, head[:], true) != nil {
 			return
+		}
+		if seen != nil && request(binary.LittleEndian.Uint32(head[:])) == kind {
+			seen.Add(1)
 		}
 		m.payload = make([]byte, binary.LittleEndian.Uint32(head[8:]))
 		err := s.fill(m, m.payload, false)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"slices"
 
 	"redoubt.dev/redoubt/virtio"
 )
@@ -129,6 +130,9 @@ func (r *relay) setMemory(m *message) error {
 	if err != nil {
 		return err
 	}
+	if r.mem.is(regions) && sameFiles(r.files, m.files) { // QEMU tells it again whenever it lets its guest go on, which waits for that
+		return r.startAll()
+	}
 	next, err := mapMemory(regions, m.files, r.allowed)
 	if err != nil {
 		return err
@@ -149,6 +153,14 @@ func (r *relay) setMemory(m *message) error {
 		return err
 	}
 	return r.startAll()
+}
+
+func sameFiles(a, b []*os.File) bool {
+	return slices.EqualFunc(a, b, func(x, y *os.File) bool {
+		is, err := x.Stat()
+		other, oerr := y.Stat()
+		return err == nil && oerr == nil && os.SameFile(is, other)
+	})
 }
 
 func (r *relay) startAll() error {
@@ -188,6 +200,9 @@ func (r *relay) vring(m *message) ([]byte, error) {
 	q, err := r.queue(v.index)
 	if err != nil {
 		return nil, err
+	}
+	if m.request == setVringEnable && q.enabled == (v.num != 0) {
+		return nil, r.start(int(v.index)) // runs already, or lacks something else
 	}
 	base, err := r.halt(int(v.index))
 	if err != nil {

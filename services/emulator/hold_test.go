@@ -16,6 +16,7 @@ type still struct {
 	log    []string
 	masked []int
 	fails  error
+	mute   error // why it cannot say which
 }
 
 func (s *still) Pause() error {
@@ -27,7 +28,13 @@ func (s *still) Resume() error {
 	s.log = append(s.log, "resume")
 	return s.fails
 }
-func (s *still) Masked() ([]int, error) { return s.masked, nil }
+
+func (s *still) PauseMasked() ([]int, bool, error) {
+	if err := s.Pause(); err != nil {
+		return nil, false, err
+	}
+	return s.masked, true, s.mute
+}
 
 func (s *still) want(t *testing.T, want ...string) {
 	t.Helper()
@@ -77,6 +84,35 @@ func TestHoldSafe(t *testing.T) {
 	in.Force = true
 	if out, err = s.hold(in); err != nil || out.LetGo || len(out.Masked) != 1 {
 		t.Fatalf("%+v, %v", out, err)
+	}
+	if _, err := s.letGo(protocol.LetGo{Who: in.Who}); err != nil {
+		t.Fatal(err)
+	}
+	m.want(t, "pause", "resume")
+
+	m.mute = errors.New("no register is told")
+	if out, err = s.hold(in); err == nil || !out.LetGo {
+		t.Fatalf("%+v, %v", out, err)
+	}
+	m.want(t, "pause", "resume")
+	if err := s.holder.hold(protocol.HolderGate); err != nil {
+		t.Fatal(err)
+	}
+	if out, err = s.hold(in); err == nil || !out.LetGo {
+		t.Fatalf("%+v, %v", out, err)
+	}
+	m.want(t, "pause", "pause") // and the gate holds it still
+	if _, err := s.holder.letGo(protocol.HolderGate); err != nil {
+		t.Fatal(err)
+	}
+	m.want(t, "resume")
+	m.fails = errors.New("no")
+	if _, err = s.hold(in); err == nil || len(s.holder.who) != 0 {
+		t.Fatalf("a guest that was not paused is held: %v", err)
+	}
+	m.fails, m.mute, m.log = nil, nil, nil
+	if _, err = s.hold(in); err != nil {
+		t.Fatal(err)
 	}
 	resumed := func() {
 		t.Helper()
