@@ -92,7 +92,7 @@ func (b *Builder) validation(ctx context.Context, tenant string, r *rpc.Request)
 	case protocol.MethodReleaseGuest:
 		return rpc.Answer(r, func(in protocol.Control) (any, error) { return struct{}{}, m.Release(ctx, in, b.asValidated(in.UUID)) })
 	case protocol.MethodValidate:
-		return rpc.Answer(r, func(in protocol.Validate) (any, error) { return m.Validate(ctx, in) })
+		return rpc.Answer(r, func(in protocol.Validate) (any, error) { return m.Validate(ctx, in, r) })
 	case protocol.MethodValidation:
 		return rpc.Answer(r, func(in protocol.Control) (any, error) { return m.Status(in, b.specOf(in.UUID)) })
 	case protocol.MethodCreateBaseline:

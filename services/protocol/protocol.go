@@ -31,6 +31,7 @@ const (
 	FileIndex    = "index"     // what an inspector found on the disks last time, see scan.Index
 	FileNewIndex = "new-index" // and where it puts what it finds now
 	FileLast     = "last"      // what deviated last time, see baseline.Comparison
+	FileSeen     = "seen"      // what a guest shows of its files, see crossview.Parse
 	FileBlock    = "block"     // a vhost-user connection between a disk's front and back end
 	FileNetwork  = "network"   // a vhost-user connection between a NIC's front and back end
 	FileTun      = "tun"       // /dev/net/tun, opened in the network namespace, for one NIC

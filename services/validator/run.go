@@ -86,16 +86,22 @@ func decide(policy spec.Respond, findings []baseline.Finding) (all []spec.Respon
 	return all
 }
 
-// Validate validates a guest now and answers with the report.
-func (m *Manager) Validate(ctx context.Context, in protocol.Validate) (any, error) {
+// Validate validates a guest now and answers with the report. It closes what came with the request.
+func (m *Manager) Validate(ctx context.Context, in protocol.Validate, from *rpc.Request) (any, error) {
+	seen, err := takeSeen(in, from)
+	if err != nil {
+		return nil, err
+	}
+	a := &want{full: in.Full, force: in.Force, seen: seen}
 	w, err := m.worker(in.UUID)
 	if err == nil && !m.has(in.UUID, fileBaseline) {
 		err = errNone
 	}
 	if err != nil {
+		a.end(nil)
 		return nil, err
 	}
-	r, err := w.asked(ctx, in.Full, in.Force)
+	r, err := w.asked(ctx, a)
 	switch {
 	case err != nil:
 		return nil, err

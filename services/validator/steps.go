@@ -11,7 +11,6 @@ import (
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/services/inspector/asked"
 	"redoubt.dev/redoubt/services/protocol"
-	"redoubt.dev/redoubt/validation/baseline"
 	"redoubt.dev/redoubt/validation/verdict"
 )
 
@@ -19,6 +18,9 @@ import (
 func (w *worker) close() {
 	w.index.Close()
 	w.last.Close()
+	for _, a := range w.waiting {
+		a.end(&verdict.Report{Error: errDown.Error()})
+	}
 }
 
 // trap looks whether this moment is safe, and if it is, or force says so, begins a snapshot. Unless keep says so the guest
@@ -166,8 +168,13 @@ func (w *worker) scan(ctx context.Context, q asked.Scan) (out asked.Answer, err 
 }
 
 // compare is scan for what deviates from a baseline.
-func (w *worker) compare(ctx context.Context, b *accepted, full bool) (c baseline.Comparison, s protocol.Scanned, err error) {
+func (w *worker) compare(ctx context.Context, b *accepted, full bool, seen *seen, taken time.Time) (c verdict.Compared, s protocol.Scanned, err error) {
 	q := asked.Scan{Changed: !full, Baseline: b.text}
+	if seen != nil {
+		is := seen.is
+		is.Taken = taken
+		q.Listing, q.Seen = seen.listing, &is
+	}
 	if !full && w.lastOf == b.sum {
 		q.Last = w.last
 	}
