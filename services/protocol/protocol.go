@@ -374,7 +374,8 @@ type Start struct {
 	PauseAfter time.Duration `json:"pauseAfter"` // wait at the gate before guest and clock stop
 	KVM        bool          `json:"kvm"`        // QEMU only: the guest runs on /dev/kvm
 	Modules    *spec.Modules `json:"modules,omitempty"`
-	Exits      uint64        `json:"exits,omitempty"` // of one of its processors, after which NoticeExits is given; native only. 0: never
+	Exits      uint64        `json:"exits,omitempty"`  // of one of its processors, after which NoticeExits is given; native only. 0: never
+	Status     uint64        `json:"status,omitempty"` // address of the guest's word that a write is in progress, see Hold; 0: none
 	// PCI is the bus to build, exactly: one that overlaps or is not for these devices is refused.
 	PCI   topology.Topology `json:"pci"`
 	Files Files             `json:"files"`

@@ -51,13 +51,14 @@ const (
 // Hold says for whom.
 type Hold struct {
 	Who   Holder `json:"who"`
-	Safe  bool   `json:"safe,omitempty"`  // only where no processor has its interrupts switched off, else it is let go
+	Safe  bool   `json:"safe,omitempty"`  // only where no processor has its interrupts switched off and the guest's status is 0, else it is let go
 	Force bool   `json:"force,omitempty"` // it is told and held all the same
 }
 
 // Held says what was found.
 type Held struct {
 	Masked []int         `json:"masked,omitempty"` // processors with interrupts switched off, where Safe was asked
+	Status uint32        `json:"status,omitempty"` // the word at Start.Status, where Safe was asked: not 0, a write is in progress
 	LetGo  bool          `json:"letGo,omitempty"`  // so that it was let go
 	Took   time.Duration `json:"took,omitempty"`   // after so long
 }

@@ -36,7 +36,7 @@ func (w *worker) trap(ctx context.Context, force, keep bool) (s verdict.Safety, 
 		return s, errors.Join(err, lerr)
 	}
 	if held.LetGo {
-		s.Held, s.Why = held.Took, masked(held.Masked)
+		s.Held, s.Why = held.Took, unsafe(held)
 		return s, nil
 	}
 	w.holds = true
@@ -64,20 +64,31 @@ func (w *worker) trap(ctx context.Context, force, keep bool) (s verdict.Safety, 
 		return s, nil
 	}
 	w.open = true
-	s.Safe = len(held.Masked) == 0 && taken.InFlight == 0
+	is := unsafe(held)
+	s.Safe = is == "" && taken.InFlight == 0
 	switch {
 	case s.Safe:
 		s.Why = "safe: no processor with interrupts off, no request in flight"
-	case len(held.Masked) > 0:
-		s.Why = "forced: " + masked(held.Masked)
+		if w.spec.Status != 0 {
+			s.Why += ", none in progress by the guest's own status"
+		}
+	case is != "":
+		s.Why = "forced: " + is
 	default:
 		s.Why = "forced: " + plural(taken.InFlight, "request") + " in flight"
 	}
 	return s, nil
 }
 
-func masked(cpus []int) string {
-	return "interrupts are off on processors " + strings.Trim(fmt.Sprint(cpus), "[]")
+// unsafe says what about the processors and the guest's own word keeps a moment from being safe, "" if nothing does.
+func unsafe(held protocol.Held) string {
+	switch {
+	case len(held.Masked) > 0:
+		return "interrupts are off on processors " + strings.Trim(fmt.Sprint(held.Masked), "[]")
+	case held.Status != 0:
+		return fmt.Sprintf("a write is in progress by the guest's own status (%#x)", held.Status)
+	}
+	return ""
 }
 
 // letGo lets the guest go on. It is done also when there is nobody any more who waits for it.

@@ -41,7 +41,8 @@ type fake struct {
 	held     map[protocol.Holder]bool
 	open     bool
 	masked   [][]int // of the next traps
-	inFlight []int   // of the next snapshots
+	status   []uint32
+	inFlight []int // of the next snapshots
 	scans    []func(ctx context.Context, q asked.Scan) ([]baseline.Finding, error)
 	failed   string
 	onHold   func() // nil: nothing
@@ -146,6 +147,13 @@ func (f *fake) Hold(_ context.Context, in protocol.Hold) (out protocol.Held, err
 		out.Masked, f.masked = f.masked[0], f.masked[1:]
 		if out.LetGo = len(out.Masked) > 0 && !in.Force; out.LetGo {
 			f.note("masked")
+			return out, nil
+		}
+	}
+	if in.Safe && len(f.status) > 0 {
+		out.Status, f.status = f.status[0], f.status[1:]
+		if out.LetGo = out.Status != 0 && !in.Force; out.LetGo {
+			f.note("status")
 			return out, nil
 		}
 	}
