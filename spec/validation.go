@@ -38,7 +38,7 @@ type Response string
 const (
 	Log         Response = "log"
 	Quarantine  Response = "quarantine"   // its NICs reach nothing but the remediation addresses
-	DropDevices Response = "drop-devices" // its NICs reach nothing at all
+	DropDevices Response = "drop-devices" // its NICs reach nothing at all, its disks answer nothing but errors
 	Restrict    Response = "restrict"     // no guest of its tenant's is started until somebody releases it
 	Pause       Response = "pause"        // its processors stop until somebody releases it
 	Stop        Response = "stop"         // it is ended
@@ -130,7 +130,7 @@ func (v *Validation) complete(g *Guest, bad func(field, format string, args ...a
 			switch field := fmt.Sprintf("validation.respond.%s[%d]", name, i); {
 			case !slices.Contains(Responses, r):
 				return bad(field, "%q: use one of %v", r, Responses)
-			case (r == Quarantine || r == DropDevices) && len(g.NICs) == 0:
+			case r == Quarantine && len(g.NICs) == 0:
 				return bad(field, "%s: the guest has no NICs", r)
 			case r == Revoke && g.TPM.Disabled:
 				return bad(field, "%s: the guest has no TPM", r)

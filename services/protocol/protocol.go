@@ -420,7 +420,17 @@ type AttachDisk struct {
 	Domain   tree.Domain `json:"domain"`
 	Scratch  int64       `json:"scratch,omitempty"`
 	Written  uint64      `json:"written,omitempty"` // bytes after which NoticeWritten is given, again and again; 0: never
+	Dropped  bool        `json:"dropped,omitempty"` // see MethodDropDisks
 	Files    Files       `json:"files"`
+}
+
+// MethodDropDisks has BlkBack answer all requests of all disks with an I/O error, or serve them again. When it is answered
+// nothing is under way that was asked for before.
+const MethodDropDisks = "drop-disks" // DropDisks → nothing
+
+// DropDisks says which of the two.
+type DropDisks struct {
+	Dropped bool `json:"dropped"`
 }
 
 // DiskFailed says that an emulator broke the rules of a disk's protocol, or the image failed.
