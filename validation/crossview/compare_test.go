@@ -51,7 +51,7 @@ type root struct {
 	begun   time.Time
 }
 
-func newRoot(t testing.TB, files map[string]string) *root {
+func newRoot(t testing.TB, files map[string]string, size string) *root {
 	t.Helper()
 	dir := t.TempDir()
 	r := &root{t: t, image: filepath.Join(t.TempDir(), "image"), begun: time.Now().Add(time.Hour)}
@@ -59,7 +59,7 @@ func newRoot(t testing.TB, files map[string]string) *root {
 		must(t, os.MkdirAll(filepath.Join(dir, filepath.Dir(path)), 0o755))
 		must(t, os.WriteFile(filepath.Join(dir, path), []byte(text), 0o644))
 	}
-	tool(t, "mke2fs", "-q", "-F", "-t", "ext4", "-I", "256", "-d", dir, r.image, "16M")
+	tool(t, "mke2fs", "-q", "-F", "-t", "ext4", "-I", "256", "-d", dir, r.image, size)
 	must(t, filepath.WalkDir(dir, func(path string, _ os.DirEntry, err error) error {
 		r.listing = append(r.listing, "/"+strings.TrimPrefix(strings.TrimPrefix(path, dir), "/"))
 		return err
@@ -120,7 +120,7 @@ var system = map[string]string{
 
 // TestHidden: what a listing leaves out is found, as severe as its rule says, a whole directory once, and nothing else.
 func TestHidden(t *testing.T) {
-	r := newRoot(t, system)
+	r := newRoot(t, system, "16M")
 	r.want(r.compare(r.listing, nil))
 	r.want(r.compare(r.without("/usr/lib/x/evil.so", "/opt/kit", "/etc/hostname", "/home/u/notes"), nil),
 		"critical hidden /usr/lib/x/evil.so programs", "critical hidden /opt/kit", "warning hidden /etc/hostname configuration", "critical hidden /home/u/notes")
@@ -153,7 +153,7 @@ func TestHidden(t *testing.T) {
 // TestMounts: what lies below a mount point is told once, less severely where no rule is for it; where a listing shows something
 // below, nothing is mounted.
 func TestMounts(t *testing.T) {
-	r := newRoot(t, system)
+	r := newRoot(t, system, "16M")
 	got := r.compare(r.without("/dev/null", "/proc/empty", "/data/x", "/boot/old"), nil)
 	r.want(got, "warning hidden /dev", "warning hidden /proc", "warning hidden /data", "critical hidden /boot boot")
 	if f := got.Findings[1]; f.Is != "hidden by what is mounted there: 1 names, such as x" {
@@ -169,7 +169,7 @@ func TestMounts(t *testing.T) {
 // TestSince: what was made, renamed or changed after the listing was begun is not called hidden, but counted; a time that is not
 // yet is no excuse.
 func TestSince(t *testing.T) {
-	r := newRoot(t, system)
+	r := newRoot(t, system, "16M")
 	missing := r.without("/opt/kit/a", "/opt/kit/sub", "/bin/ls", "/usr/lib/y/b", "/home/u")
 	all := []string{"critical hidden /opt/kit/a", "critical hidden /opt/kit/sub", "critical hidden /bin/ls programs", "critical hidden /usr/lib/y/b programs", "critical hidden /home/u"}
 	r.want(r.compare(missing, nil), all...)
@@ -193,7 +193,7 @@ func TestSince(t *testing.T) {
 // TestDamaged: a directory that cannot be read is a finding: nobody knows what is in it. Neither a loop nor an end of patience
 // keeps from the answer.
 func TestDamaged(t *testing.T) {
-	r := newRoot(t, system)
+	r := newRoot(t, system, "16M")
 	r.debugfs("clri /opt/kit/a")
 	r.want(r.compare(r.without("/opt/kit/a"), nil), "critical hidden /opt/kit/a")
 	r.debugfs("link /usr /opt/usr") // a second name of a directory
