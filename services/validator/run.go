@@ -16,7 +16,7 @@ import (
 	"redoubt.dev/redoubt/validation/verdict"
 )
 
-// ActValidate is a validation in the audit log: detail cause, baseline, findings, responses.
+// ActValidate is a validation in the audit log: detail cause, baseline, findings, seen, unjudged, responses.
 const ActValidate = "validate"
 
 // end ends what a validation has in force: its snapshot, and where the guest is held, the hold.
@@ -33,6 +33,9 @@ func (m *Manager) conclude(g Guest, v spec.Validation, r *verdict.Report, failed
 		r.Responses = decide(v.Respond, r.Findings)
 	}
 	detail := []string{"uuid", g.UUID(), "cause", r.Cause, "baseline", strconv.FormatUint(r.Baseline, 10), "findings", strconv.Itoa(len(r.Findings) + r.Omitted)}
+	if s := r.Seen; s != nil {
+		detail = append(detail, "seen", strconv.Itoa(s.Listed), "unjudged", strconv.Itoa(s.Unjudged))
+	}
 	for i, f := range r.Findings {
 		if i == maxRecorded {
 			break

@@ -28,3 +28,15 @@ func TestStatus(t *testing.T) {
 		t.Fatal(r, err)
 	}
 }
+
+// TestUnsafe: all that keeps a moment from being safe is told.
+func TestUnsafe(t *testing.T) {
+	for want, held := range map[string]protocol.Held{
+		"": {},
+		"interrupts are off on processors 0 2; a write is in progress by the guest's own status (0x5)": {Masked: []int{0, 2}, Status: 5},
+	} {
+		if got := unsafe(held); got != want {
+			t.Errorf("%+v: %q", held, got)
+		}
+	}
+}

@@ -82,13 +82,14 @@ func (w *worker) trap(ctx context.Context, force, keep bool) (s verdict.Safety, 
 
 // unsafe says what about the processors and the guest's own word keeps a moment from being safe, "" if nothing does.
 func unsafe(held protocol.Held) string {
-	switch {
-	case len(held.Masked) > 0:
-		return "interrupts are off on processors " + strings.Trim(fmt.Sprint(held.Masked), "[]")
-	case held.Status != 0:
-		return fmt.Sprintf("a write is in progress by the guest's own status (%#x)", held.Status)
+	var all []string
+	if len(held.Masked) > 0 {
+		all = append(all, "interrupts are off on processors "+strings.Trim(fmt.Sprint(held.Masked), "[]"))
 	}
-	return ""
+	if held.Status != 0 {
+		all = append(all, fmt.Sprintf("a write is in progress by the guest's own status (%#x)", held.Status))
+	}
+	return strings.Join(all, "; ")
 }
 
 // letGo lets the guest go on. It is done also when there is nobody any more who waits for it.
