@@ -50,7 +50,7 @@ demo: fetch build guest
 bench: fetch build guest
 	@$(GO) run ./lab/cmd/peers
 	REDOUBT_LAB_LATER=1 $(GO) test -run '^$$' -bench '$(BENCH)' -benchtime 5x -timeout 60m ./vtpm/... ./services/netback ./e2e
-	$(GO) test -run '^$$' -bench '$(BENCH)' -benchtime 1s ./store/... ./validation/ext4
+	$(GO) test -run '^$$' -bench '$(BENCH)' -benchtime 1s ./store/... ./validation/ext4 ./validation/crossview
 	$(GO) test -run '^$$' -bench '$(BENCH)' -benchtime 5x -timeout 60m ./validation/scan ./network
 	$(LAB) test -timeout 60m -bench '$(BENCH)' ./monitor ./e2e
 

@@ -21,6 +21,7 @@ func digest(b []byte) string { return fmt.Sprintf("%x", sha256.Sum256(b)) }
 
 func (a *app) validateCommand() *cobra.Command {
 	var full, force, last bool
+	var s seen
 	c := &cobra.Command{
 		Use:   "validate NAME",
 		Short: "Hold a running guest's disks to its baseline",
@@ -29,28 +30,43 @@ go on, and has an inspector compare what changed since the last validation with 
 counts once a second snapshot, after the guest's file systems had time to commit, confirms it; then follows what the spec's
 section validation says. The exit status is 1 where something deviates.
 
-A spec's section validation does the same by itself: every so often, or after so much was written.`,
+A spec's section validation does the same by itself: every so often, or after so much was written.
+
+With --seen the disk is also held to what the guest shows of it: a listing of its root file system, made inside by
+find / -xdev -print0. What the disk has and the listing lacks is hidden, unless it has changed since --seen-at, when the listing
+was begun by the guest's clock. Without that it is a minute before this command, which is right only for a listing that comes
+through a pipe while it is made.`,
 		Example: `  redoubt validate web-1
   redoubt validate web-1 --full --json
-  redoubt validate web-1 --last      # the last verdict, and what is in force`,
+  redoubt validate web-1 --last      # the last verdict, and what is in force
+  ssh web-1 find / -xdev -print0 | redoubt validate web-1 --seen -
+  at=$(ssh web-1 date +@%s); ssh web-1 find / -xdev -print0 >web-1.seen
+  redoubt validate web-1 --seen web-1.seen --seen-at $at --seen-of disk0p1`,
 		Args: names(1, "a guest's name"),
 		RunE: func(c *cobra.Command, args []string) error {
 			if last {
 				return a.validation(c.Context(), args[0])
 			}
-			return a.validate(c.Context(), args[0], full, force)
+			r := &v1.ValidateRequest{Name: args[0], Full: full, Force: force}
+			if err := s.into(r, c.InOrStdin()); err != nil {
+				return err
+			}
+			return a.validate(c.Context(), r)
 		},
 	}
 	f := c.Flags()
 	f.BoolVar(&full, "full", false, "read everything, not only what changed")
 	f.BoolVar(&force, "force", false, "take a moment that is not safe, if no other comes")
+	f.StringVar(&s.file, "seen", "", "listing of what the guest shows, by names that end in zero bytes or newlines; - for standard input")
+	f.StringVar(&s.at, "seen-at", "", "when it was begun, by the guest's clock: RFC 3339, or @SECONDS")
+	f.StringVar(&s.of, "seen-of", "", "volume that it is of, such as disk0p1 (default: the only ext file system)")
 	f.BoolVar(&last, "last", false, "validate nothing: print the last verdict and what is in force against the guest")
 	return c
 }
 
-func (a *app) validate(ctx context.Context, name string, full, force bool) error {
-	a.progress("validating %s's disks", name)
-	res, err := a.client().Validate(ctx, &v1.ValidateRequest{Name: name, Full: full, Force: force})
+func (a *app) validate(ctx context.Context, req *v1.ValidateRequest) error {
+	a.progress("validating %s's disks", req.Name)
+	res, err := a.client().Validate(ctx, req)
 	a.progressEnd()
 	if err != nil {
 		return err
@@ -128,6 +144,12 @@ func (a *app) printVerdict(r *verdict.Report) error {
 	fmt.Fprintf(a.out, "%s: %s, baseline %d, %d files, %d read again, %v\n", printable(r.Guest), kind, r.Baseline, r.Files, r.Read, r.Took.Round(time.Millisecond))
 	for _, s := range r.Snapshots {
 		fmt.Fprintf(a.out, "snapshot %d: %s; processors held %v, disks %v\n", s.Snapshot, printable(s.Why), s.Held.Round(10*time.Microsecond), s.HeldIO.Round(time.Microsecond))
+	}
+	if s := r.Seen; s != nil {
+		fmt.Fprintf(a.out, "seen: %d names, held to %d of %s\n", s.Listed, s.Names, printable(s.Volume))
+		if s.Unjudged > 0 {
+			fmt.Fprintf(a.out, "not seen, and changed since %s, so that nothing is said of them: %d, such as %s\n", s.Begun.Format(time.RFC3339), s.Unjudged, printable(strings.Join(s.Some, " ")))
+		}
 	}
 	if r.Error != "" {
 		fmt.Fprintf(a.out, "no verdict: %s\n", printable(r.Error))

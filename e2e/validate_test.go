@@ -50,7 +50,7 @@ func validatedInitrd(t testing.TB, h *host) string {
 		t.Fatal(err)
 	}
 	b := initramfs.New(h.cache.Path("bin/busybox"), validatedInit)
-	b.Modules(modules, "virtio_pci", "virtio_blk", "virtio_console", "virtio_net", "button", "evdev", "ext4")
+	b.Modules(modules, "virtio_pci", "virtio_blk", "virtio_console", "virtio_net", "button", "evdev", "ext4", "overlay")
 	if err := b.WriteFile(path); err != nil {
 		t.Fatal(err)
 	}

@@ -232,6 +232,8 @@ func TestValidation(t *testing.T) {
 		"{every: 10ms}":                     "validation.every",
 		"{written: 4KiB}":                   "validation.written",
 		"{exits: 5}":                        "validation.exits",
+		"{status: 0x1002}":                  "validation.status",
+		"{status: 0x800000000000}":          "validation.status",
 		"{tries: 100000}":                   "validation.tries",
 		"{scratch: 1KiB}":                   "validation.scratch",
 		"{respond: {critical: [reboot]}}":   "validation.respond.critical[0]",

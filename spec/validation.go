@@ -18,6 +18,7 @@ type Validation struct {
 	Exits   uint64   `yaml:"exits,omitempty" json:"exits,omitempty" jsonschema:"description=validate after so many exits of the guest's processors (native monitor only); 1000 or more"`
 	Tries   int      `yaml:"tries,omitempty" json:"tries,omitempty" jsonschema:"minimum=1,maximum=10000,default=100,description=how many moments that are not safe are let pass before it is given up"`
 	Force   bool     `yaml:"force,omitempty" json:"force,omitempty" jsonschema:"description=then take the next moment though it is not safe"`
+	Status  uint64   `yaml:"status,omitempty" json:"status,omitempty" jsonschema:"minimum=4,description=guest-physical address of a 32-bit word in which the guest says that a write is in progress: not zero; a moment is safe only where it is zero"`
 	Hold    bool     `yaml:"hold,omitempty" json:"hold,omitempty" jsonschema:"description=hold the guest until the verdict"`
 	Scratch Size     `yaml:"scratch,omitempty" json:"scratch,omitempty" jsonschema:"default=64MiB,description=memory for what the guest overwrites during a validation\\, for each disk; 1MiB to 4GiB"`
 	Respond Respond  `yaml:"respond,omitempty" json:"respond,omitzero" jsonschema:"description=what follows a finding of each severity that a second snapshot confirms"`
@@ -37,7 +38,7 @@ type Response string
 const (
 	Log         Response = "log"
 	Quarantine  Response = "quarantine"   // its NICs reach nothing but the remediation addresses
-	DropDevices Response = "drop-devices" // its NICs reach nothing at all
+	DropDevices Response = "drop-devices" // its NICs reach nothing at all, its disks answer nothing but errors
 	Restrict    Response = "restrict"     // no guest of its tenant's is started until somebody releases it
 	Pause       Response = "pause"        // its processors stop until somebody releases it
 	Stop        Response = "stop"         // it is ended
@@ -57,6 +58,7 @@ const (
 	MinScratch     = 1 << 20
 	MaxScratch     = 4 << 30
 	DefaultScratch = 64 << 20
+	MaxStatus      = 1<<46 - 4 // what a processor can address; its guest's memory says more at its start
 )
 
 // keyPrefix begins a public key in one line.
@@ -115,6 +117,9 @@ func (v *Validation) complete(g *Guest, bad func(field, format string, args ...a
 	case v.Scratch != 0 && (v.Scratch < MinScratch || v.Scratch > MaxScratch || v.Scratch%4096 != 0):
 		return bad("validation.scratch", "%v: use 1MiB to 4GiB, in blocks of 4KiB", v.Scratch)
 	}
+	if v.Status%4 != 0 || v.Status > MaxStatus {
+		return bad("validation.status", "%#x: use the address of a word of 4 bytes, which divides by 4, below %#x", v.Status, uint64(MaxStatus))
+	}
 	for i, s := range v.Signers {
 		if err := checkSigner(s); err != nil {
 			return bad(fmt.Sprintf("validation.signers[%d]", i), "%v", err)
@@ -125,7 +130,7 @@ func (v *Validation) complete(g *Guest, bad func(field, format string, args ...a
 			switch field := fmt.Sprintf("validation.respond.%s[%d]", name, i); {
 			case !slices.Contains(Responses, r):
 				return bad(field, "%q: use one of %v", r, Responses)
-			case (r == Quarantine || r == DropDevices) && len(g.NICs) == 0:
+			case r == Quarantine && len(g.NICs) == 0:
 				return bad(field, "%s: the guest has no NICs", r)
 			case r == Revoke && g.TPM.Disabled:
 				return bad(field, "%s: the guest has no TPM", r)

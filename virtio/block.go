@@ -69,6 +69,9 @@ type Block struct {
 
 	mu      sync.Mutex
 	through bool
+
+	gate    sync.RWMutex // read: a request is carried out; written: none is
+	dropped bool
 }
 
 // NewBlock takes over image; serial (at most 20 bytes) is the disk's identity in the guest. It
@@ -134,6 +137,14 @@ func (b *Block) Close() error {
 	return b.image.Close()
 }
 
+// Drop has every request answered with an I/O error from now on, or ends that. When it returns none is under way that was
+// made before.
+func (b *Block) Drop(dropped bool) {
+	b.gate.Lock()
+	defer b.gate.Unlock()
+	b.dropped = dropped
+}
+
 // Handle implements Backend. It waits for a free worker: the ring holds the rest.
 func (b *Block) Handle(_ int, c *Chain) error {
 	r, err := parseBlock(c)
@@ -156,7 +167,9 @@ func (b *Block) cached(r *blkRequest) bool {
 	}
 	total := Length(r.in)
 	off, ok := b.inside(r.sector, total)
-	r.done = ok && total%sector == 0 && b.image.ReadCached(r.in, off)
+	b.gate.RLock()
+	defer b.gate.RUnlock()
+	r.done = ok && !b.dropped && total%sector == 0 && b.image.ReadCached(r.in, off)
 	return r.done
 }
 
@@ -213,6 +226,11 @@ func parseBlock(c *Chain) (*blkRequest, error) {
 
 // do carries a request out and returns its status and the bytes written before the status.
 func (b *Block) do(r *blkRequest) (status byte, written uint32) {
+	b.gate.RLock()
+	defer b.gate.RUnlock()
+	if b.dropped {
+		return blkIOError, 0
+	}
 	switch r.kind {
 	case blkIn:
 		return b.transfer(r.sector, r.in, b.image.ReadVector)

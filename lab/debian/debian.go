@@ -61,6 +61,17 @@ var (
 // storeSet is the directory they are unpacked into.
 const storeSet = "xenstore"
 
+// guestPackages are what a guest's root is made of that nothing boots: what the default rules of a baseline are held to. Of what they
+// depend on nothing is fetched.
+var guestPackages = []string{
+	"base-files", "base-passwd", "bash", "bash-completion", "coreutils", "cron", "cron-daemon-common", "dpkg", "ifupdown",
+	"init-system-helpers", "initramfs-tools-core", "iputils-ping", "libc-bin", "libc6", "libpam-modules", "libpam-runtime", "login",
+	"logrotate", "openssh-client", "openssh-server", "passwd", "python3-minimal", "sudo", "systemd", "udev", "unattended-upgrades", "util-linux",
+}
+
+// guestSet is the directory they are unpacked into, with owners and modes as they have them.
+const guestSet = "guest"
+
 // A Kernel is one Debian kernel the product must boot.
 type Kernel struct {
 	Name  string // as tests name it: "6.1", "6.1-cloud", "6.12", "6.12-cloud"
@@ -82,6 +93,7 @@ func List() string {
 	fmt.Fprintf(&b, "Debian 12 (bookworm), as root, with: %s\n", strings.Join(toolPackages, " "))
 	fmt.Fprintf(&b, "the lab's machine: %s\n", labLabel())
 	fmt.Fprintf(&b, "the store's clients: %s\n", storeLabel())
+	fmt.Fprintf(&b, "a guest's root: %s\n", guestLabel())
 	for _, k := range Kernels {
 		fmt.Fprintf(&b, "kernel %s: %s from %s\n", k.Name, k.meta, k.suite)
 	}
@@ -148,10 +160,18 @@ func Fetch(ctx context.Context, log io.Writer) (*Root, error) {
 		}
 	}
 	if slices.Contains(missing, storeLabel()) {
-		if err := a.unpackStore(ctx, r.dir, log); err != nil {
+		if err := a.unpackSome(ctx, slices.Concat(storePackages, storeLibraries), r.dir, storeSet, log); err != nil {
 			return nil, err
 		}
 		if err := stamp(r.dir, storeSet, storeLabel()); err != nil {
+			return nil, err
+		}
+	}
+	if slices.Contains(missing, guestLabel()) {
+		if err := a.unpackSome(ctx, guestPackages, r.dir, guestSet, log); err != nil {
+			return nil, err
+		}
+		if err := stamp(r.dir, guestSet, guestLabel()); err != nil {
 			return nil, err
 		}
 	}
@@ -182,6 +202,7 @@ func labLabel() string   { return strings.Join(labPackages, " ") + " (" + labSui
 func storeLabel() string {
 	return strings.Join(slices.Concat(storePackages, storeLibraries), " ")
 }
+func guestLabel() string       { return strings.Join(guestPackages, " ") }
 func (k Kernel) label() string { return k.meta + " (" + k.suite + ")" }
 
 func stampPath(dir, set string) string { return filepath.Join(dir, "."+set+".stamp") }
@@ -210,6 +231,9 @@ func (r *Root) missing() []string {
 	}
 	if !stamped(r.dir, storeSet, storeLabel()) {
 		m = append(m, storeLabel())
+	}
+	if !stamped(r.dir, guestSet, guestLabel()) {
+		m = append(m, guestLabel())
 	}
 	for _, k := range Kernels {
 		if !stamped(r.dir, "kernel-"+k.Name, k.label()) {
@@ -412,13 +436,13 @@ func (a *apt) unpackClosure(ctx context.Context, suite string, names []string, d
 	return unpack(ctx, debs, dir, set, log)
 }
 
-func (a *apt) unpackStore(ctx context.Context, dir string, log io.Writer) error {
-	all := slices.Concat(storePackages, storeLibraries)
-	debs, err := a.download(ctx, "", all, func(pkg string) bool { return slices.Contains(all, pkg) })
+// unpackSome unpacks packages without those that they depend on.
+func (a *apt) unpackSome(ctx context.Context, names []string, dir, set string, log io.Writer) error {
+	debs, err := a.download(ctx, "", names, func(pkg string) bool { return slices.Contains(names, pkg) })
 	if err != nil {
 		return err
 	}
-	return unpack(ctx, debs, dir, storeSet, log)
+	return unpack(ctx, debs, dir, set, log)
 }
 
 func (a *apt) unpackKernel(ctx context.Context, k Kernel, dir string, log io.Writer) error {

@@ -32,6 +32,9 @@ func (r *Root) Tools() string { return filepath.Join(r.dir, "root") }
 // Path is the path of a file of the unpacked tools, named as on an installed system.
 func (r *Root) Path(file string) string { return filepath.Join(r.Tools(), file) }
 
+// Guest is a tree with packages of a guest's root, that nobody has configured.
+func (r *Root) Guest() string { return filepath.Join(r.dir, guestSet) }
+
 // Scratch is a directory for what is built from the packages (initramfs images, peers).
 func (r *Root) Scratch() (string, error) {
 	d := filepath.Join(r.dir, "built")

@@ -34,6 +34,7 @@ type service struct {
 // disk is one disk's connection to a front end.
 type disk struct {
 	image    *block.Tracked
+	device   *virtio.Block
 	rings    *vhostuser.Rings
 	overlaid int64 // bytes, of an overlay
 	stop     context.CancelFunc
@@ -73,6 +74,16 @@ func (s *service) handle(_ context.Context, r *rpc.Request) (any, error) {
 	case protocol.MethodSnapshot:
 		defer ipc.CloseAll(r.Files)
 		return rpc.Answer(r, func(in protocol.Snapshot) (any, error) { return s.snapshot(in, r.Files) })
+	case protocol.MethodDropDisks:
+		ipc.CloseAll(r.Files)
+		return rpc.Answer(r, func(in protocol.DropDisks) (any, error) {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			for _, d := range s.disks {
+				d.device.Drop(in.Dropped)
+			}
+			return struct{}{}, nil
+		})
 	case protocol.MethodDropSnapshot:
 		ipc.CloseAll(r.Files)
 		return struct{}{}, s.drop()
@@ -206,13 +217,14 @@ func (s *service) attach(in protocol.AttachDisk, files map[string][]*os.File) er
 	if err != nil {
 		return errors.Join(fmt.Errorf("disks[%d]: %w", in.Index, err), img.Close())
 	}
+	b.Drop(in.Dropped)
 	c, err := net.FileConn(g.front)
 	u, ok := c.(*net.UnixConn)
 	if err != nil || !ok {
 		return errors.Join(fmt.Errorf("disks[%d]: front end: not a Unix socket", in.Index), err, b.Close())
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	d := &disk{image: img, rings: vhostuser.NewRings(), overlaid: overlaid, stop: cancel, done: make(chan struct{})}
+	d := &disk{image: img, device: b, rings: vhostuser.NewRings(), overlaid: overlaid, stop: cancel, done: make(chan struct{})}
 	s.disks[in.Index] = d
 	go func() {
 		defer close(d.done)

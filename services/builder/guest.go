@@ -90,7 +90,7 @@ func (b *Builder) start(ctx context.Context, g *guest) (_ *run, err error) {
 		Name: g.name(), Emulator: g.Emulator, Domain: d, CPUs: g.Build.Spec.CPUs,
 		Memory: uint64(g.Build.Spec.Memory), Cmdline: g.Build.Spec.Boot.Cmdline,
 		Firmware: g.Build.Spec.Boot.Firmware, PauseAfter: pauseAfter, KVM: haveKVM(), Modules: g.Build.Spec.Modules.Policy(),
-		Exits: g.Build.Spec.Validated().Exits / 8 / uint64(g.Build.Spec.CPUs),
+		Exits: g.Build.Spec.Validated().Exits / 8 / uint64(g.Build.Spec.CPUs), Status: g.Build.Spec.Validated().Status,
 	}
 	var give, own []*os.File
 	defer func() { ipc.CloseAll(own) }()

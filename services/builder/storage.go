@@ -1,6 +1,7 @@
 package builder
 
 import (
+	"cmp"
 	"context"
 	"os"
 	"strconv"
@@ -47,11 +48,7 @@ func (g *guest) makeChanges() error {
 		if d.ReadOnly {
 			continue
 		}
-		f := g.Disks[i]
-		if g.Bases[i] != nil { // an overlay is as large as its base
-			f = g.Bases[i]
-		}
-		st, err := f.Stat()
+		st, err := cmp.Or(g.Bases[i], g.Disks[i]).Stat() // an overlay is as large as its base
 		if err != nil {
 			return err
 		}
@@ -71,8 +68,8 @@ func (b *Builder) newStorage(g *guest) *blkback.Storage {
 		},
 		Record: func(i audit.Instance) []audit.Entry { return b.gives(g, i) },
 		Tell:   func(kind, text string) { b.event(g, protocol.Event{Kind: kind, Text: text}) },
-		Wrote:  func(n uint64) { b.validations.Wrote(g.Build.UUID, n) },
-		Every:  b.cfg.Resets[services.BlkBack], Drain: drainLimit, Stop: stopGrace / 2, Go: b.wg.Go,
+		Wrote:  func(n uint64) { b.validations.Wrote(g.Build.UUID, n) }, Dropped: func() bool { return b.validations.Dropped(g.Build.UUID) },
+		Every: b.cfg.Resets[services.BlkBack], Drain: drainLimit, Stop: stopGrace / 2, Go: b.wg.Go,
 	})
 }
 

@@ -2,6 +2,7 @@ package builder
 
 import (
 	"context"
+	"errors"
 	"strings"
 
 	"redoubt.dev/redoubt/ipc/rpc"
@@ -48,7 +49,9 @@ func (v validated) DropSnapshot(ctx context.Context) error { return v.g.storage.
 
 func (v validated) View() ([]inspected.Disk, error) { return v.g.storage.View() }
 
-func (v validated) Restrict(context.Context) error { return v.g.nics.restrict() }
+func (v validated) Restrict(ctx context.Context) error {
+	return errors.Join(v.g.nics.restrict(), v.g.storage.Restrict(ctx))
+}
 
 func (v validated) Fail(reason string) {
 	v.g.mu.Lock()
@@ -92,7 +95,7 @@ func (b *Builder) validation(ctx context.Context, tenant string, r *rpc.Request)
 	case protocol.MethodReleaseGuest:
 		return rpc.Answer(r, func(in protocol.Control) (any, error) { return struct{}{}, m.Release(ctx, in, b.asValidated(in.UUID)) })
 	case protocol.MethodValidate:
-		return rpc.Answer(r, func(in protocol.Validate) (any, error) { return m.Validate(ctx, in) })
+		return rpc.Answer(r, func(in protocol.Validate) (any, error) { return m.Validate(ctx, in, r) })
 	case protocol.MethodValidation:
 		return rpc.Answer(r, func(in protocol.Control) (any, error) { return m.Status(in, b.specOf(in.UUID)) })
 	case protocol.MethodCreateBaseline:
@@ -101,11 +104,10 @@ func (b *Builder) validation(ctx context.Context, tenant string, r *rpc.Request)
 		return rpc.Answer(r, func(in protocol.Baseline) (any, error) { return m.Get(in) })
 	case protocol.MethodSignBaseline:
 		return rpc.Answer(r, func(in protocol.SignBaseline) (any, error) {
-			g := b.guest(in.UUID)
-			if g == nil { // nobody here knows who may
-				return nil, rpc.Errorf(rpc.Unavailable, "the guest is down: who may sign its baseline says its spec while it runs")
-			}
-			return m.Sign(ctx, in, &g.Build.Spec)
+			if g := b.guest(in.UUID); g != nil {
+				return m.Sign(ctx, in, &g.Build.Spec)
+			} // else nobody here knows who may
+			return nil, rpc.Errorf(rpc.Unavailable, "the guest is down: who may sign its baseline says its spec while it runs")
 		})
 	case protocol.MethodAcceptBaseline:
 		return rpc.Answer(r, func(in protocol.AcceptBaseline) (any, error) { return m.Accept(ctx, in) })

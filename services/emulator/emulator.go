@@ -52,6 +52,7 @@ type service struct {
 	mu      sync.Mutex
 	machine machine
 	holder  *holder
+	status  *status            // nil without one
 	tpm     *frontend.Frontend // nil without a TPM
 	xenbus  *xenbus
 	disks   []*vhostuser.Frontend
@@ -277,6 +278,11 @@ func (s *service) launch(in protocol.Start, files map[string][]*os.File, running
 		return err
 	}
 	s.disks, s.nics = g.disks, g.nics
+	word, err := newStatus(in, one(files, protocol.FileMemory))
+	if err != nil {
+		xs.close()
+		return err
+	}
 	create := newQEMU
 	if in.Emulator == spec.Native {
 		create = newNative
@@ -284,6 +290,7 @@ func (s *service) launch(in protocol.Start, files map[string][]*os.File, running
 	m, err := create(g)
 	if err != nil {
 		xs.close()
+		word.close()
 		return err
 	}
 	h := &holder{guest: m}
@@ -291,6 +298,7 @@ func (s *service) launch(in protocol.Start, files map[string][]*os.File, running
 		conn, err := channel.FromFile(f)
 		if err != nil {
 			xs.close()
+			word.close()
 			return errors.Join(err, m.Close())
 		}
 		g.frontend = frontend.New(conn, frontend.Options{
@@ -302,7 +310,7 @@ func (s *service) launch(in protocol.Start, files map[string][]*os.File, running
 			},
 		})
 	}
-	s.machine, s.holder, s.xenbus, s.tpm = m, h, xs, g.frontend
+	s.machine, s.holder, s.status, s.xenbus, s.tpm = m, h, word, xs, g.frontend
 	go func() {
 		defer close(s.ended)
 		exit := m.Run(s.ctx, g.frontend, func() {
@@ -318,6 +326,7 @@ func (s *service) launch(in protocol.Start, files map[string][]*os.File, running
 			s.log.Warn("close", "err", err)
 		}
 		g.closeDevices()
+		word.close()
 		s.exit = exit
 		if err := s.tell(exit); err != nil {
 			s.log.Warn("outcome not told", "outcome", exit.Outcome, "reason", exit.Reason, "err", err)

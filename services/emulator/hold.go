@@ -89,7 +89,7 @@ func (s *service) holdFor(who protocol.Holder) error {
 // hold answers protocol.MethodHold. Where the moment is not safe and that was asked for, the guest goes on at once.
 func (s *service) hold(in protocol.Hold) (out protocol.Held, err error) {
 	s.mu.Lock()
-	m, h := s.machine, s.holder
+	m, h, word := s.machine, s.holder, s.status
 	s.mu.Unlock()
 	if m == nil {
 		return out, rpc.Errorf(rpc.Unavailable, "the guest has not been started")
@@ -103,15 +103,16 @@ func (s *service) hold(in protocol.Hold) (out protocol.Held, err error) {
 		}
 		return out, nil
 	}
-	masked, err := h.holdMasked(in.Who, m)
+	out.Masked, err = h.holdMasked(in.Who, m)
 	if errors.Is(err, errNotHeld) {
 		return out, fmt.Errorf("hold: %w", err)
 	}
-	if err == nil && len(masked) == 0 {
-		return out, nil
+	if err == nil {
+		if out.Status, err = word.read(); err != nil {
+			err = fmt.Errorf("the guest's status: %w", err)
+		}
 	}
-	out.Masked = masked
-	if err == nil && in.Force {
+	if err == nil && (in.Force || len(out.Masked) == 0 && out.Status == 0) {
 		return out, nil
 	}
 	out.LetGo = true

@@ -15,12 +15,15 @@ import (
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/services/protocol"
 	"redoubt.dev/redoubt/validation/baseline"
+	"redoubt.dev/redoubt/validation/crossview"
 	"redoubt.dev/redoubt/validation/scan"
+	"redoubt.dev/redoubt/validation/verdict"
 )
 
 // Bounds of what an inspector says.
 const (
 	mostFindings = 10_000
+	mostHidden   = 1000
 	mostProblems = 100
 	// scanMemory is what the scan of one volume may keep, in bytes: with index and baseline less than the sandbox's limit.
 	scanMemory = 256 << 20
@@ -104,8 +107,8 @@ func (v *validation) lost() bool {
 
 // given are what a scan was given beside the disks.
 type given struct {
-	index, last, baseline, rules []byte
-	newIndex, answer             *os.File
+	index, last, baseline, rules, seen []byte
+	newIndex, answer                   *os.File
 }
 
 // mostText bounds a baseline, rules or a comparison, in bytes.
@@ -116,12 +119,17 @@ func take(in protocol.Scan, r *rpc.Request) (g given, err error) {
 	if err != nil {
 		return g, err
 	}
+	seen := 0
+	if in.Seen != nil {
+		seen = in.Seen.Size
+	}
 	for name, into := range map[string]struct {
 		to         *[]byte
 		size, most int
 	}{
 		protocol.FileIndex: {&g.index, in.Index, protocol.MaxIndex}, protocol.FileLast: {&g.last, in.Last, protocol.MaxAnswer},
 		protocol.FileBaseline: {&g.baseline, in.Baseline, mostText}, protocol.FileRules: {&g.rules, in.Rules, baseline.MaxRulesFile},
+		protocol.FileSeen: {&g.seen, seen, crossview.MaxListing},
 	} {
 		if len(files[name]) == 0 {
 			continue
@@ -185,13 +193,19 @@ func (v *validation) scan(ctx context.Context, in protocol.Scan, r *rpc.Request)
 	if in.Draft {
 		err = draft(in, g, base, rules, found, &out)
 	} else {
-		err = compare(g, base, found, last != nil, &out)
-	}
-	if err != nil {
-		return out, err
+		var hidden *crossview.Result
+		if in.Seen != nil {
+			hidden, err = v.hidden(ctx, in.Seen, g.seen, rules)
+		}
+		if err == nil {
+			err = compare(g, base, found, last != nil, hidden, &out)
+		}
 	}
 	if v.lost() { // nothing of it is right, then
 		return out, rpc.Errorf(rpc.Unavailable, "%v: give validation.scratch more", block.ErrSnapshotLost)
+	}
+	if err != nil {
+		return out, err
 	}
 	b := found.Index.Bytes()
 	if len(b) > protocol.MaxIndex {
@@ -212,7 +226,7 @@ func put(into *os.File, b []byte, out *protocol.Scanned, most int) error {
 }
 
 // compare answers with what deviates. What the last scan's comparison says of files that nobody touched stays true.
-func compare(g given, base *baseline.Baseline, found *scan.Result, incremental bool, out *protocol.Scanned) error {
+func compare(g given, base *baseline.Baseline, found *scan.Result, incremental bool, hidden *crossview.Result, out *protocol.Scanned) error {
 	if base == nil {
 		return rpc.Errorf(rpc.Invalid, "inspector: nothing to compare with")
 	}
@@ -238,11 +252,27 @@ func compare(g given, base *baseline.Baseline, found *scan.Result, incremental b
 	if err != nil {
 		return err
 	}
-	b, err := json.Marshal(c)
+	b, err := json.Marshal(verdict.Compared{Comparison: c, Hidden: hidden})
 	if err != nil {
 		return err
 	}
 	return put(g.answer, b, out, protocol.MaxAnswer)
+}
+
+// hidden finds what a listing does not show.
+func (v *validation) hidden(ctx context.Context, seen *protocol.Seen, listing []byte, rules *baseline.Rules) (*crossview.Result, error) {
+	l, err := crossview.Parse(listing)
+	if err != nil {
+		return nil, rpc.Errorf(rpc.Invalid, "%v", err)
+	}
+	fs, name, err := scan.OpenExt(v.sources, seen.Volume, scan.Options{MaxMemory: scanMemory})
+	if err != nil {
+		return nil, rpc.Errorf(rpc.Invalid, "what the guest shows is held to its root's volume: %v", err)
+	}
+	r, err := crossview.Compare(ctx, fs, crossview.Options{
+		Volume: name, Listing: l, Rules: rules, Begun: seen.Begun, Taken: seen.Taken, Most: mostHidden,
+	})
+	return &r, err
 }
 
 // draft answers with the text of the next baseline.

@@ -31,6 +31,7 @@ const (
 	FileIndex    = "index"     // what an inspector found on the disks last time, see scan.Index
 	FileNewIndex = "new-index" // and where it puts what it finds now
 	FileLast     = "last"      // what deviated last time, see baseline.Comparison
+	FileSeen     = "seen"      // what a guest shows of its files, see crossview.Parse
 	FileBlock    = "block"     // a vhost-user connection between a disk's front and back end
 	FileNetwork  = "network"   // a vhost-user connection between a NIC's front and back end
 	FileTun      = "tun"       // /dev/net/tun, opened in the network namespace, for one NIC
@@ -373,7 +374,8 @@ type Start struct {
 	PauseAfter time.Duration `json:"pauseAfter"` // wait at the gate before guest and clock stop
 	KVM        bool          `json:"kvm"`        // QEMU only: the guest runs on /dev/kvm
 	Modules    *spec.Modules `json:"modules,omitempty"`
-	Exits      uint64        `json:"exits,omitempty"` // of one of its processors, after which NoticeExits is given; native only. 0: never
+	Exits      uint64        `json:"exits,omitempty"`  // of one of its processors, after which NoticeExits is given; native only. 0: never
+	Status     uint64        `json:"status,omitempty"` // address of the guest's word that a write is in progress, see Hold; 0: none
 	// PCI is the bus to build, exactly: one that overlaps or is not for these devices is refused.
 	PCI   topology.Topology `json:"pci"`
 	Files Files             `json:"files"`
@@ -418,7 +420,17 @@ type AttachDisk struct {
 	Domain   tree.Domain `json:"domain"`
 	Scratch  int64       `json:"scratch,omitempty"`
 	Written  uint64      `json:"written,omitempty"` // bytes after which NoticeWritten is given, again and again; 0: never
+	Dropped  bool        `json:"dropped,omitempty"` // see MethodDropDisks
 	Files    Files       `json:"files"`
+}
+
+// MethodDropDisks has BlkBack answer all requests of all disks with an I/O error, or serve them again. When it is answered
+// nothing is under way that was asked for before.
+const MethodDropDisks = "drop-disks" // DropDisks → nothing
+
+// DropDisks says which of the two.
+type DropDisks struct {
+	Dropped bool `json:"dropped"`
 }
 
 // DiskFailed says that an emulator broke the rules of a disk's protocol, or the image failed.

@@ -51,13 +51,14 @@ const (
 // Hold says for whom.
 type Hold struct {
 	Who   Holder `json:"who"`
-	Safe  bool   `json:"safe,omitempty"`  // only where no processor has its interrupts switched off, else it is let go
+	Safe  bool   `json:"safe,omitempty"`  // only where no processor has its interrupts switched off and the guest's status is 0, else it is let go
 	Force bool   `json:"force,omitempty"` // it is told and held all the same
 }
 
 // Held says what was found.
 type Held struct {
 	Masked []int         `json:"masked,omitempty"` // processors with interrupts switched off, where Safe was asked
+	Status uint32        `json:"status,omitempty"` // the word at Start.Status, where Safe was asked: not 0, a write is in progress
 	LetGo  bool          `json:"letGo,omitempty"`  // so that it was let go
 	Took   time.Duration `json:"took,omitempty"`   // after so long
 }
@@ -94,14 +95,27 @@ type Control struct {
 	Caller Caller `json:"caller"`
 }
 
-// Validate asks for a validation now.
+// Validate asks for a validation now. Files: FileSeen, where the guest's files are also held to what it shows of them.
 type Validate struct {
 	UUID   string `json:"uuid"`
 	Name   string `json:"name"`
 	Full   bool   `json:"full,omitempty"`
 	Force  bool   `json:"force,omitempty"`
+	Seen   *Seen  `json:"seen,omitempty"`
+	Files  Files  `json:"files,omitempty"`
 	Caller Caller `json:"caller"`
 }
+
+// Seen says of a listing that was made inside a guest when and of what.
+type Seen struct {
+	Size   int       `json:"size"`             // bytes of FileSeen
+	Begun  time.Time `json:"begun"`            // by the guest's clock
+	Taken  time.Time `json:"taken,omitzero"`   // the snapshot that it is held to
+	Volume string    `json:"volume,omitempty"` // such as disk0p1; the only ext file system there is
+}
+
+// MaxSeen bounds a listing, in bytes.
+const MaxSeen = 32 << 20
 
 // CreateBaseline asks for a draft of what the guest's disks hold now.
 type CreateBaseline struct {
@@ -159,10 +173,10 @@ type ViewDisk struct {
 	Files   Files `json:"files"`
 }
 
-// Scan asks for the disks' files. With a baseline, for what deviates from it: the answer is JSON of baseline.Comparison. With
+// Scan asks for the disks' files. With a baseline, for what deviates from it: the answer is JSON of verdict.Compared. With
 // Draft, for the text of the next baseline: from the rules, or from the baseline with all or some files as they are now.
 // Files: FileIndex, of the last scan and for this one's, which are FileIndex and FileNewIndex; FileLast, the last comparison;
-// FileBaseline; FileRules; FileAnswer. All but FileNewIndex and FileAnswer may be missing.
+// FileBaseline; FileRules; FileSeen, which with Seen has the disks held to it, too; FileAnswer. All but FileNewIndex and FileAnswer may be missing.
 type Scan struct {
 	Guest    string    `json:"guest"` // UUID
 	Draft    bool      `json:"draft,omitempty"`
@@ -173,6 +187,7 @@ type Scan struct {
 	Last     int       `json:"last,omitempty"`    // bytes of FileLast
 	Baseline int       `json:"baseline,omitempty"`
 	Rules    int       `json:"rules,omitempty"`
+	Seen     *Seen     `json:"seen,omitempty"`
 	Files    Files     `json:"files"`
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"os"
 
 	v1 "redoubt.dev/redoubt/api/redoubt/v1"
 	"redoubt.dev/redoubt/attest/ima"
@@ -45,10 +46,10 @@ func (t *Toolstack) inspect(ctx context.Context, g *guest, q protocol.Question) 
 	return t.ask(ctx, protocol.MethodInspect, in)
 }
 
-// ask asks the Builder what has a long answer.
-func (t *Toolstack) ask(ctx context.Context, method string, in any) ([]byte, error) {
+// ask asks the Builder what has a long answer. What is given stays the caller's.
+func (t *Toolstack) ask(ctx context.Context, method string, in any, give ...*os.File) ([]byte, error) {
 	var out protocol.Answered
-	files, err := t.builder.Call(ctx, method, in, &out)
+	files, err := t.builder.Call(ctx, method, in, &out, give...)
 	defer closeFiles(files)
 	if err != nil {
 		return nil, err

@@ -103,7 +103,7 @@ func (t *Toolstack) listener(r *rpc.Request) (net.Listener, error) {
 // come. HTTP/2 without TLS is for the console's two-way stream.
 func (t *Toolstack) serve(ctx context.Context, l net.Listener) error {
 	mux := http.NewServeMux()
-	mux.Handle(redoubtv1connect.NewGuestServiceHandler(&api{t}, connect.WithInterceptors(t.roles)))
+	mux.Handle(redoubtv1connect.NewGuestServiceHandler(&api{t}, connect.WithInterceptors(t.roles), connect.WithReadMaxBytes(maxRequest)))
 	var p http.Protocols
 	p.SetHTTP1(true)
 	p.SetUnencryptedHTTP2(true)

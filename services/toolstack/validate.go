@@ -2,9 +2,12 @@ package toolstack
 
 import (
 	"context"
+	"os"
+	"time"
 
 	v1 "redoubt.dev/redoubt/api/redoubt/v1"
 	"redoubt.dev/redoubt/ipc/rpc"
+	"redoubt.dev/redoubt/memfd"
 	"redoubt.dev/redoubt/services/protocol"
 )
 
@@ -14,6 +17,9 @@ const (
 	maxAcceptPaths  = 1024
 	maxAcceptLength = 4096
 	maxSignature    = 1024
+	maxVolumeName   = 32
+	// maxRequest is what any call may have, in bytes: the largest has a listing.
+	maxRequest = protocol.MaxSeen + 64<<10
 )
 
 // of finds a guest of a call; running says that it must run.
@@ -73,8 +79,38 @@ func (a *api) Validate(ctx context.Context, r *v1.ValidateRequest) (*v1.Validate
 		return nil, status(err)
 	}
 	in := protocol.Validate{UUID: g.saved.UUID, Name: r.Name, Full: r.Full, Force: r.Force, Caller: caller(ctx)}
-	b, err := a.t.ask(ctx, protocol.MethodValidate, in)
+	files, err := seen(r, &in)
+	defer closeFiles(files)
+	if err != nil {
+		return nil, status(err)
+	}
+	b, err := a.t.ask(ctx, protocol.MethodValidate, in, files...)
 	return &v1.ValidateResponse{Report: b}, status(err)
+}
+
+// seen puts the listing of a call into memory for the Builder.
+func seen(r *v1.ValidateRequest, in *protocol.Validate) ([]*os.File, error) {
+	switch {
+	case len(r.Seen) == 0 && r.SeenAtNs == 0 && r.SeenOf == "":
+		return nil, nil
+	case len(r.Seen) == 0 || len(r.Seen) > protocol.MaxSeen:
+		return nil, rpc.Errorf(rpc.Invalid, "seen: %d bytes: use 1 to %d", len(r.Seen), protocol.MaxSeen)
+	case r.SeenAtNs <= 0:
+		return nil, rpc.Errorf(rpc.Invalid, "seen: it does not say when it was begun")
+	case len(r.SeenOf) > maxVolumeName:
+		return nil, rpc.Errorf(rpc.Invalid, "seen: %.40q is no volume: use one such as disk0p1", r.SeenOf)
+	}
+	f, err := memfd.New("listing", int64(len(r.Seen)))
+	if err != nil {
+		return nil, err
+	}
+	if _, err := f.WriteAt(r.Seen, 0); err != nil {
+		f.Close()
+		return nil, err
+	}
+	in.Seen = &protocol.Seen{Size: len(r.Seen), Begun: time.Unix(0, r.SeenAtNs).UTC(), Volume: r.SeenOf}
+	in.Files = protocol.Files{protocol.FileSeen}
+	return []*os.File{f}, nil
 }
 
 // Validation implements the API.

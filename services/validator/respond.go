@@ -141,6 +141,12 @@ func (m *Manager) inForce(uuid string) (all []spec.Response, reason string, sinc
 	return all, r.Reason, &r.Since
 }
 
+// Dropped reports whether a verdict has dropped a guest's devices.
+func (m *Manager) Dropped(uuid string) bool {
+	r, _ := m.Ledger.Get(uuid)
+	return r.DevicesDropped
+}
+
 // MayStart refuses the start of a guest against which something is in force that it would evade, and of all of a tenant whose
 // guests are not to be started.
 func (m *Manager) MayStart(tenant, uuid, name string) error {

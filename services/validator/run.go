@@ -16,7 +16,7 @@ import (
 	"redoubt.dev/redoubt/validation/verdict"
 )
 
-// ActValidate is a validation in the audit log: detail cause, baseline, findings, responses.
+// ActValidate is a validation in the audit log: detail cause, baseline, findings, seen, unjudged, responses.
 const ActValidate = "validate"
 
 // end ends what a validation has in force: its snapshot, and where the guest is held, the hold.
@@ -33,6 +33,9 @@ func (m *Manager) conclude(g Guest, v spec.Validation, r *verdict.Report, failed
 		r.Responses = decide(v.Respond, r.Findings)
 	}
 	detail := []string{"uuid", g.UUID(), "cause", r.Cause, "baseline", strconv.FormatUint(r.Baseline, 10), "findings", strconv.Itoa(len(r.Findings) + r.Omitted)}
+	if s := r.Seen; s != nil {
+		detail = append(detail, "seen", strconv.Itoa(s.Listed), "unjudged", strconv.Itoa(s.Unjudged))
+	}
 	for i, f := range r.Findings {
 		if i == maxRecorded {
 			break
@@ -86,16 +89,22 @@ func decide(policy spec.Respond, findings []baseline.Finding) (all []spec.Respon
 	return all
 }
 
-// Validate validates a guest now and answers with the report.
-func (m *Manager) Validate(ctx context.Context, in protocol.Validate) (any, error) {
+// Validate validates a guest now and answers with the report. It closes what came with the request.
+func (m *Manager) Validate(ctx context.Context, in protocol.Validate, from *rpc.Request) (any, error) {
+	seen, err := takeSeen(in, from)
+	if err != nil {
+		return nil, err
+	}
+	a := &want{full: in.Full, force: in.Force, seen: seen}
 	w, err := m.worker(in.UUID)
 	if err == nil && !m.has(in.UUID, fileBaseline) {
 		err = errNone
 	}
 	if err != nil {
+		a.end(nil)
 		return nil, err
 	}
-	r, err := w.asked(ctx, in.Full, in.Force)
+	r, err := w.asked(ctx, a)
 	switch {
 	case err != nil:
 		return nil, err

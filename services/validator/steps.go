@@ -11,7 +11,6 @@ import (
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/services/inspector/asked"
 	"redoubt.dev/redoubt/services/protocol"
-	"redoubt.dev/redoubt/validation/baseline"
 	"redoubt.dev/redoubt/validation/verdict"
 )
 
@@ -19,6 +18,9 @@ import (
 func (w *worker) close() {
 	w.index.Close()
 	w.last.Close()
+	for _, a := range w.waiting {
+		a.end(&verdict.Report{Error: errDown.Error()})
+	}
 }
 
 // trap looks whether this moment is safe, and if it is, or force says so, begins a snapshot. Unless keep says so the guest
@@ -34,7 +36,7 @@ func (w *worker) trap(ctx context.Context, force, keep bool) (s verdict.Safety, 
 		return s, errors.Join(err, lerr)
 	}
 	if held.LetGo {
-		s.Held, s.Why = held.Took, masked(held.Masked)
+		s.Held, s.Why = held.Took, unsafe(held)
 		return s, nil
 	}
 	w.holds = true
@@ -62,20 +64,32 @@ func (w *worker) trap(ctx context.Context, force, keep bool) (s verdict.Safety, 
 		return s, nil
 	}
 	w.open = true
-	s.Safe = len(held.Masked) == 0 && taken.InFlight == 0
+	is := unsafe(held)
+	s.Safe = is == "" && taken.InFlight == 0
 	switch {
 	case s.Safe:
 		s.Why = "safe: no processor with interrupts off, no request in flight"
-	case len(held.Masked) > 0:
-		s.Why = "forced: " + masked(held.Masked)
+		if w.spec.Status != 0 {
+			s.Why += ", none in progress by the guest's own status"
+		}
+	case is != "":
+		s.Why = "forced: " + is
 	default:
 		s.Why = "forced: " + plural(taken.InFlight, "request") + " in flight"
 	}
 	return s, nil
 }
 
-func masked(cpus []int) string {
-	return "interrupts are off on processors " + strings.Trim(fmt.Sprint(cpus), "[]")
+// unsafe says what about the processors and the guest's own word keeps a moment from being safe, "" if nothing does.
+func unsafe(held protocol.Held) string {
+	var all []string
+	if len(held.Masked) > 0 {
+		all = append(all, "interrupts are off on processors "+strings.Trim(fmt.Sprint(held.Masked), "[]"))
+	}
+	if held.Status != 0 {
+		all = append(all, fmt.Sprintf("a write is in progress by the guest's own status (%#x)", held.Status))
+	}
+	return strings.Join(all, "; ")
 }
 
 // letGo lets the guest go on. It is done also when there is nobody any more who waits for it.
@@ -166,8 +180,13 @@ func (w *worker) scan(ctx context.Context, q asked.Scan) (out asked.Answer, err 
 }
 
 // compare is scan for what deviates from a baseline.
-func (w *worker) compare(ctx context.Context, b *accepted, full bool) (c baseline.Comparison, s protocol.Scanned, err error) {
+func (w *worker) compare(ctx context.Context, b *accepted, full bool, seen *seen, taken time.Time) (c verdict.Compared, s protocol.Scanned, err error) {
 	q := asked.Scan{Changed: !full, Baseline: b.text}
+	if seen != nil {
+		is := seen.is
+		is.Taken = taken
+		q.Listing, q.Seen = seen.listing, &is
+	}
 	if !full && w.lastOf == b.sum {
 		q.Last = w.last
 	}

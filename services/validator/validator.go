@@ -38,7 +38,7 @@ type Guest interface {
 	DropSnapshot(ctx context.Context) error
 	// View is what an inspector needs to read them as they were.
 	View() ([]asked.Disk, error)
-	// Restrict has its NICs be as the ledger says.
+	// Restrict has its NICs and disks be as the ledger says.
 	Restrict(ctx context.Context) error
 	// Fail ends it.
 	Fail(reason string)

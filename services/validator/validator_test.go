@@ -41,9 +41,11 @@ type fake struct {
 	held     map[protocol.Holder]bool
 	open     bool
 	masked   [][]int // of the next traps
-	inFlight []int   // of the next snapshots
+	status   []uint32
+	inFlight []int // of the next snapshots
 	scans    []func(ctx context.Context, q asked.Scan) ([]baseline.Finding, error)
 	failed   string
+	onHold   func() // nil: nothing
 }
 
 func newFake(t *testing.T, v *spec.Validation) *fake {
@@ -138,10 +140,20 @@ func (f *fake) Fail(reason string) {
 func (f *fake) Hold(_ context.Context, in protocol.Hold) (out protocol.Held, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if f.onHold != nil {
+		f.onHold()
+	}
 	if in.Safe && len(f.masked) > 0 {
 		out.Masked, f.masked = f.masked[0], f.masked[1:]
 		if out.LetGo = len(out.Masked) > 0 && !in.Force; out.LetGo {
 			f.note("masked")
+			return out, nil
+		}
+	}
+	if in.Safe && len(f.status) > 0 {
+		out.Status, f.status = f.status[0], f.status[1:]
+		if out.LetGo = out.Status != 0 && !in.Force; out.LetGo {
+			f.note("status")
 			return out, nil
 		}
 	}
@@ -223,7 +235,7 @@ func (f *fake) did() string {
 func (f *fake) validate(in protocol.Validate) (*verdict.Report, error) {
 	f.t.Helper()
 	in.UUID = uuid
-	v, err := f.m.Validate(f.t.Context(), in)
+	v, err := f.m.Validate(f.t.Context(), in, &rpc.Request{})
 	if err != nil {
 		return nil, err
 	}
@@ -358,7 +370,7 @@ func TestGone(t *testing.T) {
 	})
 	asked := make(chan error, 1)
 	go func() {
-		_, err := f.m.Validate(t.Context(), protocol.Validate{UUID: uuid})
+		_, err := f.m.Validate(t.Context(), protocol.Validate{UUID: uuid}, &rpc.Request{})
 		asked <- err
 	}()
 	<-scanning
@@ -366,7 +378,7 @@ func TestGone(t *testing.T) {
 	if err := <-asked; err == nil {
 		t.Error("who asked is told of no end")
 	}
-	if _, err := f.m.Validate(t.Context(), protocol.Validate{UUID: uuid}); rpc.KindOf(err) != rpc.Unavailable {
+	if _, err := f.m.Validate(t.Context(), protocol.Validate{UUID: uuid}, &rpc.Request{}); rpc.KindOf(err) != rpc.Unavailable {
 		t.Error(err)
 	}
 }
@@ -444,7 +456,7 @@ func TestNoBaseline(t *testing.T) {
 	}
 	f.m.Begin(f)
 	f.m.Wrote(uuid, 1<<21)
-	if _, err := f.m.Validate(t.Context(), protocol.Validate{UUID: uuid}); !errors.Is(err, errNone) {
+	if _, err := f.m.Validate(t.Context(), protocol.Validate{UUID: uuid}, &rpc.Request{}); !errors.Is(err, errNone) {
 		t.Error(err)
 	}
 	none := f.m.with(t.Context(), uuid, func(_ context.Context, w *worker) error { return nil }) // what was written was taken in

@@ -46,6 +46,7 @@ type worker struct {
 // A want is somebody's who waits for a validation's report.
 type want struct {
 	full, force bool
+	seen        *seen                // nil: none
 	report      chan *verdict.Report // has room for one
 }
 
@@ -55,6 +56,7 @@ type inquiry struct {
 	base   *accepted
 	full   bool // somebody asks for everything to be read
 	force  bool // somebody takes a moment that is not safe, too
+	seen   *seen
 	tries  int
 	first  []baseline.Finding // of the last snapshot, which the next confirms
 }
@@ -96,9 +98,13 @@ func (w *worker) run() {
 		case a := <-w.asks:
 			a.done <- a.do(w.ctx, w)
 		case a := <-w.wants:
+			if a.seen != nil && w.anySeen() {
+				a.end(&verdict.Report{Error: "another listing of what the guest shows is being looked at: ask again"})
+				continue
+			}
 			w.waiting[id] = a
 			if n := w.now; n != nil && len(n.report.Snapshots) == 0 { // it is theirs, too
-				n.full, n.force = n.full || a.full, n.force || a.force
+				n.take(a)
 			}
 			w.step(schedule.Event{Kind: schedule.Asked, ID: id})
 			id++
@@ -163,7 +169,7 @@ func (w *worker) inquiry() *inquiry {
 		w.now = &inquiry{report: &verdict.Report{Guest: w.g.Name(), Cause: verdict.BySpec, Started: time.Now(), Findings: []baseline.Finding{}}}
 		for _, a := range w.waiting {
 			w.now.report.Cause = verdict.Asked
-			w.now.full, w.now.force = w.now.full || a.full, w.now.force || a.force
+			w.now.take(a)
 		}
 	}
 	return w.now
@@ -228,23 +234,31 @@ func (w *worker) scanned(a schedule.Action) schedule.Event {
 	}
 	first := a.Kind == schedule.Scan
 	// Whether changes were missed the index knows better than the schedule: it is there as long as none was.
-	c, scanned, err := w.compare(w.ctx, n.base, first && n.full)
+	r := n.report
+	var taken time.Time
+	if k := len(r.Snapshots); k > 0 {
+		taken = r.Snapshots[k-1].TakenAt
+	}
+	c, scanned, err := w.compare(w.ctx, n.base, first && n.full, n.seen, taken)
 	if err != nil {
 		return failed(err)
 	}
-	r := n.report
+	found := n.hidden(c)
 	if first {
 		r.Full, r.Why, r.Files = scanned.Full, scanned.Why, scanned.Names
 	}
 	r.Read, r.Bytes, r.Omitted = r.Read+scanned.Read, r.Bytes+scanned.Bytes, c.Omitted
-	e := schedule.Event{Kind: schedule.ScanDone, Run: a.Run, Findings: len(c.Findings)}
+	if c.Hidden != nil {
+		r.Omitted += c.Hidden.Omitted
+	}
+	e := schedule.Event{Kind: schedule.ScanDone, Run: a.Run, Findings: len(found)}
 	if first {
-		n.first = c.Findings
+		n.first = found
 		return e
 	}
-	r.Findings, r.Withdrawn = baseline.Confirm(n.first, c.Findings)
-	e.Findings, e.Fresh = len(r.Findings), len(baseline.Unconfirmed(n.first, c.Findings))
-	n.first = c.Findings // what is new in it a third may confirm
+	r.Findings, r.Withdrawn = baseline.Confirm(n.first, found)
+	e.Findings, e.Fresh = len(r.Findings), len(baseline.Unconfirmed(n.first, found))
+	n.first = found // what is new in it a third may confirm
 	return e
 }
 
@@ -283,25 +297,34 @@ func (w *worker) conclude(a schedule.Action) {
 	}
 	for _, id := range a.IDs {
 		if t := w.waiting[id]; t != nil {
-			t.report <- r
+			t.end(r)
 			delete(w.waiting, id)
 		}
 	}
 }
 
 // asked has the guest validated and waits for the report.
-func (w *worker) asked(ctx context.Context, full, force bool) (*verdict.Report, error) {
-	a := &want{full: full, force: force, report: make(chan *verdict.Report, 1)}
+func (w *worker) asked(ctx context.Context, a *want) (*verdict.Report, error) {
+	a.report = make(chan *verdict.Report, 1)
 	select {
 	case w.wants <- a:
 	case <-w.done:
+		a.end(nil)
 		return nil, errDown
 	case <-ctx.Done():
+		a.end(nil)
 		return nil, ctx.Err()
 	}
 	select {
 	case r := <-a.report:
 		return r, nil
+	case <-w.done:
+		select {
+		case r := <-a.report:
+			return r, nil
+		default:
+			return nil, errDown
+		}
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}

@@ -26,7 +26,7 @@ const (
 	Extended   Kind = "attribute"  // another extended attribute
 	DeviceNode Kind = "device"     // a device node, or other numbers of one
 	Unreadable Kind = "unreadable" // the scan could not read it, so nothing is known
-	Hidden     Kind = "hidden"     // the running guest does not show it; Compare makes none
+	Hidden     Kind = "hidden"     // the running guest does not show it: see [Rules.Hidden]
 )
 
 // A Finding is one deviation of one file; a file may have several.

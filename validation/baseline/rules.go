@@ -320,12 +320,8 @@ func (r *Rules) RuleOf(e Entry) string {
 	return ""
 }
 
-// Severity is how bad a finding is: as its rule says. What belongs to no rule is critical, as it may hide anything, and so
-// is what the running guest does not show.
+// Severity is how bad a finding is: as its rule says. What belongs to no rule is critical, as it may hide anything.
 func (r *Rules) Severity(f Finding) Severity {
-	if f.Kind == Hidden {
-		return Critical
-	}
 	for _, rule := range r.rules {
 		if rule.Name == f.Rule {
 			return rule.Severity

@@ -186,10 +186,7 @@ func (r *run) disk(s *Source) error {
 	}
 	for i := range table.Partitions {
 		p := &table.Partitions[i]
-		v := name
-		if table.Scheme != partition.Bare {
-			v = fmt.Sprintf("%sp%d", name, p.Number)
-		}
+		v := volumeName(s, table, p)
 		if len(r.volumes) == maxVolumes {
 			r.problem(v, "/", fmt.Errorf("%w: more than %d volumes", ErrEffort, maxVolumes))
 			return nil

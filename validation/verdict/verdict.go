@@ -2,10 +2,12 @@
 package verdict
 
 import (
+	"slices"
 	"time"
 
 	"redoubt.dev/redoubt/spec"
 	"redoubt.dev/redoubt/validation/baseline"
+	"redoubt.dev/redoubt/validation/crossview"
 )
 
 // Drafted says what a draft is.
@@ -34,6 +36,32 @@ const (
 	BySpec = "by the spec" // so long after the last, or after so much
 )
 
+// Compared is what an inspector finds on a snapshot.
+type Compared struct {
+	baseline.Comparison
+	Hidden *crossview.Result `json:"hidden,omitempty"` // what a listing does not show, if there was one
+}
+
+// All are all findings, in the order of Finding.Compare.
+func (c Compared) All() []baseline.Finding {
+	if c.Hidden == nil {
+		return c.Findings
+	}
+	all := append(slices.Clone(c.Findings), c.Hidden.Findings...)
+	slices.SortStableFunc(all, baseline.Finding.Compare)
+	return slices.CompactFunc(all, func(a, b baseline.Finding) bool { return a.Compare(b) == 0 })
+}
+
+// Seen says what came of a listing that was made inside the guest; the names that are hidden are among the findings.
+type Seen struct {
+	Begun    time.Time `json:"begun"` // by the guest's clock
+	Volume   string    `json:"volume"`
+	Listed   int       `json:"listed"`             // names that the guest shows
+	Names    int       `json:"names"`              // on the disk, that were looked for
+	Unjudged int       `json:"unjudged,omitempty"` // that are not shown and have changed since the listing was begun
+	Some     []string  `json:"some,omitempty"`     // of them
+}
+
 // Report is a verdict, or why there is none.
 type Report struct {
 	Guest     string             `json:"guest"`
@@ -44,9 +72,10 @@ type Report struct {
 	Full      bool               `json:"full"`
 	Why       string             `json:"why,omitempty"` // it was full, where that was not asked
 	Snapshots []Safety           `json:"snapshots"`
-	Files     int                `json:"files"`    // names that were looked at, or looked at before and did not change
-	Read      int                `json:"read"`     // files whose contents were read
-	Bytes     int64              `json:"bytes"`    // of them
+	Files     int                `json:"files"` // names that were looked at, or looked at before and did not change
+	Read      int                `json:"read"`  // files whose contents were read
+	Bytes     int64              `json:"bytes"` // of them
+	Seen      *Seen              `json:"seen,omitempty"`
 	Findings  []baseline.Finding `json:"findings"` // that act: a second snapshot confirmed them, or the guest was held
 	Withdrawn []baseline.Finding `json:"withdrawn,omitempty"`
 	Omitted   int                `json:"omitted,omitempty"` // findings that are too many

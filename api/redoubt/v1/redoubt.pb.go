@@ -1818,7 +1818,14 @@ type ValidateRequest struct {
 	// full reads everything again, not only what changed.
 	Full bool `protobuf:"varint,2,opt,name=full,proto3" json:"full,omitempty"`
 	// force takes the moment though it is not safe, when none that is has come.
-	Force         bool `protobuf:"varint,3,opt,name=force,proto3" json:"force,omitempty"`
+	Force bool `protobuf:"varint,3,opt,name=force,proto3" json:"force,omitempty"`
+	// seen is a listing of what the guest shows of its root file system, as `find / -xdev -print0` makes it in the guest: what the
+	// disk has and it lacks is hidden. At most 32 MiB.
+	Seen []byte `protobuf:"bytes,4,opt,name=seen,proto3" json:"seen,omitempty"`
+	// seen_at_ns is when it was begun, by the guest's clock, in nanoseconds since 1970 (UTC). Required with seen.
+	SeenAtNs int64 `protobuf:"varint,5,opt,name=seen_at_ns,json=seenAtNs,proto3" json:"seen_at_ns,omitempty"`
+	// seen_of is the root's volume, such as disk0p1; empty: the only ext file system there is.
+	SeenOf        string `protobuf:"bytes,6,opt,name=seen_of,json=seenOf,proto3" json:"seen_of,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1872,6 +1879,27 @@ func (x *ValidateRequest) GetForce() bool {
 		return x.Force
 	}
 	return false
+}
+
+func (x *ValidateRequest) GetSeen() []byte {
+	if x != nil {
+		return x.Seen
+	}
+	return nil
+}
+
+func (x *ValidateRequest) GetSeenAtNs() int64 {
+	if x != nil {
+		return x.SeenAtNs
+	}
+	return 0
+}
+
+func (x *ValidateRequest) GetSeenOf() string {
+	if x != nil {
+		return x.SeenOf
+	}
+	return ""
 }
 
 type ValidateResponse struct {
@@ -2518,11 +2546,15 @@ const file_redoubt_v1_redoubt_proto_rawDesc = "" +
 	"\x0eReleaseRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\"\x11\n" +
-	"\x0fReleaseResponse\"O\n" +
+	"\x0fReleaseResponse\"\x9a\x01\n" +
 	"\x0fValidateRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04full\x18\x02 \x01(\bR\x04full\x12\x14\n" +
-	"\x05force\x18\x03 \x01(\bR\x05force\"*\n" +
+	"\x05force\x18\x03 \x01(\bR\x05force\x12\x12\n" +
+	"\x04seen\x18\x04 \x01(\fR\x04seen\x12\x1c\n" +
+	"\n" +
+	"seen_at_ns\x18\x05 \x01(\x03R\bseenAtNs\x12\x17\n" +
+	"\aseen_of\x18\x06 \x01(\tR\x06seenOf\"*\n" +
 	"\x10ValidateResponse\x12\x16\n" +
 	"\x06report\x18\x01 \x01(\fR\x06report\"'\n" +
 	"\x11ValidationRequest\x12\x12\n" +

@@ -43,10 +43,12 @@ type Options struct {
 	Record func(audit.Instance) []audit.Entry // what is recorded with a start
 	Tell   func(kind, text string)
 	Wrote  func(bytes uint64) // is told how much the guest has written; returns at once
-	Every  time.Duration      // how often BlkBack is replaced that runs well
-	Drain  time.Duration      // how long it may then take to end
-	Stop   time.Duration      // and with its guest
-	Go     func(func())       // runs a goroutine that the Builder waits for
+	// Dropped says whether the guest's disks answer nothing but errors. Each BlkBack is told.
+	Dropped func() bool
+	Every   time.Duration // how often BlkBack is replaced that runs well
+	Drain   time.Duration // how long it may then take to end
+	Stop    time.Duration // and with its guest
+	Go      func(func())  // runs a goroutine that the Builder waits for
 }
 
 // Storage is a guest's BlkBack, which lives as long as the guest and is replaced when it dies. A nil one is of a guest without
@@ -166,13 +168,27 @@ func (s *Storage) connect(ctx context.Context, i *keeper.Instance, d int, of tre
 		names, files = append(names, protocol.FileSnapshot), append(files, s.snapshots[d])
 	}
 	_, err = i.Peer.Call(ctx, protocol.MethodAttachDisk, protocol.AttachDisk{
-		Index: d, ReadOnly: s.o.Spec.Disks[d].ReadOnly, Domain: of, Scratch: s.scratch, Written: s.writtenEvery(), Files: names,
+		Index: d, ReadOnly: s.o.Spec.Disks[d].ReadOnly, Domain: of, Scratch: s.scratch, Written: s.writtenEvery(), Dropped: s.o.Dropped(), Files: names,
 	}, nil, files...)
 	if err != nil {
 		front.Close()
 		return nil, err
 	}
 	return front, nil
+}
+
+// Restrict has BlkBack serve the disks, or none of their requests, as Dropped says now. A BlkBack that is lost over it is followed
+// by one that does.
+func (s *Storage) Restrict(ctx context.Context) error {
+	if s == nil {
+		return nil
+	}
+	s.Lock()
+	defer s.Unlock()
+	return s.Serve(func(i *keeper.Instance) error {
+		_, err := i.Peer.Call(ctx, protocol.MethodDropDisks, protocol.DropDisks{Dropped: s.o.Dropped()}, nil)
+		return err
+	})
 }
 
 // Runs tells that the emulator which Attach was for runs.

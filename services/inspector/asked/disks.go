@@ -80,6 +80,8 @@ type Scan struct {
 	Last     Text
 	Baseline Text
 	Rules    Text
+	Listing  Text           // what the guest shows of its files; none: nobody asked
+	Seen     *protocol.Seen // what it is, then
 }
 
 // An Answer is what came of it. Index and Answer are the caller's to close.
@@ -112,7 +114,7 @@ func (s *Scanner) Scan(ctx context.Context, name string, disks []Disk, q Scan) (
 	}
 	in := protocol.Scan{
 		Guest: q.Guest, Draft: q.Draft, Created: q.Created, Accept: q.Accept, Changed: q.Changed,
-		Index: q.Index.Size, Last: q.Last.Size, Baseline: q.Baseline.Size, Rules: q.Rules.Size,
+		Index: q.Index.Size, Last: q.Last.Size, Baseline: q.Baseline.Size, Rules: q.Rules.Size, Seen: q.Seen,
 		Files: protocol.Files{protocol.FileNewIndex, protocol.FileAnswer},
 	}
 	give := []*os.File{out.Index.File, out.Answer.File}
@@ -121,7 +123,7 @@ func (s *Scanner) Scan(ctx context.Context, name string, disks []Disk, q Scan) (
 	for _, t := range []struct {
 		name string
 		of   Text
-	}{{protocol.FileIndex, q.Index}, {protocol.FileLast, q.Last}, {protocol.FileBaseline, q.Baseline}, {protocol.FileRules, q.Rules}} {
+	}{{protocol.FileIndex, q.Index}, {protocol.FileLast, q.Last}, {protocol.FileBaseline, q.Baseline}, {protocol.FileRules, q.Rules}, {protocol.FileSeen, q.Listing}} {
 		if t.of.File == nil {
 			continue
 		}

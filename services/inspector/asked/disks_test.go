@@ -22,6 +22,8 @@ import (
 	"redoubt.dev/redoubt/services/job"
 	"redoubt.dev/redoubt/services/protocol"
 	"redoubt.dev/redoubt/validation/baseline"
+	"redoubt.dev/redoubt/validation/ext4"
+	"redoubt.dev/redoubt/validation/verdict"
 )
 
 const guest = "0b5ff3a6-0d8e-4a1c-9c41-0d7b4c2f6a01"
@@ -279,5 +281,52 @@ func TestBadScan(t *testing.T) {
 	cancel()
 	if _, err := s.Scan(ctx, "g", d.begin(t, false), Scan{}); !errors.Is(err, context.Canceled) {
 		t.Error(err)
+	}
+}
+
+// TestScanSeen: an inspector holds the disk to what the guest shows of it. The findings are not part of the comparison that the
+// next one goes on from.
+func TestScanSeen(t *testing.T) {
+	s, d := newScanner(t, program, true), newDisk(t)
+	b, err := os.ReadFile(d.path)
+	must(t, err)
+	fs, err := ext4.Open(bytes.NewReader(b), d.size, ext4.Options{})
+	must(t, err)
+	var all, without string
+	for e, err := range fs.Walk() {
+		must(t, err)
+		all += e.Path + "\x00"
+		if e.Path != "/usr/bin/login" {
+			without += e.Path + "\x00"
+		}
+	}
+	drafted, err := s.Scan(t.Context(), "g", d.begin(t, false), Scan{Guest: guest, Draft: true, Created: time.Unix(1, 0).UTC()})
+	must(t, err)
+	q := Scan{Guest: guest, Baseline: inMemory(t, content(t, drafted.Answer)), Changed: true, Index: drafted.Index}
+	seen := func(text, volume string) (c verdict.Compared, err error) {
+		t.Helper()
+		q.Listing, q.Seen = inMemory(t, []byte(text)), &protocol.Seen{Size: len(text), Begun: time.Now(), Taken: time.Now(), Volume: volume}
+		a, err := s.Scan(t.Context(), "g", d.begin(t, true), q)
+		if err == nil {
+			q.Index, q.Last = a.Index, a.Answer
+			must(t, json.Unmarshal(content(t, a.Answer), &c))
+		}
+		return c, err
+	}
+	c, err := seen(all, "")
+	if err != nil || c.Hidden == nil || len(c.All()) != 0 || c.Hidden.Names < 3 || c.Hidden.Volume != "disk0" {
+		t.Fatalf("%+v, %v", c.Hidden, err)
+	}
+	c, err = seen(without, "disk0")
+	if err != nil || len(c.Findings) != 0 || len(c.All()) != 1 || c.All()[0].Kind != baseline.Hidden || c.All()[0].Name.Path != "/usr/bin/login" {
+		t.Fatalf("%+v, %v", c, err)
+	}
+	if c, err = seen(all, "disk0"); err != nil || len(c.All()) != 0 { // what was hidden last is forgotten
+		t.Fatalf("%+v, %v", c, err)
+	}
+	for text, volume := range map[string]string{"/usr": "", "/\x00": "disk1p1"} {
+		if _, err := seen(text, volume); rpc.KindOf(err) != rpc.Invalid {
+			t.Errorf("%q of %q: %v", text, volume, err)
+		}
 	}
 }
