@@ -410,11 +410,11 @@ func fixedOf(s *kvm.Sregs) [len(fixedRegisters)]uint64 {
 
 // insane says which register that nothing may change was changed.
 func (i *Isolation) insane(v *view) *Event {
-	s, err := v.vcpu.Sregs()
+	s, err := v.vcpu.SpecialRegs()
 	if err != nil {
 		return &Event{Kind: Control, Detail: err.Error()}
 	}
-	got, was := fixedOf(&s), fixedOf(&v.sane)
+	got, was := fixedOf(s), fixedOf(&v.sane)
 	if got == was {
 		return nil
 	}
