@@ -20,6 +20,7 @@ func Dial(socket string) redoubtv1connect.GuestServiceClient {
 	p.SetUnencryptedHTTP2(true)
 	t := &http.Transport{
 		Protocols: &p,
+		HTTP2:     &http.HTTP2Config{MaxReadFrameSize: 1 << 20}, // a long answer is not cut into a hundred
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			var d net.Dialer
 			return d.DialContext(ctx, "unix", socket)

@@ -30,12 +30,11 @@ func (i *Isolation) enter(v *view, r *kvm.Regs) error {
 	if err != nil {
 		return i.kill(v, r, r.RIP, Event{Kind: Stack, Detail: err.Error()})
 	}
-	top, err := i.bytes(r.RSP&^7, 8)
-	if err != nil {
-		return i.kill(v, r, r.RIP, Event{Kind: Stack, Detail: err.Error()})
+	if !s.has(r.RSP) { // the word above an empty stack
+		return i.kill(v, r, r.RIP, Event{Kind: Stack, Detail: fmt.Sprintf("the stack pointer is %#x", r.RSP)})
 	}
 	name, begins := v.begins[r.RIP]
-	kind, err := v.frames.Enter(s.from, r.RIP, r.RSP, word(top), begins)
+	kind, err := v.frames.Enter(s.from, r.RIP, r.RSP, word(s.word(r.RSP)), begins)
 	if err != nil {
 		return i.kill(v, r, r.RIP, Event{Kind: Entry, Address: r.RIP, Detail: err.Error()})
 	}
@@ -86,10 +85,7 @@ func (i *Isolation) resume(v *view, r kvm.Regs) error {
 func (i *Isolation) run(v *view) error {
 	cpu := i.turn.id
 	v.running = true
-	defer func() {
-		v.running = false
-		v.timer.Stop()
-	}()
+	defer func() { v.running = false }()
 	for v.begun, v.trap = time.Now(), false; ; {
 		if v.late() && !v.trap { // in a stub it could not be left: there it is when the exception comes
 			v.begun = time.Now()
@@ -97,8 +93,9 @@ func (i *Isolation) run(v *view) error {
 		}
 		v.trap = false
 		i.turns.Unlock()
-		v.timer.Reset(slice << min(v.aside, longer)) // of a busy host a slice may pass before it has begun
+		v.slicer.begin(slice << min(v.aside, longer)) // of a busy host a slice may pass before it has begun
 		reason, err := v.vcpu.Run()
+		v.slicer.end()
 		i.take(cpu)
 		if v.gone { // unloaded under its own feet
 			return i.orphaned(v)
@@ -254,42 +251,54 @@ func (i *Isolation) left(v *view, r kvm.Regs) (done bool, err error) {
 		return true, i.toKernel(v, r, base)
 	}
 	ret := word(v.mine(r.RSP))
-	from := v.describe(ret)
-	names := i.called(r.RIP)
-	if names == nil && i.patched(v, ret, r.RIP) {
-		names = []string{policy.Trampoline}
-	}
-	if len(names) == 0 {
-		return true, i.kill(v, &r, ret, Event{Kind: Call, Symbol: i.describe(r.RIP), Address: r.RIP, At: from, Detail: "no function begins there"})
-	}
-	name, allowed := i.mayCall(v, names)
-	e := Event{Kind: Call, Symbol: name, Address: r.RIP, At: from, Allowed: true}
-	switch {
-	case allowed:
-	case i.cfg.Modules.Mode == policy.Monitor:
-		i.event(v.named(e))
-	case i.cfg.Modules.Mode == policy.Learn && !policy.Never(name):
-		i.learn(func() { v.profile.LearnCall(name) })
-	default:
-		e.Allowed = false
-		return true, i.kill(v, &r, ret, e)
+	name, e := i.judgeCall(v, ret, r.RIP)
+	if e != nil {
+		return true, i.kill(v, &r, ret, *e)
 	}
 	if e := i.judgeArguments(v, name, &r); e != nil {
-		if e.At = from; !e.Allowed {
+		if e.At = v.describe(ret); !e.Allowed {
 			return true, i.kill(v, &r, ret, *e)
 		}
 		i.event(v.named(*e))
 	}
 	if err := v.frames.Calls(s.from, r.RSP, ret, v.hasCode(ret)); err != nil {
-		return true, i.kill(v, &r, ret, Event{Kind: Stack, Symbol: name, At: from, Detail: err.Error()})
+		return true, i.kill(v, &r, ret, Event{Kind: Stack, Symbol: name, At: v.describe(ret), Detail: err.Error()})
 	}
 	i.account(v.name, func(a *Account) { count(a.Calls, name) })
-	for _, o := range v.objects.asked(s.from, name, &r, i.perCPU(), i.pageAddress) {
+	for _, o := range v.objects.asked(s.from, name, &r, i.perCPU, i.pageAddress) {
 		if err := i.freedObject(v.module, o); err != nil {
 			return false, err
 		}
 	}
 	return true, i.toKernel(v, r, base)
+}
+
+// judgeCall names the function that a module calls, from before ret, and says why it may not, if so.
+func (i *Isolation) judgeCall(v *view, ret, to uint64) (string, *Event) {
+	if name, ok := v.allowed[to]; ok {
+		return name, nil
+	}
+	names := i.called(to)
+	if names == nil && i.patched(v, ret, to) {
+		names = []string{policy.Trampoline}
+	}
+	if len(names) == 0 {
+		return "", &Event{Kind: Call, Symbol: i.describe(to), Address: to, At: v.describe(ret), Detail: "no function begins there"}
+	}
+	name, allowed := i.mayCall(v, names)
+	switch {
+	case allowed:
+		if i.kernel.text.has(to) { // where nothing moves; what a profile allows it allows for good
+			v.allowed[to] = name
+		}
+	case i.cfg.Modules.Mode == policy.Monitor:
+		i.event(v.named(Event{Kind: Call, Symbol: name, Address: to, At: v.describe(ret), Allowed: true}))
+	case i.cfg.Modules.Mode == policy.Learn && !policy.Never(name):
+		i.learn(func() { v.profile.LearnCall(name) })
+	default:
+		return "", &Event{Kind: Call, Symbol: name, Address: to, At: v.describe(ret)}
+	}
+	return name, nil
 }
 
 // patched says whether a call, which returns to ret, is one that the kernel has put into the module's code, to code that it has made
@@ -390,29 +399,28 @@ func (i *Isolation) refused(v *view, e Event) {
 	i.event(v.named(e))
 }
 
+// Registers that nothing may change.
+var fixedRegisters = [...]string{"CR0", "CR3", "CR4", "EFER", "IDTR", "IDTR's limit", "GDTR", "TR", "CS", "GS"}
+
+func fixedOf(s *kvm.Sregs) [len(fixedRegisters)]uint64 {
+	return [...]uint64{
+		s.CR0, s.CR3, s.CR4, s.EFER, s.IDT.Base, uint64(s.IDT.Limit), s.GDT.Base, s.TR.Base, uint64(s.CS.Selector), s.GS.Base,
+	}
+}
+
 // insane says which register that nothing may change was changed.
 func (i *Isolation) insane(v *view) *Event {
-	s, err := v.vcpu.Sregs()
+	s, err := v.vcpu.SpecialRegs()
 	if err != nil {
 		return &Event{Kind: Control, Detail: err.Error()}
 	}
-	for _, c := range []struct {
-		name     string
-		got, was uint64
-	}{
-		{"CR0", s.CR0, v.sane.CR0},
-		{"CR3", s.CR3, v.sane.CR3},
-		{"CR4", s.CR4, v.sane.CR4},
-		{"EFER", s.EFER, v.sane.EFER},
-		{"IDTR", s.IDT.Base, v.sane.IDT.Base},
-		{"IDTR's limit", uint64(s.IDT.Limit), uint64(v.sane.IDT.Limit)},
-		{"GDTR", s.GDT.Base, v.sane.GDT.Base},
-		{"TR", s.TR.Base, v.sane.TR.Base},
-		{"CS", uint64(s.CS.Selector), uint64(v.sane.CS.Selector)},
-		{"GS", s.GS.Base, v.sane.GS.Base},
-	} {
-		if c.got != c.was {
-			return &Event{Kind: Control, Symbol: c.name, Detail: fmt.Sprintf("%#x in the place of %#x", c.got, c.was)}
+	got, was := fixedOf(s), fixedOf(&v.sane)
+	if got == was {
+		return nil
+	}
+	for n, name := range fixedRegisters {
+		if got[n] != was[n] {
+			return &Event{Kind: Control, Symbol: name, Detail: fmt.Sprintf("%#x in the place of %#x", got[n], was[n])}
 		}
 	}
 	return nil

@@ -287,14 +287,14 @@ var deallocators = map[string]int{"kfree": 0, "kvfree": 0, "vfree": 0, "kfree_se
 
 // asked notes a call of the module's that allocates or frees, and says what it frees. perCPU is how far the processors' variables
 // lie from what stands for them.
-func (o *objects) asked(stack uint64, name string, r *kvm.Regs, perCPU []uint64, page func(uint64) uint64) (freed []object) {
+func (o *objects) asked(stack uint64, name string, r *kvm.Regs, perCPU func() []uint64, page func(uint64) uint64) (freed []object) {
 	name = strings.TrimSuffix(name, "_noprof")
 	if n, ok := deallocators[name]; ok {
 		bases := []uint64{0}
 		at := argument(r, n)
 		switch name {
 		case "free_percpu":
-			bases = perCPU
+			bases = perCPU()
 		case "__free_pages":
 			at = page(at)
 		}
@@ -322,7 +322,7 @@ func (o *objects) asked(stack uint64, name string, r *kvm.Regs, perCPU []uint64,
 	}
 	a0 := request{size: size, page: a.page, bases: []uint64{0}}
 	if a.perCPU {
-		a0.bases = perCPU
+		a0.bases = perCPU()
 	}
 	o.pending[[2]uint64{stack, r.RSP}] = a0
 	return freed
@@ -330,6 +330,9 @@ func (o *objects) asked(stack uint64, name string, r *kvm.Regs, perCPU []uint64,
 
 // made notes what a call returned.
 func (o *objects) made(stack, slot, at uint64, page func(uint64) uint64) {
+	if len(o.pending) == 0 {
+		return
+	}
 	key := [2]uint64{stack, slot}
 	a, ok := o.pending[key]
 	if !ok {

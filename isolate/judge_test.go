@@ -9,13 +9,16 @@ import (
 
 func same(at uint64) uint64 { return at }
 
+// two are the places of two processors' variables.
+func two() []uint64 { return []uint64{0x10000, 0x30000} }
+
 // What a module allocates is its own until it frees it, and no longer.
 func TestObjects(t *testing.T) {
 	const stack = 1
 	var o objects
 	allocate := func(name string, r kvm.Regs, at uint64) {
 		r.RSP = 0x1000
-		o.asked(stack, name, &r, []uint64{0x10000, 0x30000}, same)
+		o.asked(stack, name, &r, two, same)
 		o.made(stack, 0x1000, at, same)
 	}
 	allocate("__kmalloc", kvm.Regs{RDI: 100}, 0x5000)
@@ -67,7 +70,7 @@ func TestObjects(t *testing.T) {
 	if f := o.asked(stack, "kfree", &kvm.Regs{RDI: 0x5001}, nil, same); f != nil {
 		t.Errorf("what is no object is freed: %+v", f)
 	}
-	if f := o.asked(stack, "free_percpu", &kvm.Regs{RDI: 0x20}, []uint64{0x10000, 0x30000}, same); !slices.Equal(f, []object{{0x10020, 16}, {0x30020, 16}}) {
+	if f := o.asked(stack, "free_percpu", &kvm.Regs{RDI: 0x20}, two, same); !slices.Equal(f, []object{{0x10020, 16}, {0x30020, 16}}) {
 		t.Errorf("freed %+v", f)
 	}
 	if o.has(0x5000, 1) || o.has(0x10020, 1) || !o.has(0x5100, 1) {

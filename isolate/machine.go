@@ -22,19 +22,19 @@ type view struct {
 	memory [2][]byte // the layout's
 	sane   kvm.Sregs // the registers that nothing may change
 
-	slots map[uint64]grant  // pages of the guest's that the view has, by guest-physical address
-	seen  map[uint64]uint64 // where they were mapped last
-	past  map[uint64]uint64 // the same of pages that were taken away while the processor may remember them
-	next  uint32
-	stack *stack // that is mapped
-	shown shown  // what it was when the module came
-	timer *time.Timer
-	kicks sync.Mutex // over dead
-	dead  bool       // the processor is gone
-	aside int        // slices in which it was found outside its code
-	begun time.Time  // its turn
-	trap  bool       // it stands in the stub of an exception
-	user  []uint64   // pages of the process that runs, which the view has
+	slots  map[uint64]grant  // pages of the guest's that the view has, by guest-physical address
+	seen   map[uint64]uint64 // where they were mapped last
+	past   map[uint64]uint64 // the same of pages that were taken away while the processor may remember them
+	next   uint32
+	stack  *stack // that is mapped
+	shown  shown  // what it was when the module came
+	slicer slicer
+	kicks  sync.Mutex // over dead
+	dead   bool       // the processor is gone
+	aside  int        // slices in which it was found outside its code
+	begun  time.Time  // its turn
+	trap   bool       // it stands in the stub of an exception
+	user   []uint64   // pages of the process that runs, which the view has
 
 	running bool // the vCPU is in it: it is to be kicked, and what it remembers stays until it comes back from the kernel
 	stale   bool // what the processor has kept of its tables is to be dropped
@@ -128,8 +128,7 @@ func (i *Isolation) machine(v *view) (err error) {
 	}
 	v.vcpu.ShareRegs(true)
 	v.vcpu.Follow(i.turn.VCPU)
-	v.timer = time.AfterFunc(slice, v.kick)
-	v.timer.Stop()
+	v.slicer.kick = v.kick
 	if err := v.vcpu.SetCPUID(i.turn.CPUID); err != nil {
 		return err
 	}
@@ -286,7 +285,7 @@ func (i *Isolation) forget(v *view) error {
 func (v *view) kick() {
 	v.kicks.Lock()
 	defer v.kicks.Unlock()
-	if !v.dead { // the timer may be late
+	if !v.dead { // the slicer may be late
 		v.vcpu.Kick()
 	}
 }

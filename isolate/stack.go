@@ -89,9 +89,30 @@ type shown struct {
 	words [layout.StackPages * pageSize]byte
 }
 
-// changed says whether the module has changed a word that it was shown; what lay below is its own.
-func (v *view) changed(at uint64) bool {
-	return at < v.shown.from || !bytes.Equal(v.mine(at), v.shown.words[at-v.stack.from:][:8])
+// changed is the first word from an address up, of those below to, that the module has changed since it was shown it; what lay below is its own.
+// Both are multiples of 8.
+func (v *view) changed(at, to uint64) uint64 {
+	const block = 64
+	for at < to && at >= v.shown.from {
+		off := at - v.stack.from
+		mine, _ := v.layout.Stack(int(off / pageSize))
+		mine = mine[off%pageSize:]
+		mine = mine[:min(uint64(len(mine)), to-at)]
+		was := v.shown.words[off:][:len(mine)]
+		switch {
+		case bytes.Equal(mine, was):
+			at += uint64(len(mine))
+			continue
+		case len(mine) > block && bytes.Equal(mine[:block], was[:block]):
+			at += block
+			continue
+		}
+		for len(mine) >= 8 && bytes.Equal(mine[:8], was[:8]) {
+			mine, was, at = mine[8:], was[8:], at+8
+		}
+		break
+	}
+	return at
 }
 
 // showStack gives the view a stack, as it is from the stack pointer up. What lies below is the module's own.
@@ -128,9 +149,12 @@ func (i *Isolation) showStack(v *view, s *stack, sp uint64) error {
 // of the kernel's, above base, that leads into code never changes: the return addresses of what called the module stay.
 func (i *Isolation) writeBack(v *view, sp, base uint64) {
 	s := v.stack
-	for at := max(sp&^7, s.from); at < s.to; at += 8 {
-		if !v.changed(at) && !i.cfg.Modules.Weakened.Stack {
-			continue
+	for at := max(sp&^7, s.from); ; at += 8 {
+		if !i.cfg.Modules.Weakened.Stack {
+			at = v.changed(at, s.to)
+		}
+		if at >= s.to {
+			return
 		}
 		mine, theirs := v.mine(at), s.word(at)
 		now, was := binary.LittleEndian.Uint64(mine), binary.LittleEndian.Uint64(theirs)

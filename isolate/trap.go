@@ -35,7 +35,7 @@ func (i *Isolation) trapped(v *view, r kvm.Regs) (done bool, err error) {
 	t := v.layout.Trap()
 	r.RIP, r.RSP, r.RFLAGS = t.RIP, t.RSP, t.RFLAGS
 	if t.Vector == pageFault {
-		s, err := v.vcpu.Sregs()
+		s, err := v.vcpu.SpecialRegs()
 		if err != nil {
 			return false, err
 		}

@@ -179,11 +179,12 @@ func (c *VCPU) ShareRegs(both bool) {
 func (c *VCPU) shares(what uint64) bool { return c.ran && c.run.valid&what != 0 }
 
 // Regs reads the general registers.
-func (c *VCPU) Regs() (r Regs, err error) {
+func (c *VCPU) Regs() (Regs, error) {
 	if c.shares(syncRegs) {
 		return c.run.regs, nil
 	}
-	err = c.call("KVM_GET_REGS", kvmGetRegs, unsafe.Pointer(&r))
+	var r Regs // on the heap, as the ones below: not where the page has them
+	err := c.call("KVM_GET_REGS", kvmGetRegs, unsafe.Pointer(&r))
 	return r, err
 }
 
@@ -194,16 +195,26 @@ func (c *VCPU) SetRegs(r Regs) error {
 		c.run.dirty |= syncRegs
 		return nil
 	}
-	return c.call("KVM_SET_REGS", kvmSetRegs, unsafe.Pointer(&r))
+	set := r
+	return c.call("KVM_SET_REGS", kvmSetRegs, unsafe.Pointer(&set))
 }
 
 // Sregs reads the special registers.
-func (c *VCPU) Sregs() (s Sregs, err error) {
-	if c.shares(syncSregs) {
-		return c.run.sregs, nil
+func (c *VCPU) Sregs() (Sregs, error) {
+	s, err := c.SpecialRegs()
+	if err != nil {
+		return Sregs{}, err
 	}
-	err = c.call("KVM_GET_SREGS", kvmGetSregs, unsafe.Pointer(&s))
-	return s, err
+	return *s, nil
+}
+
+// SpecialRegs is Sregs without a copy where the page has them: to be read, until the next Run.
+func (c *VCPU) SpecialRegs() (*Sregs, error) {
+	if c.shares(syncSregs) {
+		return &c.run.sregs, nil
+	}
+	s := &Sregs{}
+	return s, c.call("KVM_GET_SREGS", kvmGetSregs, unsafe.Pointer(s))
 }
 
 // SetSregs writes the special registers.

@@ -6,6 +6,7 @@
 package inspect
 
 import (
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -178,12 +179,16 @@ func moduleFacts(k *kernel.Kernel) *ModuleFacts {
 	return f
 }
 
+// usualList is how long a list is for which room is made at once, in bytes.
+const usualList = 2 << 20
+
 // imaList reads the list. Where the guest has fewer entries than are known it is another list: all of it is read.
 func imaList(k *kernel.Kernel, after int) *list.List {
-	b, count, err := ima.Read(k, after, nil)
+	room := make([]byte, 0, usualList) // of which what is not used is no memory
+	b, count, err := ima.Read(k, after, room)
 	if err == nil && count < after {
 		after = 0
-		b, _, err = ima.Read(k, 0, nil)
+		b, _, err = ima.Read(k, 0, room)
 	}
 	l := &list.List{After: after, List: b}
 	if errors.Is(err, ima.ErrNone) || err != nil && k.NoTypes != "" {
@@ -223,8 +228,44 @@ func kernelFacts(r *integrity.Reader) *KernelFacts {
 	return f
 }
 
-// Encode writes an answer as JSON.
-func (a *Answer) Encode() ([]byte, error) { return json.Marshal(a) }
+// Encode writes an answer as JSON, as json.Marshal does. A long list is written once, into memory that it fits in: to a process that was just
+// started it is new memory that costs.
+func (a *Answer) Encode() ([]byte, error) {
+	const usual = 64 << 10 // bytes, of all but the list
+	room := usual
+	if a.IMA != nil {
+		room += base64.StdEncoding.EncodedLen(len(a.IMA.List))
+	}
+	b := append(make([]byte, 0, room), '{')
+	for _, part := range []struct {
+		name  string
+		there bool
+		write func([]byte) ([]byte, error)
+	}{
+		{Modules, a.Modules != nil, func(b []byte) ([]byte, error) { return appendJSON(b, a.Modules) }},
+		{Kernel, a.Kernel != nil, func(b []byte) ([]byte, error) { return appendJSON(b, a.Kernel) }},
+		{IMA, a.IMA != nil, func(b []byte) ([]byte, error) { return a.IMA.AppendJSON(b) }},
+		{Tasks, a.Tasks != nil, func(b []byte) ([]byte, error) { return appendJSON(b, a.Tasks) }},
+	} {
+		if !part.there {
+			continue
+		}
+		if len(b) > 1 {
+			b = append(b, ',')
+		}
+		b = append(append(append(b, '"'), part.name...), `":`...)
+		var err error
+		if b, err = part.write(b); err != nil {
+			return nil, err
+		}
+	}
+	return append(b, '}'), nil
+}
+
+func appendJSON(b []byte, v any) ([]byte, error) {
+	text, err := json.Marshal(v)
+	return append(b, text...), err
+}
 
 // ReadImage reads a kernel's image of size bytes, for Guest.Image.
 func ReadImage(file io.ReaderAt, size int64) ([]byte, error) {

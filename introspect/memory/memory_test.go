@@ -96,6 +96,18 @@ func TestCache(t *testing.T) {
 	if _, _ = c.ReadAt(one[:], 5); one[0] != b[5] {
 		t.Error("not read anew")
 	}
+	// A page that cannot be read whole, in the place of one that was: neither is taken for the other.
+	far := sparse{cacheSize*pageSize + 100}
+	c = NewCache(far)
+	for range 2 {
+		for _, at := range []int64{8, cacheSize*pageSize + 8, 16} {
+			var got, want [8]byte
+			_, _ = far.ReadAt(want[:], at)
+			if _, err := c.ReadAt(got[:], at); err != nil || got != want {
+				t.Errorf("at %#x: %x, %v, want %x", at, got, err, want)
+			}
+		}
+	}
 }
 
 // coreFile is an ELF core with segments (address, offset, size) of a file of n bytes.

@@ -13,6 +13,7 @@ package frames
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 )
 
@@ -53,7 +54,7 @@ func (r record) near(sp uint64) bool { return sp == r.at || sp+8 == r.at || sp =
 
 // Frames are one module's.
 type Frames struct {
-	stacks map[uint64][]record // by where the stack lies
+	stacks map[uint64][]record // by where the stack lies; one without records may be dropped at any time
 }
 
 // An Entry is what Enter made of an entry.
@@ -75,6 +76,7 @@ func (f *Frames) Enter(stack, address, sp, top uint64, begins bool) (Entry, erro
 		f.stacks = map[uint64][]record{}
 	}
 	all := f.stacks[stack]
+	lay := len(all)
 	// What lies below the stack pointer is over. A call's return address lies just below it when the call has returned.
 	for len(all) > 0 {
 		last := all[len(all)-1]
@@ -96,12 +98,20 @@ func (f *Frames) Enter(stack, address, sp, top uint64, begins bool) (Entry, erro
 		}
 		break
 	}
-	f.set(stack, all)
+	if len(all) < lay {
+		f.set(stack, all)
+	}
 	if !begins {
 		return 0, ErrEntry
 	}
-	if len(all) >= maxDepth || len(f.stacks) >= maxStacks {
+	if len(all) >= maxDepth {
 		return 0, ErrDepth
+	}
+	if len(f.stacks) >= maxStacks {
+		maps.DeleteFunc(f.stacks, func(_ uint64, all []record) bool { return len(all) == 0 })
+		if len(f.stacks) >= maxStacks {
+			return 0, ErrDepth
+		}
 	}
 	f.stacks[stack] = append(all, record{entered, sp, top})
 	return Call, nil
@@ -213,10 +223,5 @@ func (f *Frames) Len() int {
 	return n
 }
 
-func (f *Frames) set(stack uint64, all []record) {
-	if len(all) == 0 {
-		delete(f.stacks, stack)
-		return
-	}
-	f.stacks[stack] = all
-}
+// set keeps the memory of a stack whose last record is gone: the next call is made there.
+func (f *Frames) set(stack uint64, all []record) { f.stacks[stack] = all }

@@ -235,4 +235,16 @@ func TestBounds(t *testing.T) {
 	if _, err := f.Enter(maxStacks, 1, sp, 2, true); !errors.Is(err, ErrDepth) {
 		t.Errorf("one more stack: %v", err)
 	}
+	if back, err := f.Returns(7, 2, sp+8); !back || err != nil { // one is free again
+		t.Errorf("the return on a stack: %v, %v", back, err)
+	}
+	for _, stack := range []uint64{maxStacks, 7} {
+		_, err := f.Enter(stack, 1, sp, 2, true)
+		if free := stack == maxStacks; free != (err == nil) {
+			t.Errorf("stack %d while one is free: %v", stack, err)
+		}
+	}
+	if n := f.Len(); n != maxStacks {
+		t.Errorf("%d crossings, want %d", n, maxStacks)
+	}
 }
