@@ -30,6 +30,7 @@ func (h *holder) holdBy(who protocol.Holder, pause func() error) error {
 	if _, ok := h.who[who]; ok {
 		return nil
 	}
+	begun := time.Now() // before the first processor stands still: no report says less than it was
 	if len(h.who) == 0 {
 		if err := pause(); err != nil {
 			return err
@@ -38,7 +39,7 @@ func (h *holder) holdBy(who protocol.Holder, pause func() error) error {
 	if h.who == nil {
 		h.who = map[protocol.Holder]time.Time{}
 	}
-	h.who[who] = time.Now()
+	h.who[who] = begun
 	return nil
 }
 

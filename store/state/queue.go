@@ -58,8 +58,23 @@ func (q *queue) put(m wire.Message) bool {
 	return true
 }
 
-// signal wakes the goroutine that writes what others put in.
-func (q *queue) signal() { q.changed.Broadcast() }
+// push writes what others put in, as far as that is possible without waiting; the rest is the client's own goroutine's. With a client
+// that reads, an event so needs no goroutine to be woken for it.
+func (q *queue) push(try func([]byte) int) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.busy || q.closed || len(q.buf) == 0 {
+		return // who is busy writes this, too
+	}
+	if n := try(q.buf); n > 0 {
+		q.buf = append(q.buf[:0], q.buf[n:]...)
+		q.replies = 0
+		clear(q.waiting)
+	}
+	if len(q.buf) > 0 {
+		q.changed.Broadcast()
+	}
+}
 
 // flush writes all there is, unless somebody does so already.
 func (q *queue) flush(w io.Writer) error {

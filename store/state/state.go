@@ -31,6 +31,7 @@ import (
 	"log/slog"
 	"net"
 	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -64,8 +65,9 @@ type State struct {
 	pool *pool
 	wg   sync.WaitGroup
 
-	mu    sync.Mutex // guards what follows, and all of core
+	mu    sync.Mutex // guards what follows, and all of core; unlock ends what changed something
 	core  *core
+	woken []*conn // who has something to be written, in the order of that
 	conns map[*session]*conn
 	turns map[tree.Domain]*turn
 	ended bool
@@ -75,6 +77,7 @@ type conn struct {
 	domain  tree.Domain
 	session *session
 	nc      net.Conn
+	raw     syscall.RawConn // nil: it has no descriptor
 	out     *queue
 	turn    *turn
 }
@@ -191,6 +194,9 @@ func (s *State) attach(cl Client) {
 		limit = maxEventsOwn
 	}
 	c := &conn{domain: cl.Domain, nc: cl.Conn, out: newQueue(limit)}
+	if u, ok := cl.Conn.(*net.UnixConn); ok {
+		c.raw, _ = u.SyscallConn() // of one that is closed there is none, and that is noticed elsewhere
+	}
 	s.mu.Lock()
 	c.session = s.core.open(c.domain)
 	s.conns[c.session] = c
@@ -201,7 +207,7 @@ func (s *State) attach(cl Client) {
 		}
 		c.turn.conns++
 	}
-	s.mu.Unlock()
+	s.unlock()
 	s.wg.Go(func() { s.serve(c) })
 	s.wg.Go(func() {
 		c.out.write(c.nc)
@@ -218,7 +224,7 @@ func (c *conn) hangUp() {
 func (s *State) drop(c *conn) {
 	c.hangUp()
 	s.mu.Lock()
-	defer s.mu.Unlock()
+	defer s.unlock()
 	delete(s.conns, c.session)
 	if c.turn != nil {
 		if c.turn.conns--; c.turn.conns == 0 {
@@ -238,9 +244,29 @@ func (s *State) emit(x *session, m wire.Message) {
 		s.log.Warn("store client does not read its events; cut off", "domain", c.domain)
 		c.hangUp()
 	}
-	if m.Type == wire.WatchEvent {
-		c.out.signal()
+	s.woken = append(s.woken, c)
+}
+
+// unlock unlocks s.mu, and writes what was queued meanwhile.
+func (s *State) unlock() {
+	woken := s.woken
+	s.woken = nil
+	s.mu.Unlock()
+	for _, c := range woken {
+		c.out.push(c.try)
 	}
+}
+
+// try writes as much as is possible without waiting and says how much.
+func (c *conn) try(b []byte) (n int) {
+	if c.raw == nil {
+		return 0
+	}
+	_ = c.raw.Write(func(fd uintptr) bool {
+		n, _ = unix.Write(int(fd), b) // an error is seen by whoever writes next
+		return true
+	})
+	return max(n, 0)
 }
 
 func (s *State) serve(c *conn) {
@@ -268,7 +294,7 @@ func (s *State) serve(c *conn) {
 		} else {
 			s.core.handle(c.session, m, a)
 		}
-		s.mu.Unlock()
+		s.unlock()
 		if c.out.flush(c.nc) != nil {
 			return
 		}
