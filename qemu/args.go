@@ -75,6 +75,8 @@ type FDs struct {
 	Code    int // OVMF only: the code image
 	Vars    int // OVMF only: the guest's variable store, read-write
 	QMP     int // a connected stream socket
+	Hold    int // two more of QMP, see rein; 0: none
+	Look    int
 	TPM     int // a connected stream socket: the TPM's control channel
 	Console int // a connected stream socket: the first serial port; may be absent
 	Channel int // a connected stream socket: the virtio port [ChannelName]; may be absent
@@ -144,7 +146,14 @@ func Args(c Config, fd FDs, dataDirs ...string) ([]string, error) {
 	add("-object", fmt.Sprintf("memory-backend-file,id=ram,size=%d,mem-path=/proc/self/fd/%d,share=on,prealloc=off", c.Memory, fd.RAM))
 	add("-global", "ICH9-LPC.disable_s3=1", "-global", "ICH9-LPC.disable_s4=1")
 
-	add("-chardev", fmt.Sprintf("socket,id=qmp,fd=%d", fd.QMP), "-mon", "chardev=qmp,mode=control")
+	for _, c := range []struct {
+		id string
+		fd int
+	}{{"qmp", fd.QMP}, {"hold", fd.Hold}, {"look", fd.Look}} {
+		if c.fd != 0 {
+			add("-chardev", fmt.Sprintf("socket,id=%s,fd=%d", c.id, c.fd), "-mon", "chardev="+c.id+",mode=control")
+		}
+	}
 	if fd.Console != 0 {
 		add("-chardev", fmt.Sprintf("socket,id=console,fd=%d", fd.Console), "-serial", "chardev:console")
 	}

@@ -17,34 +17,35 @@ func (m *Machine) Wait() (Outcome, error) {
 // Done is closed when the machine has ended.
 func (m *Machine) Done() <-chan struct{} { return m.done }
 
-// command runs one QMP command. The guest's first TPM command may ask for one while Start still
-// connects: then it waits for that.
+// command runs one QMP command.
 func (m *Machine) command(name string) error {
-	ctx, cancel := context.WithTimeout(context.Background(), commandTime)
-	defer cancel()
-	p, err := m.begin(ctx, name, nil)
-	if err != nil {
-		return err
-	}
-	return p.wait(ctx, nil)
+	return m.obeying(name, func(ctx context.Context) error { return m.qmp.Execute(ctx, name, nil, nil) })
 }
 
-func (m *Machine) begin(ctx context.Context, name string, args any) (*pending, error) {
+// obeying calls f once QEMU obeys. The guest's first TPM command may ask for something while Start still connects: then it
+// waits for that.
+func (m *Machine) obeying(name string, f func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(context.Background(), commandTime)
+	defer cancel()
 	select {
 	case <-m.ready:
 	case <-m.done:
-		return nil, fmt.Errorf("qemu %s: %s: the machine has ended", m.config.Name, name)
+		return fmt.Errorf("qemu %s: %s: the machine has ended", m.config.Name, name)
 	case <-ctx.Done():
-		return nil, fmt.Errorf("qemu %s: %s: not started", m.config.Name, name)
+		return fmt.Errorf("qemu %s: %s: not started", m.config.Name, name)
 	}
-	return m.qmp.begin(name, args)
+	return f(ctx)
 }
 
 // Pause stops every vCPU and the guest's clock (QMP stop).
-func (m *Machine) Pause() error { return m.command("stop") }
+func (m *Machine) Pause() error {
+	return m.obeying("stop", func(ctx context.Context) error { return m.rein.turn(ctx, true) })
+}
 
 // Resume lets them go on, as if no time had passed (QMP cont).
-func (m *Machine) Resume() error { return m.command("cont") }
+func (m *Machine) Resume() error {
+	return m.obeying("cont", func(ctx context.Context) error { return m.rein.turn(ctx, false) })
+}
 
 // PowerButton presses the ACPI power button. The guest may ignore it.
 func (m *Machine) PowerButton() error { return m.command("system_powerdown") }

@@ -60,7 +60,7 @@ const commandTime = 10 * time.Second
 // A Machine is one guest under one QEMU process. All methods may be called by any goroutine.
 //
 // Make it with New, give it as the Guest to the TPM's front end, then Start it with that front
-// end as the Transport. It owns the process and four goroutines; all end with the process, and
+// end as the Transport. It owns the process and six goroutines; all end with the process, and
 // the process ends at the latest with Start's context.
 type Machine struct {
 	config Config
@@ -69,8 +69,9 @@ type Machine struct {
 	cancel context.CancelCauseFunc // set by Start
 	tpm    *TPM                    // set by Start; nil without a TPM
 
-	ready chan struct{} // closed when QEMU obeys; qmp is set before
+	ready chan struct{} // closed when QEMU obeys; qmp and rein are set before
 	qmp   *Client
+	rein  *rein
 
 	done    chan struct{} // closed when all is over; outcome and err are set before
 	outcome Outcome
@@ -117,6 +118,7 @@ type start struct {
 	children   []*os.File // descriptors 3… of QEMU
 	own        []*os.File // our ends
 	qmp, tpm   *os.File   // of own
+	hold, look *os.File   // of own: for the rein
 	memoryFile *os.File   // of children
 }
 
@@ -178,8 +180,14 @@ func (m *Machine) prepare(files *Files, transport Transport) (*start, error) {
 		return s, err
 	}
 	var err error
-	if s.qmp, fd.QMP, err = s.socket("qmp"); err != nil {
-		return s, err
+	for _, c := range []struct {
+		name string
+		own  **os.File
+		fd   *int
+	}{{"qmp", &s.qmp, &fd.QMP}, {"qmp-hold", &s.hold, &fd.Hold}, {"qmp-look", &s.look, &fd.Look}} {
+		if *c.own, *c.fd, err = s.socket(c.name); err != nil {
+			return s, err
+		}
 	}
 	if m.config.tpm() != NoTPM {
 		if transport == nil {
@@ -249,7 +257,7 @@ func (m *Machine) launch(ctx context.Context, s *start, transport Transport) err
 		m.tpm, err = newTPM(s.tpm, transport, m.beforeReply, m.hooks.FirstTPM)
 	}
 	if err == nil {
-		err = m.connect(ctx, s.qmp)
+		err = m.connect(ctx, s)
 	}
 	if err != nil {
 		m.cancel(err)
@@ -271,13 +279,16 @@ func (m *Machine) launch(ctx context.Context, s *start, transport Transport) err
 	return nil
 }
 
-func (m *Machine) connect(ctx context.Context, f *os.File) error {
-	c, err := streamConn(f)
+func (m *Machine) connect(ctx context.Context, s *start) error {
+	c, err := streamConn(s.qmp)
 	if err != nil {
 		return err
 	}
 	if m.qmp, err = NewClient(ctx, c, m.event); err != nil {
 		return err
+	}
+	if m.rein, err = newRein(ctx, s.hold, s.look); err != nil {
+		return errors.Join(err, m.qmp.Close())
 	}
 	close(m.ready)
 	return nil
@@ -344,6 +355,7 @@ func (m *Machine) supervise(ctx context.Context, exited <-chan error) {
 	m.cancel(nil)
 	<-m.qmp.Done() // its events come before its end
 	_ = m.qmp.Close()
+	_ = m.rein.close()
 	if m.tpm != nil {
 		_ = m.tpm.Close()
 	}

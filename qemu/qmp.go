@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"slices"
 	"sync"
 	"time"
 )
@@ -121,37 +120,23 @@ func NewClient(ctx context.Context, rw io.ReadWriteCloser, onEvent func(Event)) 
 		onEvent = func(Event) {}
 	}
 	c := &Client{rw: rw, onEvent: onEvent, done: make(chan struct{}), pending: map[uint64]chan reply{}}
-	greeted := make(chan greeting, 1)
+	greeted := make(chan struct{})
 	go c.read(greeted)
-	var offered greeting
 	select {
-	case offered = <-greeted:
+	case <-greeted:
 	case <-c.done:
 		return nil, fmt.Errorf("qmp greeting: %w", c.err)
 	case <-ctx.Done():
 		return nil, errors.Join(fmt.Errorf("qmp greeting: %w", context.Cause(ctx)), c.Close())
 	}
-	var args any
-	if slices.Contains(offered.Capabilities, outOfBand) {
-		args = map[string][]string{"enable": {outOfBand}}
-	}
-	if err := c.Execute(ctx, "qmp_capabilities", args, nil); err != nil {
+	if err := c.Execute(ctx, "qmp_capabilities", nil, nil); err != nil {
 		return nil, errors.Join(fmt.Errorf("qmp negotiation: %w", err), c.Close())
 	}
 	return c, nil
 }
 
-// A greeting says what QEMU can do.
-type greeting struct {
-	Capabilities []string `json:"capabilities"`
-}
-
-// outOfBand is the capability of taking commands out of turn. It is of use here for what comes with it: QEMU reads the next
-// command while it carries out one, where else it reads it, byte after byte, when that is done.
-const outOfBand = "oob"
-
 // read owns the reading side.
-func (c *Client) read(greeted chan<- greeting) {
+func (c *Client) read(greeted chan struct{}) {
 	defer close(c.done)
 	r := bufio.NewReaderSize(c.rw, 4096)
 	open := false
@@ -171,12 +156,7 @@ func (c *Client) read(greeted chan<- greeting) {
 			err = fmt.Errorf("%w: no greeting", ErrQMP)
 		case !open:
 			open = true
-			var g greeting
-			if err = json.Unmarshal(*m.Greeting, &g); err != nil {
-				err = fmt.Errorf("%w: greeting: %w", ErrQMP, err)
-				break
-			}
-			greeted <- g
+			close(greeted)
 		case m.Greeting != nil:
 			err = fmt.Errorf("%w: a second greeting", ErrQMP)
 		case m.Event != "":
@@ -245,15 +225,26 @@ func (c *Client) Execute(ctx context.Context, command string, args, result any) 
 	return p.wait(ctx, result)
 }
 
-// pending is a command that was sent.
+// pending is a command that was sent, or primed.
 type pending struct {
 	c       *Client
 	command string
+	id      uint64
 	answer  <-chan reply
 }
 
-// begin sends a command; QEMU carries commands out in the order in which they were sent.
+// begin sends a command.
 func (c *Client) begin(command string, args any) (*pending, error) {
+	p, err := c.prime(command, args)
+	if err != nil {
+		return nil, err
+	}
+	return p, p.fire()
+}
+
+// prime sends a command but for its end, and nothing else is sent over the connection before that is. QEMU reads QMP byte by byte,
+// which takes it longer than to stop a guest: what is primed it carries out at once.
+func (c *Client) prime(command string, args any) (*pending, error) {
 	ch := make(chan reply, 1)
 	c.mu.Lock()
 	if len(c.pending) >= maxPending {
@@ -270,14 +261,27 @@ func (c *Client) begin(command string, args any) (*pending, error) {
 		c.forget(id)
 		return nil, fmt.Errorf("qmp: arguments of %s: %w", command, err)
 	}
+	p := &pending{c: c, command: command, id: id, answer: ch}
 	c.write.Lock()
-	_, err = c.rw.Write(append(line, '\n'))
-	c.write.Unlock()
-	if err != nil {
-		c.forget(id)
-		return nil, fmt.Errorf("%w: %s: %w", ErrQMPClosed, command, err)
+	if err := p.write(line[:len(line)-1]); err != nil {
+		c.write.Unlock()
+		return nil, err
 	}
-	return &pending{c, command, ch}, nil
+	return p, nil
+}
+
+// fire sends the end of a command that was primed.
+func (p *pending) fire() error {
+	defer p.c.write.Unlock()
+	return p.write([]byte("}\n"))
+}
+
+func (p *pending) write(b []byte) error {
+	if _, err := p.c.rw.Write(b); err != nil {
+		p.c.forget(p.id)
+		return fmt.Errorf("%w: %s: %w", ErrQMPClosed, p.command, err)
+	}
+	return nil
 }
 
 // wait waits for the answer.

@@ -14,7 +14,7 @@ import (
 	"time"
 )
 
-const aGreeting = `{"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, "capabilities": ["oob"]}}` + "\r\n"
+const greeting = `{"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, "capabilities": ["oob"]}}` + "\r\n"
 
 // A fakeQEMU answers a client's commands as answer says.
 type fakeQEMU struct {
@@ -48,7 +48,7 @@ func (f *fakeQEMU) next() (string, uint64) {
 
 // greet negotiates.
 func (f *fakeQEMU) greet() {
-	_, _ = io.WriteString(f.conn, aGreeting)
+	_, _ = io.WriteString(f.conn, greeting)
 	name, id := f.next()
 	if name != "qmp_capabilities" {
 		f.t.Errorf("first command %q", name)
@@ -181,7 +181,7 @@ func TestQMPHostile(t *testing.T) {
 		"two kinds":       `{"return": {}, "event": "STOP", "id": 2}`,
 		"nothing":         `{}`,
 		"an id of text":   `{"return": {}, "id": "x"}`,
-		"second greeting": strings.TrimSpace(aGreeting),
+		"second greeting": strings.TrimSpace(greeting),
 		"too long":        `{"return": "` + strings.Repeat("x", MaxMessage) + `"}`,
 		"deep":            strings.Repeat(`[`, 100000),
 	} {
@@ -239,8 +239,8 @@ func (stream) Write(p []byte) (int, error) { return len(p), nil }
 func (stream) Close() error                { return nil }
 
 func FuzzQMP(f *testing.F) {
-	f.Add([]byte(aGreeting + `{"return": {}, "id": 1}` + "\n" + `{"event": "STOP", "timestamp": {"seconds": 1, "microseconds": 2}}` + "\n"))
-	f.Add([]byte(aGreeting + `{"error": {"class": "a", "desc": "b"}, "id": 1}` + "\n"))
+	f.Add([]byte(greeting + `{"return": {}, "id": 1}` + "\n" + `{"event": "STOP", "timestamp": {"seconds": 1, "microseconds": 2}}` + "\n"))
+	f.Add([]byte(greeting + `{"error": {"class": "a", "desc": "b"}, "id": 1}` + "\n"))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		c, err := NewClient(t.Context(), stream{strings.NewReader(string(data))}, nil)
 		if err != nil {

@@ -3,7 +3,6 @@ package qemu
 import (
 	"bufio"
 	"context"
-	"errors"
 	"fmt"
 	"strconv"
 	"strings"
@@ -11,22 +10,15 @@ import (
 
 // PauseMasked is Pause, and says which processors have interrupts switched off then (RFLAGS.IF, Intel SDM volume 1,
 // §3.4.3.3), but for those that the guest has never started. Where that cannot be said (err) the machine may be paused
-// all the same. Both commands are sent at once: the guest stands still from one to the other.
+// all the same.
 func (m *Machine) PauseMasked() (masked []int, paused bool, err error) {
-	ctx, cancel := context.WithTimeout(context.Background(), commandTime)
-	defer cancel()
-	stop, err := m.begin(ctx, "stop", nil)
-	if err != nil {
-		return nil, false, err
-	}
-	// QMP itself has no command that tells registers.
-	info, err := m.begin(ctx, "human-monitor-command", map[string]string{"command-line": "info registers -a"})
-	if serr := stop.wait(ctx, nil); serr != nil || err != nil {
-		return nil, serr == nil, errors.Join(serr, err)
-	}
 	var text string
-	if err := info.wait(ctx, &text); err != nil {
-		return nil, true, fmt.Errorf("qemu %s: %w", m.config.Name, err)
+	err = m.obeying("stop", func(ctx context.Context) (err error) {
+		text, paused, err = m.rein.stopAndLook(ctx)
+		return err
+	})
+	if err != nil {
+		return nil, paused, err
 	}
 	masked, n, err := parseRegisters(text)
 	if err == nil && n != m.config.CPUs {

@@ -1,0 +1,85 @@
+package qemu
+
+import (
+	"errors"
+	"slices"
+	"testing"
+)
+
+// TestRein: what stops and continues the guest is asked for once for each, what was refused is asked for again, and where the
+// registers are not told the guest is stopped all the same.
+func TestRein(t *testing.T) {
+	var asked []string // by the goroutine of either fake, while the other one waits
+	refuse := map[string]bool{}
+	obeys := func(f *fakeQEMU) {
+		for {
+			name, id := f.next()
+			if id == 0 {
+				return
+			}
+			asked = append(asked, name)
+			if refuse[name] {
+				f.send(`{"error": {"class": "GenericError", "desc": "no"}, "id": %d}`, id)
+				continue
+			}
+			if name == "human-monitor-command" {
+				f.send(`{"return": "CPU#0", "id": %d}`, id)
+				continue
+			}
+			f.send(`{"return": {}, "id": %d}`, id)
+		}
+	}
+	r := &rein{hold: dial(t, nil, obeys), look: dial(t, nil, obeys)}
+	if err := r.prime(); err != nil {
+		t.Fatal(err)
+	}
+	wants := func(want ...string) {
+		t.Helper()
+		if !slices.Equal(asked, want) {
+			t.Errorf("asked %q, want %q", asked, want)
+		}
+		asked = nil
+	}
+	turn := func(stop bool) {
+		t.Helper()
+		if err := r.turn(t.Context(), stop); err != nil {
+			t.Fatal(err)
+		}
+	}
+	look := func() {
+		t.Helper()
+		if text, stopped, err := r.stopAndLook(t.Context()); text != "CPU#0" || !stopped || err != nil {
+			t.Fatalf("%q, %v, %v", text, stopped, err)
+		}
+	}
+	const registers = "human-monitor-command"
+	turn(false)
+	wants()
+	turn(true)
+	turn(true)
+	wants("stop")
+	look()
+	look()
+	wants(registers, registers)
+	turn(false)
+	look()
+	wants("cont", "stop", registers)
+	turn(false)
+	asked = nil
+
+	var refused *CommandError
+	refuse["stop"] = true
+	if err := r.turn(t.Context(), true); !errors.As(err, &refused) {
+		t.Fatalf("%v", err)
+	}
+	if _, stopped, err := r.stopAndLook(t.Context()); stopped || !errors.As(err, &refused) {
+		t.Fatalf("%v, %v", stopped, err)
+	}
+	wants("stop", "stop")
+	refuse["stop"], refuse[registers] = false, true
+	if _, stopped, err := r.stopAndLook(t.Context()); !stopped || !errors.As(err, &refused) {
+		t.Fatalf("%v, %v", stopped, err)
+	}
+	turn(false)
+	wants("stop", registers, "cont")
+}
