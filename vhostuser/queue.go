@@ -183,15 +183,27 @@ func eventFile(f *os.File) (*os.File, error) {
 		f.Close()
 		return nil, err
 	}
-	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	file, err := unwatched(f)
 	f.Close()
 	if err != nil {
 		return nil, err
 	}
-	err = unix.SetNonblock(fd, false) // what is non-blocking now, the poller would watch
-	file := os.NewFile(uintptr(fd), "eventfd")
-	if err = errors.Join(err, unix.SetNonblock(fd, true)); err != nil {
+	if err := unix.SetNonblock(int(file.Fd()), true); err != nil {
 		return nil, errors.Join(err, file.Close())
+	}
+	return file, nil
+}
+
+// unwatched duplicates f into a file that the runtime's poller does not watch. The poller takes what is non-blocking when the file is
+// made, and f stays as it is at every moment, for others have it, too: so the file is made of something else, which f then replaces.
+func unwatched(f *os.File) (*os.File, error) {
+	fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("eventfd: %w", err)
+	}
+	file := os.NewFile(uintptr(fd), "eventfd")
+	if err := unix.Dup3(int(f.Fd()), fd, unix.O_CLOEXEC); err != nil {
+		return nil, errors.Join(fmt.Errorf("dup3: %w", err), file.Close())
 	}
 	return file, nil
 }
