@@ -13,7 +13,7 @@ import (
 )
 
 // MaxMessage is the largest QMP message accepted, in bytes. The longest reply this package asks
-// for is under 1 KiB.
+// for, all processors' registers, has 3 KiB for each.
 const MaxMessage = 256 << 10
 
 // maxPending is the largest number of commands without an answer; QEMU itself holds back

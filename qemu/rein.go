@@ -77,11 +77,6 @@ func (r *rein) primeRegisters() (err error) {
 func (r *rein) turn(ctx context.Context, stop bool) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.turnTo(ctx, stop)
-}
-
-// turnTo is turn; r.mu is held.
-func (r *rein) turnTo(ctx context.Context, stop bool) error {
 	if r.stopped == stop {
 		return nil
 	}
@@ -99,23 +94,20 @@ func (r *rein) turnTo(ctx context.Context, stop bool) error {
 	return r.prime()
 }
 
-// stopAndLook stops the guest and returns what QEMU says of its processors' registers. Where it cannot, the guest may be stopped all the same.
-func (r *rein) stopAndLook(ctx context.Context) (text string, stopped bool, err error) {
+// tellRegisters returns what QEMU tells of its processors' registers.
+func (r *rein) tellRegisters(ctx context.Context) (text string, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if err := r.turnTo(ctx, true); err != nil {
-		return "", r.stopped, err
-	}
 	if err := r.primeRegisters(); err != nil {
-		return "", true, err
+		return "", err
 	}
 	p := r.registers
 	r.registers = nil
 	if err := p.fire(); err != nil {
-		return "", true, err
+		return "", err
 	}
 	if err := p.wait(ctx, &text); err != nil {
-		return "", true, fmt.Errorf("info registers: %w", err)
+		return "", fmt.Errorf("info registers: %w", err)
 	}
-	return text, true, nil
+	return text, nil
 }

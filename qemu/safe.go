@@ -8,26 +8,25 @@ import (
 	"strings"
 )
 
-// PauseMasked is Pause, and says which processors have interrupts switched off then (RFLAGS.IF, Intel SDM volume 1,
-// §3.4.3.3), but for those that the guest has never started. Where that cannot be said (err) the machine may be paused
-// all the same.
-func (m *Machine) PauseMasked() (masked []int, paused bool, err error) {
+// Masked says which processors have interrupts switched off (RFLAGS.IF, Intel SDM volume 1, §3.4.3.3), but for those that
+// the guest has never started. The machine is paused.
+func (m *Machine) Masked() ([]int, error) {
 	var text string
-	err = m.obeying("stop", func(ctx context.Context) (err error) {
-		text, paused, err = m.rein.stopAndLook(ctx)
+	err := m.obeying("info registers", func(ctx context.Context) (err error) {
+		text, err = m.rein.tellRegisters(ctx)
 		return err
 	})
 	if err != nil {
-		return nil, paused, err
+		return nil, fmt.Errorf("qemu %s: %w", m.config.Name, err)
 	}
 	masked, n, err := parseRegisters(text)
 	if err == nil && n != m.config.CPUs {
 		err = fmt.Errorf("registers of %d processors, not %d", n, m.config.CPUs)
 	}
 	if err != nil {
-		return nil, true, fmt.Errorf("qemu %s: info registers: %w", m.config.Name, err)
+		return nil, fmt.Errorf("qemu %s: info registers: %w", m.config.Name, err)
 	}
-	return masked, true, nil
+	return masked, nil
 }
 
 const (

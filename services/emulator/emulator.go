@@ -35,8 +35,8 @@ type machine interface {
 	ReadEventLog() ([]byte, error)
 	// SetEventLog writes the event log into the guest's log area.
 	SetEventLog(log []byte) error
-	// PauseMasked is Pause, and says which processors have interrupts switched off then. It may be paused after an error, too.
-	PauseMasked() (masked []int, paused bool, err error)
+	// Masked says which processors have interrupts switched off, while it is paused.
+	Masked() ([]int, error)
 	// Modules says what the guest's modules have done: JSON of isolate.Report.
 	Modules() ([]byte, error)
 	Close() error

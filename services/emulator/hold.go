@@ -1,7 +1,6 @@
 package emulator
 
 import (
-	"errors"
 	"fmt"
 	"sync"
 	"time"
@@ -21,10 +20,7 @@ type holder struct {
 }
 
 // hold holds the guest for somebody; twice is once.
-func (h *holder) hold(who protocol.Holder) error { return h.holdBy(who, h.guest.Pause) }
-
-// holdBy is hold, by a pause of the caller's own if nobody holds the guest yet.
-func (h *holder) holdBy(who protocol.Holder, pause func() error) error {
+func (h *holder) hold(who protocol.Holder) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if _, ok := h.who[who]; ok {
@@ -32,7 +28,7 @@ func (h *holder) holdBy(who protocol.Holder, pause func() error) error {
 	}
 	begun := time.Now() // before the first processor stands still: no report says less than it was
 	if len(h.who) == 0 {
-		if err := pause(); err != nil {
+		if err := h.guest.Pause(); err != nil {
 			return err
 		}
 	}
@@ -98,16 +94,13 @@ func (s *service) hold(in protocol.Hold) (out protocol.Held, err error) {
 	if in.Who != protocol.HolderOperator && in.Who != protocol.HolderValidation && in.Who != protocol.HolderVerdict {
 		return out, rpc.Errorf(rpc.Invalid, "emulator: no holder %q", in.Who)
 	}
-	if !in.Safe {
-		if err := h.hold(in.Who); err != nil {
-			return out, fmt.Errorf("hold: %w", err)
-		}
-		return out, nil
-	}
-	out.Masked, err = h.holdMasked(in.Who, m)
-	if errors.Is(err, errNotHeld) {
+	if err := h.hold(in.Who); err != nil {
 		return out, fmt.Errorf("hold: %w", err)
 	}
+	if !in.Safe {
+		return out, nil
+	}
+	out.Masked, err = m.Masked()
 	if err == nil {
 		if out.Status, err = word.read(); err != nil {
 			err = fmt.Errorf("the guest's status: %w", err)
@@ -123,29 +116,6 @@ func (s *service) hold(in protocol.Hold) (out protocol.Held, err error) {
 		err = lerr
 	}
 	return out, err
-}
-
-var errNotHeld = errors.New("it cannot be held")
-
-// holdMasked holds the guest and says which of its processors have interrupts switched off. After an error that is not
-// errNotHeld the guest is held.
-func (h *holder) holdMasked(who protocol.Holder, m machine) (masked []int, err error) {
-	asked := false
-	ask := func() error {
-		asked = true
-		var paused bool
-		if masked, paused, err = m.PauseMasked(); !paused {
-			return err
-		}
-		return nil
-	}
-	if perr := h.holdBy(who, ask); perr != nil {
-		return nil, fmt.Errorf("%w: %w", errNotHeld, perr)
-	}
-	if !asked { // others hold it
-		_ = ask()
-	}
-	return masked, err
 }
 
 // letGo answers protocol.MethodLetGo.

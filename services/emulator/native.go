@@ -56,17 +56,13 @@ func (n *nativeMachine) Pause() error       { return n.with((*monitor.Machine).P
 func (n *nativeMachine) Resume() error      { return n.with((*monitor.Machine).Resume) }
 func (n *nativeMachine) PowerButton() error { return n.with((*monitor.Machine).PowerButton) }
 
-// PauseMasked implements machine.
-func (n *nativeMachine) PauseMasked() (masked []int, paused bool, err error) {
+// Masked implements machine.
+func (n *nativeMachine) Masked() (masked []int, err error) {
 	err = n.with(func(m *monitor.Machine) (err error) {
-		if err := m.Pause(); err != nil {
-			return err
-		}
-		paused = true
 		masked, err = m.Masked()
 		return err
 	})
-	return masked, paused, err
+	return masked, err
 }
 
 // SetEventLog may come before the machine is made, when the vTPM is the faster side.
