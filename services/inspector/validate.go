@@ -29,6 +29,9 @@ const (
 	scanMemory = 256 << 20
 )
 
+// What the toolstack lets pass is what can be read here.
+var _ [protocol.MaxSeen]byte = [crossview.MaxListing]byte{}
+
 // validation is what an inspector has of a guest's disks.
 type validation struct {
 	sources []scan.Source

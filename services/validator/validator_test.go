@@ -405,48 +405,6 @@ func TestByItself(t *testing.T) {
 	<-scanned
 }
 
-// TestRevoked: a guest whose vTPM is revoked is ended, and not started before it is released.
-func TestRevoked(t *testing.T) {
-	f := newFake(t, &spec.Validation{Respond: spec.Respond{Critical: []spec.Response{spec.Revoke, spec.Pause}}})
-	f.scans = append(f.scans, finds("/a"), finds("/a"))
-	if _, err := f.validate(protocol.Validate{}); err != nil {
-		t.Fatal(err)
-	}
-	if did := f.did(); !strings.HasSuffix(did, "drop, revoke true") || !strings.Contains(f.failed, "its vTPM is revoked") {
-		t.Errorf("%s; %q", did, f.failed)
-	}
-	if err := f.m.MayStart("default", uuid, "web"); err == nil || !strings.Contains(err.Error(), "revoked") {
-		t.Error(err)
-	}
-	if err := f.m.Release(t.Context(), protocol.Control{UUID: uuid}, nil); err != nil {
-		t.Fatal(err)
-	}
-	if err := f.m.MayStart("default", uuid, "web"); err != nil || f.did() != "revoke false" {
-		t.Error(err)
-	}
-}
-
-// TestRestricted: while a guest's deviation restricts its tenant none of that tenant's guests is started, and all others are.
-func TestRestricted(t *testing.T) {
-	f := newFake(t, &spec.Validation{Respond: spec.Respond{Critical: []spec.Response{spec.Restrict}}})
-	f.scans = append(f.scans, finds("/a"), finds("/a"))
-	if _, err := f.validate(protocol.Validate{}); err != nil {
-		t.Fatal(err)
-	}
-	if err := f.m.MayStart("default", "another", "other"); rpc.KindOf(err) != rpc.Refused || !strings.Contains(err.Error(), "redoubt release web") {
-		t.Error(err)
-	}
-	if err := f.m.MayStart("acme", "another", "other"); err != nil {
-		t.Error(err)
-	}
-	if err := f.m.Release(t.Context(), protocol.Control{UUID: uuid}, f); err != nil {
-		t.Fatal(err)
-	}
-	if err := f.m.MayStart("default", "another", "other"); err != nil {
-		t.Error(err)
-	}
-}
-
 // TestNoBaseline: nothing is due before there is a baseline, and whoever asks is told.
 func TestNoBaseline(t *testing.T) {
 	f := newFake(t, &spec.Validation{Written: 1 << 20})
@@ -481,21 +439,4 @@ func TestNoBaseline(t *testing.T) {
 		t.Fatal(err)
 	}
 	<-scanned
-}
-
-// TestUnrecorded: a response that cannot be recorded ends the guest: without it it must not go on.
-func TestUnrecorded(t *testing.T) {
-	f := newFake(t, &spec.Validation{Respond: spec.Respond{Critical: []spec.Response{spec.Quarantine}}})
-	l, err := response.Open(filepath.Join(t.TempDir(), "gone", response.LedgerFile)) // where nothing can be written
-	if err != nil {
-		t.Fatal(err)
-	}
-	f.m.Ledger = l
-	f.scans = append(f.scans, finds("/a"), finds("/a"))
-	if _, err := f.validate(protocol.Validate{}); err == nil {
-		t.Error("a verdict without its response is no error")
-	}
-	if !strings.Contains(f.failed, "quarantine could not be recorded") {
-		t.Errorf("the guest goes on: %q", f.failed)
-	}
 }
