@@ -89,6 +89,15 @@ func Duplicate(files ...*os.File) (out []*os.File, err error) {
 	return out, nil
 }
 
+// OneWay makes a pipe whose ends have deadlines in whatever process they come to: os.Pipe's lose theirs when they are sent.
+func OneWay() (r, w *os.File, err error) {
+	var fds [2]int
+	if err := unix.Pipe2(fds[:], unix.O_CLOEXEC|unix.O_NONBLOCK); err != nil {
+		return nil, nil, os.NewSyscallError("pipe2", err)
+	}
+	return os.NewFile(uintptr(fds[0]), "pipe"), os.NewFile(uintptr(fds[1]), "pipe"), nil
+}
+
 // CloseAll closes files.
 func CloseAll(files []*os.File) {
 	for _, f := range files {

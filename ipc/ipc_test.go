@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"testing"
+	"time"
 
 	"redoubt.dev/redoubt/ipc"
 )
@@ -41,6 +42,32 @@ func TestDescriptorsTravel(t *testing.T) {
 	files[0].Close()
 	if all, err := io.ReadAll(r); err != nil || string(all) != "x" {
 		t.Fatalf("%q %v", all, err)
+	}
+}
+
+// TestOneWay: an end that was sent has deadlines, as the one that stayed.
+func TestOneWay(t *testing.T) {
+	a, b := pipe(t)
+	r, w, err := ipc.OneWay()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	err = a.Send([]byte("wait for this"), r)
+	r.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, files, err := b.Receive()
+	if err != nil || len(files) != 1 {
+		t.Fatal(files, err)
+	}
+	defer files[0].Close()
+	if err := files[0].SetReadDeadline(time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := files[0].Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Error(err)
 	}
 }
 

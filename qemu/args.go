@@ -69,17 +69,16 @@ type Config struct {
 
 // FDs are the descriptors of a machine, numbered as QEMU sees them; 0 means absent.
 type FDs struct {
-	RAM     int // a memfd of Config.Memory bytes
-	Kernel  int // Direct only
-	Initrd  int // Direct only; may be absent
-	Code    int // OVMF only: the code image
-	Vars    int // OVMF only: the guest's variable store, read-write
-	QMP     int // a connected stream socket
-	Hold    int // two more of QMP, see rein; 0: none
-	Look    int
-	TPM     int // a connected stream socket: the TPM's control channel
-	Console int // a connected stream socket: the first serial port; may be absent
-	Channel int // a connected stream socket: the virtio port [ChannelName]; may be absent
+	RAM     int            // a memfd of Config.Memory bytes
+	Kernel  int            // Direct only
+	Initrd  int            // Direct only; may be absent
+	Code    int            // OVMF only: the code image
+	Vars    int            // OVMF only: the guest's variable store, read-write
+	QMP     int            // a connected stream socket
+	Rein    [reinConns]int // more of QMP, see rein; 0: none
+	TPM     int            // a connected stream socket: the TPM's control channel
+	Console int            // a connected stream socket: the first serial port; may be absent
+	Channel int            // a connected stream socket: the virtio port [ChannelName]; may be absent
 	Disks   []DiskFD
 	NICs    []NICFD
 }
@@ -149,7 +148,7 @@ func Args(c Config, fd FDs, dataDirs ...string) ([]string, error) {
 	for _, c := range []struct {
 		id string
 		fd int
-	}{{"qmp", fd.QMP}, {"hold", fd.Hold}, {"look", fd.Look}} {
+	}{{"qmp", fd.QMP}, {"stop", fd.Rein[reinStop]}, {"cont", fd.Rein[reinCont]}, {"look", fd.Rein[reinLook]}} {
 		if c.fd != 0 {
 			add("-chardev", fmt.Sprintf("socket,id=%s,fd=%d", c.id, c.fd), "-mon", "chardev="+c.id+",mode=control")
 		}

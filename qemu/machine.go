@@ -115,11 +115,11 @@ func (m *Machine) Start(ctx context.Context, files Files, transport Transport) e
 // A start is what exists only during Start.
 type start struct {
 	args       []string
-	children   []*os.File // descriptors 3… of QEMU
-	own        []*os.File // our ends
-	qmp, tpm   *os.File   // of own
-	hold, look *os.File   // of own: for the rein
-	memoryFile *os.File   // of children
+	children   []*os.File          // descriptors 3… of QEMU
+	own        []*os.File          // our ends
+	qmp, tpm   *os.File            // of own
+	rein       [reinConns]*os.File // of own
+	memoryFile *os.File            // of children
 }
 
 func (s *start) closeFiles() {
@@ -184,7 +184,12 @@ func (m *Machine) prepare(files *Files, transport Transport) (*start, error) {
 		name string
 		own  **os.File
 		fd   *int
-	}{{"qmp", &s.qmp, &fd.QMP}, {"qmp-hold", &s.hold, &fd.Hold}, {"qmp-look", &s.look, &fd.Look}} {
+	}{
+		{"qmp", &s.qmp, &fd.QMP},
+		{"qmp-stop", &s.rein[reinStop], &fd.Rein[reinStop]},
+		{"qmp-cont", &s.rein[reinCont], &fd.Rein[reinCont]},
+		{"qmp-look", &s.rein[reinLook], &fd.Rein[reinLook]},
+	} {
 		if *c.own, *c.fd, err = s.socket(c.name); err != nil {
 			return s, err
 		}
@@ -287,7 +292,7 @@ func (m *Machine) connect(ctx context.Context, s *start) error {
 	if m.qmp, err = NewClient(ctx, c, m.event); err != nil {
 		return err
 	}
-	if m.rein, err = newRein(ctx, s.hold, s.look); err != nil {
+	if m.rein, err = newRein(ctx, s.rein); err != nil {
 		return errors.Join(err, m.qmp.Close())
 	}
 	close(m.ready)

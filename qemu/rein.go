@@ -8,69 +8,102 @@ import (
 	"sync"
 )
 
-// A rein stops and continues the guest. It has two QMP connections of its own, over which the next command is always primed: what
-// is left to do while the guest stands still is not the reading of commands.
+// A rein stops and continues the guest, and tells its registers: each over a QMP connection of its own, on which that command is
+// always primed. What is left to do while the guest stands still is not the reading of commands.
 type rein struct {
-	hold *Client // stop, cont
-	look *Client // info registers
-
-	mu        sync.Mutex
-	stopped   bool
-	next      *pending // of hold: cont where stopped, else stop
-	registers *pending // of look; nil: not primed
+	priming sync.WaitGroup
+	mu      sync.Mutex
+	stopped bool
+	conns   [reinConns]primed
 }
 
-// newRein takes both connections over.
-func newRein(ctx context.Context, hold, look *os.File) (r *rein, err error) {
-	r = &rein{}
+// Connections of a rein.
+const (
+	reinStop = iota
+	reinCont
+	reinLook
+	reinConns
+)
+
+// A primed connection has its one command sent but for the end.
+type primed struct {
+	*Client
+	command string
+	args    any
+	next    *pending // nil: it is not primed
+}
+
+// newRein takes the connections over.
+func newRein(ctx context.Context, files [reinConns]*os.File) (r *rein, err error) {
+	var clients [reinConns]*Client
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, r.close())
+			for _, c := range clients {
+				if c != nil {
+					err = errors.Join(err, c.Close())
+				}
+			}
 		}
 	}()
-	for _, c := range []struct {
-		to **Client
-		of *os.File
-	}{{&r.hold, hold}, {&r.look, look}} {
-		conn, err := streamConn(c.of)
+	for i, f := range files {
+		conn, err := streamConn(f)
 		if err != nil {
-			return r, err
+			return nil, err
 		}
-		if *c.to, err = NewClient(ctx, conn, nil); err != nil {
-			return r, err
+		if clients[i], err = NewClient(ctx, conn, nil); err != nil {
+			return nil, err
 		}
 	}
+	r = reinOf(clients)
 	return r, r.prime()
+}
+
+func reinOf(clients [reinConns]*Client) *rein {
+	return &rein{conns: [reinConns]primed{
+		reinStop: {Client: clients[reinStop], command: "stop"},
+		reinCont: {Client: clients[reinCont], command: "cont"},
+		// QMP itself has no command that tells registers.
+		reinLook: {Client: clients[reinLook], command: "human-monitor-command", args: map[string]string{"command-line": "info registers -a"}},
+	}}
 }
 
 func (r *rein) close() error {
 	var errs []error
-	for _, c := range []*Client{r.hold, r.look} {
-		if c != nil {
-			errs = append(errs, c.Close())
-		}
+	for i := range r.conns {
+		errs = append(errs, r.conns[i].Close())
 	}
+	r.priming.Wait() // which fails now
 	return errors.Join(errs...)
 }
 
-// prime primes what comes next. r.mu is held, or nobody else has r yet.
-func (r *rein) prime() (err error) {
-	command := "stop"
-	if r.stopped {
-		command = "cont"
+// prime primes what is not. r.mu is held, or nobody else has r yet.
+func (r *rein) prime() error {
+	for i := range r.conns {
+		if err := r.conns[i].prime(); err != nil {
+			return err
+		}
 	}
-	if r.next, err = r.hold.prime(command, nil); err != nil || r.stopped {
-		return err // the registers are read while others are waited for, and not primed then
-	}
-	return r.primeRegisters()
+	return nil
 }
 
-func (r *rein) primeRegisters() (err error) {
-	if r.registers == nil {
-		// QMP itself has no command that tells registers.
-		r.registers, err = r.look.prime("human-monitor-command", map[string]string{"command-line": "info registers -a"})
+func (p *primed) prime() (err error) {
+	if p.next == nil {
+		p.next, err = p.Client.prime(p.command, p.args)
 	}
 	return err
+}
+
+// do has the command carried out. It is not primed again, which would have QEMU read while the guest stands still.
+func (p *primed) do(ctx context.Context, result any) error {
+	if err := p.prime(); err != nil {
+		return err
+	}
+	next := p.next
+	p.next = nil
+	if err := next.fire(); err != nil {
+		return err
+	}
+	return next.wait(ctx, result)
 }
 
 // turn stops the guest or lets it go on. One that does so already is left alone.
@@ -80,33 +113,29 @@ func (r *rein) turn(ctx context.Context, stop bool) error {
 	if r.stopped == stop {
 		return nil
 	}
-	if err := r.next.fire(); err != nil {
+	which := reinCont
+	if stop {
+		which = reinStop
+	}
+	if err := r.conns[which].do(ctx, nil); err != nil {
 		return err
 	}
-	if err := r.next.wait(ctx, nil); err != nil {
-		var refused *CommandError
-		if errors.As(err, &refused) {
-			err = errors.Join(err, r.prime())
-		}
-		return err // else it is not known what QEMU does, and the connection is good for nothing more
+	if r.stopped = stop; !stop {
+		// The guest goes on: nobody waits for QEMU to read.
+		r.priming.Go(func() {
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			_ = r.prime() // what is not primed now is when it is used, and fails then
+		})
 	}
-	r.stopped = stop
-	return r.prime()
+	return nil
 }
 
 // tellRegisters returns what QEMU tells of its processors' registers.
 func (r *rein) tellRegisters(ctx context.Context) (text string, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if err := r.primeRegisters(); err != nil {
-		return "", err
-	}
-	p := r.registers
-	r.registers = nil
-	if err := p.fire(); err != nil {
-		return "", err
-	}
-	if err := p.wait(ctx, &text); err != nil {
+	if err := r.conns[reinLook].do(ctx, &text); err != nil {
 		return "", fmt.Errorf("info registers: %w", err)
 	}
 	return text, nil

@@ -8,7 +8,7 @@ import (
 
 // TestRein: what stops and continues the guest is asked for once for each, and what was refused is asked for again.
 func TestRein(t *testing.T) {
-	var asked []string // by the goroutine of either fake, while the other one waits
+	var asked []string // by the goroutine of one fake, while the others wait
 	refuse := map[string]bool{}
 	obeys := func(f *fakeQEMU) {
 		for {
@@ -28,7 +28,7 @@ func TestRein(t *testing.T) {
 			f.send(`{"return": {}, "id": %d}`, id)
 		}
 	}
-	r := &rein{hold: dial(t, nil, obeys), look: dial(t, nil, obeys)}
+	r := reinOf([reinConns]*Client{dial(t, nil, obeys), dial(t, nil, obeys), dial(t, nil, obeys)})
 	if err := r.prime(); err != nil {
 		t.Fatal(err)
 	}

@@ -73,7 +73,13 @@ func (s *service) handle(_ context.Context, r *rpc.Request) (any, error) {
 		})
 	case protocol.MethodSnapshot:
 		defer ipc.CloseAll(r.Files)
-		return rpc.Answer(r, func(in protocol.Snapshot) (any, error) { return s.snapshot(in, r.Files) })
+		return rpc.Answer(r, func(in protocol.Snapshot) (any, error) {
+			files, err := in.Files.Take(r)
+			if err != nil {
+				return nil, err
+			}
+			return s.snapshot(in, files)
+		})
 	case protocol.MethodDropDisks:
 		ipc.CloseAll(r.Files)
 		return rpc.Answer(r, func(in protocol.DropDisks) (any, error) {

@@ -3,6 +3,7 @@ package blkback
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"slices"
 	"time"
@@ -17,11 +18,24 @@ import (
 const drainLimit = 10 * time.Millisecond
 
 // snapshot begins a snapshot of the disks that it is asked for, all at one moment: no change of any of them is made
-// meanwhile. Whether it may, the guest's rings say: the guest's processors are held by the caller, so that no request comes.
-func (s *service) snapshot(in protocol.Snapshot, files []*os.File) (out protocol.Snapshotted, err error) {
-	if len(files) != len(in.Disks) || len(in.Disks) == 0 || !slices.IsSorted(in.Disks) || len(slices.Compact(slices.Clone(in.Disks))) != len(in.Disks) {
-		return out, rpc.Errorf(rpc.Invalid, "blkback: %d snapshots for disks %v", len(files), in.Disks)
+// meanwhile. Its emulator tells when the guest stands still, so that no request comes, and is told when it need not any more.
+func (s *service) snapshot(in protocol.Snapshot, files map[string][]*os.File) (out protocol.Snapshotted, err error) {
+	stopped, begun := files[protocol.FileStopped], files[protocol.FileBegun]
+	memory := files[protocol.FileSnapshot]
+	if len(stopped) != 1 || len(begun) != 1 || len(memory) != len(in.Disks) || len(in.Disks) == 0 || !slices.IsSorted(in.Disks) || len(slices.Compact(slices.Clone(in.Disks))) != len(in.Disks) {
+		return out, rpc.Errorf(rpc.Invalid, "blkback: descriptors %v for snapshots of disks %v", in.Files, in.Disks)
 	}
+	if err := stopped[0].SetReadDeadline(time.Now().Add(protocol.HoldLimit)); err != nil {
+		return out, fmt.Errorf("stopped: %w", err)
+	}
+	if _, err := io.ReadFull(stopped[0], make([]byte, 1)); err != nil {
+		return out, rpc.Errorf(rpc.Unavailable, "the guest was not stopped for a snapshot")
+	}
+	defer func() {
+		if err == nil {
+			_, err = begun[0].Write([]byte{1})
+		}
+	}()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var disks []*disk
@@ -36,7 +50,7 @@ func (s *service) snapshot(in protocol.Snapshot, files []*os.File) (out protocol
 		if d == nil {
 			return out, rpc.Errorf(rpc.Unavailable, "disks[%d]: the guest has no connection to it", index)
 		}
-		n, err := block.OpenSnapshot(files[i], d.image.Size(), in.Scratch)
+		n, err := block.OpenSnapshot(memory[i], d.image.Size(), in.Scratch)
 		if err != nil {
 			return out, fmt.Errorf("disks[%d]: %w", index, err)
 		}

@@ -3,6 +3,7 @@ package builder
 import (
 	"context"
 	"errors"
+	"os"
 	"strings"
 
 	"redoubt.dev/redoubt/ipc/rpc"
@@ -25,10 +26,10 @@ func (v validated) Owner() (tenant, name string) {
 }
 func (v validated) Spec() *spec.Guest { return &v.g.Build.Spec }
 
-func (v validated) Hold(ctx context.Context, in protocol.Hold) (out protocol.Held, err error) {
+func (v validated) Hold(ctx context.Context, in protocol.Hold, files ...*os.File) (out protocol.Held, err error) {
 	_, r, err := v.b.running(v.UUID())
 	if err == nil {
-		_, err = r.peer.Call(ctx, protocol.MethodHold, in, &out)
+		_, err = r.peer.Call(ctx, protocol.MethodHold, in, &out, files...)
 	}
 	return out, err
 }
@@ -41,8 +42,8 @@ func (v validated) LetGo(ctx context.Context, who protocol.Holder) (out protocol
 	return out, err
 }
 
-func (v validated) Snapshot(ctx context.Context, validated, force bool) (protocol.Snapshotted, error) {
-	return v.g.storage.Snapshot(ctx, validated, force)
+func (v validated) Snapshot(ctx context.Context, validated, force bool, stopped, begun *os.File) (protocol.Snapshotted, error) {
+	return v.g.storage.Snapshot(ctx, validated, force, stopped, begun)
 }
 
 func (v validated) DropSnapshot(ctx context.Context) error { return v.g.storage.DropSnapshot(ctx) }

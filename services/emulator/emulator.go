@@ -169,7 +169,14 @@ func (s *service) handle(_ context.Context, r *rpc.Request) (any, error) {
 		defer ipc.CloseAll(r.Files)
 		return rpc.Answer(r, func(in protocol.Report) (any, error) { return s.report(in, r) })
 	case protocol.MethodHold:
-		return rpc.Answer(r, func(in protocol.Hold) (any, error) { return s.hold(in) })
+		defer ipc.CloseAll(r.Files)
+		return rpc.Answer(r, func(in protocol.Hold) (any, error) {
+			files, err := in.Files.Take(r)
+			if err != nil {
+				return nil, err
+			}
+			return s.hold(in, files)
+		})
 	case protocol.MethodLetGo:
 		return rpc.Answer(r, func(in protocol.LetGo) (any, error) { return s.letGo(in) })
 	case protocol.NoticeVTPMLost:

@@ -1,7 +1,9 @@
 package emulator
 
 import (
+	"errors"
 	"fmt"
+	"os"
 	"sync"
 	"time"
 
@@ -83,39 +85,53 @@ func (s *service) holdFor(who protocol.Holder) error {
 	return h.hold(who)
 }
 
-// hold answers protocol.MethodHold. Where the moment is not safe and that was asked for, the guest goes on at once.
-func (s *service) hold(in protocol.Hold) (out protocol.Held, err error) {
+// hold answers protocol.MethodHold.
+func (s *service) hold(in protocol.Hold, files map[string][]*os.File) (out protocol.Held, err error) {
 	s.mu.Lock()
-	m, h, word := s.machine, s.holder, s.status
+	h := s.holder
 	s.mu.Unlock()
-	if m == nil {
+	if h == nil {
 		return out, rpc.Errorf(rpc.Unavailable, "the guest has not been started")
 	}
 	if in.Who != protocol.HolderOperator && in.Who != protocol.HolderValidation && in.Who != protocol.HolderVerdict {
 		return out, rpc.Errorf(rpc.Invalid, "emulator: no holder %q", in.Who)
 	}
+	stopped, begun := files[protocol.FileStopped], files[protocol.FileBegun]
+	if len(stopped) != len(begun) || len(stopped) > 1 {
+		return out, rpc.Errorf(rpc.Invalid, "emulator: a hold with descriptors %v", in.Files)
+	}
 	if err := h.hold(in.Who); err != nil {
 		return out, fmt.Errorf("hold: %w", err)
 	}
-	if !in.Safe {
+	if len(stopped) == 0 {
 		return out, nil
 	}
-	out.Masked, err = m.Masked()
-	if err == nil {
-		if out.Status, err = word.read(); err != nil {
-			err = fmt.Errorf("the guest's status: %w", err)
-		}
-	}
-	if err == nil && (in.Force || len(out.Masked) == 0 && out.Status == 0) {
-		return out, nil
-	}
-	out.LetGo = true
-	took, lerr := h.letGo(in.Who)
-	out.Took = took
-	if err == nil {
-		err = lerr
+	out, err = s.look(stopped[0], begun[0])
+	if !in.Keep {
+		took, lerr := h.letGo(in.Who)
+		out.Took, err = took, errors.Join(err, lerr)
 	}
 	return out, err
+}
+
+// look tells BlkBack that the guest stands still, and looks what it has in progress while BlkBack begins the snapshot.
+func (s *service) look(stopped, begun *os.File) (out protocol.Held, err error) {
+	s.mu.Lock()
+	m, word := s.machine, s.status
+	s.mu.Unlock()
+	_, _ = stopped.Write([]byte{1}) // one that is gone will not answer
+	if out.Masked, err = m.Masked(); err != nil {
+		return out, err
+	}
+	if out.Status, err = word.read(); err != nil {
+		return out, fmt.Errorf("the guest's status: %w", err)
+	}
+	if err = begun.SetReadDeadline(time.Now().Add(protocol.HoldLimit)); err != nil {
+		return out, fmt.Errorf("begun: %w", err)
+	}
+	n, _ := begun.Read(make([]byte, 1)) // why not, BlkBack tells who asked it
+	out.Begun = n == 1
+	return out, nil
 }
 
 // letGo answers protocol.MethodLetGo.

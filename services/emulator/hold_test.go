@@ -3,9 +3,11 @@ package emulator
 import (
 	"errors"
 	"log/slog"
+	"os"
 	"slices"
 	"testing"
 
+	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/services/protocol"
 )
@@ -65,48 +67,79 @@ func TestHolder(t *testing.T) {
 	}
 }
 
-// TestHoldSafe: where a processor has its interrupts off the guest goes on at once, unless it is to be held all the same; and with
-// a Builder that validated it ends what that one held, but not what the operator does.
-func TestHoldSafe(t *testing.T) {
-	m := &still{masked: []int{1}}
-	s := &service{log: slog.New(slog.DiscardHandler), machine: m, holder: &holder{guest: m}, resumed: make(chan struct{})}
-	in := protocol.Hold{Who: protocol.HolderValidation, Safe: true}
-	out, err := s.hold(in)
-	if err != nil || !out.LetGo || !slices.Equal(out.Masked, []int{1}) {
-		t.Fatalf("%+v, %v", out, err)
-	}
-	m.want(t, "pause", "resume")
-	in.Force = true
-	if out, err = s.hold(in); err != nil || out.LetGo || len(out.Masked) != 1 {
-		t.Fatalf("%+v, %v", out, err)
-	}
-	if _, err := s.letGo(protocol.LetGo{Who: in.Who}); err != nil {
+// A trap is a hold for a snapshot, with a BlkBack that says whether it has begun it.
+func trap(t *testing.T, s *service, keep, begins bool) (protocol.Held, error) {
+	t.Helper()
+	hears, stopped, err := ipc.OneWay()
+	if err != nil {
 		t.Fatal(err)
 	}
-	m.want(t, "pause", "resume")
+	reads, begun, err := ipc.OneWay()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ipc.CloseAll([]*os.File{hears, reads})
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		defer begun.Close()
+		if n, _ := hears.Read(make([]byte, 1)); n == 1 && begins {
+			_, _ = begun.Write([]byte{1})
+		}
+	}()
+	out, err := s.hold(protocol.Hold{Who: protocol.HolderValidation, Keep: keep}, map[string][]*os.File{
+		protocol.FileStopped: {stopped}, protocol.FileBegun: {reads},
+	})
+	stopped.Close()
+	<-done
+	return out, err
+}
 
-	m.mute = errors.New("no register is told")
-	if out, err = s.hold(in); err == nil || !out.LetGo {
+// TestHold: a guest that is held for a snapshot is looked at and goes on when that is begun, or is not; and with a Builder that
+// validated it ends what that one held, but not what the operator does.
+func TestHold(t *testing.T) {
+	m := &still{masked: []int{1}}
+	s := &service{log: slog.New(slog.DiscardHandler), machine: m, holder: &holder{guest: m}, resumed: make(chan struct{})}
+	validation := protocol.Hold{Who: protocol.HolderValidation}
+	for _, begins := range []bool{true, false} {
+		out, err := trap(t, s, false, begins)
+		if err != nil || !slices.Equal(out.Masked, []int{1}) || out.Begun != begins || out.Took <= 0 {
+			t.Fatalf("%+v, %v", out, err)
+		}
+		m.want(t, "pause", "resume")
+	}
+	out, err := trap(t, s, true, true)
+	if err != nil || !out.Begun || out.Took != 0 {
 		t.Fatalf("%+v, %v", out, err)
 	}
-	m.want(t, "pause", "resume")
+	m.want(t, "pause")
+	m.mute = errors.New("no register is told")
+	if out, err := trap(t, s, true, true); err == nil { // twice is once, but for the look
+		t.Fatalf("%+v", out)
+	}
+	m.want(t)
 	if err := s.holder.hold(protocol.HolderGate); err != nil {
 		t.Fatal(err)
 	}
-	if out, err = s.hold(in); err == nil || !out.LetGo {
-		t.Fatalf("%+v, %v", out, err)
+	if out, err := trap(t, s, false, true); err == nil {
+		t.Fatalf("%+v", out)
 	}
-	m.want(t, "pause") // and the gate holds it still
+	m.want(t) // the gate holds it still
 	if _, err := s.holder.letGo(protocol.HolderGate); err != nil {
 		t.Fatal(err)
 	}
 	m.want(t, "resume")
 	m.fails = errors.New("no")
-	if _, err = s.hold(in); err == nil || len(s.holder.who) != 0 {
+	if _, err := trap(t, s, false, true); err == nil || len(s.holder.who) != 0 {
 		t.Fatalf("a guest that was not paused is held: %v", err)
 	}
-	m.fails, m.mute, m.log = nil, nil, nil
-	if _, err = s.hold(in); err != nil {
+	m.want(t, "pause") // BlkBack was not told that it stands still
+	one := map[string][]*os.File{protocol.FileStopped: {nil}}
+	if _, err := s.hold(validation, one); rpc.KindOf(err) != rpc.Invalid {
+		t.Errorf("one pipe of two: %v", err)
+	}
+	m.fails, m.log = nil, nil
+	if _, err := s.hold(validation, nil); err != nil {
 		t.Fatal(err)
 	}
 	resumed := func() {
@@ -122,13 +155,13 @@ func TestHoldSafe(t *testing.T) {
 	resumed()
 	m.want(t, "pause", "resume")
 	for _, who := range []protocol.Holder{protocol.HolderOperator, protocol.HolderValidation} {
-		if _, err := s.hold(protocol.Hold{Who: who}); err != nil {
+		if _, err := s.hold(protocol.Hold{Who: who}, nil); err != nil {
 			t.Fatal(err)
 		}
 	}
 	resumed()
 	m.want(t, "pause")
-	if _, err := s.hold(protocol.Hold{Who: protocol.HolderGate}); rpc.KindOf(err) != rpc.Invalid {
+	if _, err := s.hold(protocol.Hold{Who: protocol.HolderGate}, nil); rpc.KindOf(err) != rpc.Invalid {
 		t.Errorf("the gate is another's to hold for: %v", err)
 	}
 	if err := s.holder.hold(protocol.HolderModules); err != nil {

@@ -71,47 +71,24 @@ func TestStatusBounds(t *testing.T) {
 	}
 }
 
-// TestHoldStatus: the guest is not held while it says that a write is in progress, unless it is to be held all the same; and not
-// if what it says cannot be read.
-func TestHoldStatus(t *testing.T) {
+// TestLookStatus: the guest's word is told, and what cannot be read is no word.
+func TestLookStatus(t *testing.T) {
 	m, memory := &still{}, guestMemory(t, 1<<20)
 	word, err := newStatus(protocol.Start{Emulator: spec.Native, Memory: 1 << 20, Status: 0x8000}, memory)
 	if err != nil {
 		t.Fatal(err)
 	}
 	s := &service{log: slog.New(slog.DiscardHandler), machine: m, holder: &holder{guest: m}, status: word, resumed: make(chan struct{})}
-	in := protocol.Hold{Who: protocol.HolderValidation, Safe: true}
-	says := func(b byte) {
-		t.Helper()
+	for _, b := range []byte{1, 0} {
 		if _, err := memory.WriteAt([]byte{b}, 0x8003); err != nil { // any bit of it counts
 			t.Fatal(err)
 		}
+		if out, err := trap(t, s, false, true); err != nil || out.Status != uint32(b)<<24 {
+			t.Fatalf("%+v, %v", out, err)
+		}
 	}
-	says(1)
-	if out, err := s.hold(in); err != nil || !out.LetGo || out.Status != 1<<24 {
-		t.Fatalf("%+v, %v", out, err)
-	}
-	m.want(t, "pause", "resume")
-	says(0)
-	if out, err := s.hold(in); err != nil || out.LetGo || out.Status != 0 {
-		t.Fatalf("%+v, %v", out, err)
-	}
-	m.want(t, "pause")
-	if _, err := s.letGo(protocol.LetGo{Who: protocol.HolderValidation}); err != nil {
-		t.Fatal(err)
-	}
-	says(1)
-	in.Force = true
-	if out, err := s.hold(in); err != nil || out.LetGo || out.Status == 0 {
-		t.Fatalf("%+v, %v", out, err)
-	}
-	if _, err := s.letGo(protocol.LetGo{Who: protocol.HolderValidation}); err != nil {
-		t.Fatal(err)
-	}
-	m.want(t, "resume", "pause", "resume")
 	word.close()
-	if _, err := s.hold(in); err == nil {
+	if _, err := trap(t, s, false, true); err == nil {
 		t.Error("what cannot be read counts as nothing")
 	}
-	m.want(t, "pause", "resume")
 }

@@ -26,6 +26,8 @@ const (
 	FileBase     = "base"      // what an overlay shows where it holds nothing; one for each of the spec's
 	FileChanges  = "changes"   // the map of a disk's changes, see block.Changes; one for each that can be written
 	FileSnapshot = "snapshot"  // a disk's snapshot, see block.Snapshot; one for each that can be written
+	FileStopped  = "stopped"   // a pipe from a guest's emulator to its BlkBack: a byte, once the guest stands still for a snapshot
+	FileBegun    = "begun"     // and back: a byte, once the snapshot is begun, or not because of requests in flight
 	FileBaseline = "baseline"  // a guest's baseline
 	FileRules    = "rules"     // what of a guest's disks its baseline has, see baseline.ParseRules
 	FileIndex    = "index"     // what an inspector found on the disks last time, see scan.Index
@@ -375,7 +377,7 @@ type Start struct {
 	KVM        bool          `json:"kvm"`        // QEMU only: the guest runs on /dev/kvm
 	Modules    *spec.Modules `json:"modules,omitempty"`
 	Exits      uint64        `json:"exits,omitempty"`  // of one of its processors, after which NoticeExits is given; native only. 0: never
-	Status     uint64        `json:"status,omitempty"` // address of the guest's word that a write is in progress, see Hold; 0: none
+	Status     uint64        `json:"status,omitempty"` // address of the guest's word that a write is in progress, see Held; 0: none
 	// PCI is the bus to build, exactly: one that overlaps or is not for these devices is refused.
 	PCI   topology.Topology `json:"pci"`
 	Files Files             `json:"files"`

@@ -6,8 +6,8 @@ import (
 
 // Builder → BlkBack.
 const (
-	// MethodSnapshot begins a snapshot of all disks that can be written, at one moment, in place of the last one. Files: a
-	// FileSnapshot for each of Disks.
+	// MethodSnapshot begins a snapshot of all disks that can be written, at one moment, in place of the last one: when the
+	// guest stands still, which its emulator says. Files: a FileSnapshot for each of Disks, FileStopped, FileBegun.
 	MethodSnapshot = "snapshot" // Snapshot → Snapshotted
 	// MethodDropSnapshot ends it.
 	MethodDropSnapshot = "drop-snapshot" // nothing → nothing
@@ -48,19 +48,24 @@ const (
 	HolderModules    Holder = "modules"    // the emulator's own, for what a module was refused, until the operator lets it go on
 )
 
-// Hold says for whom.
+// HoldLimit is how long an emulator and a BlkBack may take to hold the guest and to begin a snapshot: so long the guest may
+// stand still for one that is sick.
+const HoldLimit = 10 * time.Second
+
+// Hold says for whom. Files: FileStopped and FileBegun, where it is held for a snapshot. Its emulator and BlkBack tell each
+// other when, so that the guest does not stand still while either's word is on its way to the Builder and back.
 type Hold struct {
 	Who   Holder `json:"who"`
-	Safe  bool   `json:"safe,omitempty"`  // only where no processor has its interrupts switched off and the guest's status is 0, else it is let go
-	Force bool   `json:"force,omitempty"` // it is told and held all the same
+	Keep  bool   `json:"keep,omitempty"` // the guest stays held when the snapshot is begun
+	Files Files  `json:"files,omitempty"`
 }
 
-// Held says what was found.
+// Held says of a guest that was held for a snapshot what it had in progress.
 type Held struct {
-	Masked []int         `json:"masked,omitempty"` // processors with interrupts switched off, where Safe was asked
-	Status uint32        `json:"status,omitempty"` // the word at Start.Status, where Safe was asked: not 0, a write is in progress
-	LetGo  bool          `json:"letGo,omitempty"`  // so that it was let go
-	Took   time.Duration `json:"took,omitempty"`   // after so long
+	Begun  bool          `json:"begun,omitempty"`  // BlkBack said so, within [HoldLimit]
+	Masked []int         `json:"masked,omitempty"` // processors with interrupts switched off
+	Status uint32        `json:"status,omitempty"` // the word at Start.Status: not 0, a write is in progress
+	Took   time.Duration `json:"took,omitempty"`   // after so long it was let go
 }
 
 // LetGo says for whom.

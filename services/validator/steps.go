@@ -5,9 +5,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"strings"
+	"sync"
 	"time"
 
+	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/services/inspector/asked"
 	"redoubt.dev/redoubt/services/protocol"
@@ -23,71 +26,99 @@ func (w *worker) close() {
 	}
 }
 
-// trap looks whether this moment is safe, and if it is, or force says so, begins a snapshot. Unless keep says so the guest
-// goes on when it returns.
+// trap holds the guest, begins a snapshot and looks whether its moment is safe; where it is not, and force does not say so, the
+// snapshot is dropped. Unless keep says so the guest goes on when the snapshot is begun.
 func (w *worker) trap(ctx context.Context, force, keep bool) (s verdict.Safety, err error) {
 	start := time.Now()
-	ctx, cancel := context.WithTimeout(ctx, trapLimit)
+	ctx, cancel := context.WithTimeout(ctx, protocol.HoldLimit)
 	defer cancel()
-	held, err := w.g.Hold(ctx, protocol.Hold{Who: protocol.HolderValidation, Safe: true, Force: force})
-	if err != nil { // it may be held all the same
-		w.holds = true
-		_, lerr := w.letGo()
-		return s, errors.Join(err, lerr)
-	}
-	if held.LetGo {
-		s.Held, s.Why = held.Took, unsafe(held)
-		return s, nil
-	}
-	w.holds = true
+	w.holds = true // it may be, also where the call fails
+	var good bool  // the snapshot stays
 	defer func() {
-		if err == nil && keep && w.open {
-			return
+		if !good || !keep {
+			took, gerr := w.letGo()
+			s.Held, err = max(s.Held, took), errors.Join(err, gerr)
 		}
-		took, gerr := w.letGo()
-		if s.Held = took; err == nil {
-			err = gerr
+		if !good {
+			w.drop()
 		}
 	}()
-	s.TakenAt = time.Now()
-	validated := w.validated && w.index.File != nil
-	w.validated = false
-	taken, err := w.g.Snapshot(ctx, validated, force)
+	s.TakenAt = start
+	held, taken, err := w.take(ctx, force, keep)
 	if err != nil {
 		return s, err
 	}
-	s.HeldIO = taken.Held
-	s.Held = time.Since(start)
-	if taken.InFlight > 0 && !force {
-		w.validated = validated // nothing was begun
-		s.Why = plural(taken.InFlight, "request") + " of the disks in flight"
-		return s, nil
+	if s.HeldIO, s.Held = taken.Held, held.Took; keep {
+		s.Held = time.Since(start)
+	} else {
+		w.holds = false
 	}
-	w.open = true
-	is := unsafe(held)
-	s.Safe = is == "" && taken.InFlight == 0
-	switch {
+	is := unsafe(held, taken)
+	switch s.Safe, good = is == "", is == "" || force; {
 	case s.Safe:
 		s.Why = "safe: no processor with interrupts off, no request in flight"
 		if w.spec.Status != 0 {
 			s.Why += ", none in progress by the guest's own status"
 		}
-	case is != "":
+	case force:
 		s.Why = "forced: " + is
 	default:
-		s.Why = "forced: " + plural(taken.InFlight, "request") + " in flight"
+		s.Why = is
 	}
 	return s, nil
 }
 
-// unsafe says what about the processors and the guest's own word keeps a moment from being safe, "" if nothing does.
-func unsafe(held protocol.Held) string {
+// take has the emulator hold the guest and BlkBack begin a snapshot meanwhile. They tell each other when, by pipes: how long the
+// guest stands still does not depend on how soon the Builder is heard. What changed until a snapshot that is dropped is looked at
+// with the next one.
+func (w *worker) take(ctx context.Context, force, keep bool) (held protocol.Held, taken protocol.Snapshotted, err error) {
+	validated := w.validated && w.index.File != nil
+	w.validated = false
+	hears, stopped, err := ipc.OneWay()
+	if err != nil {
+		return held, taken, err
+	}
+	begins, begun, err := ipc.OneWay()
+	if err != nil {
+		ipc.CloseAll([]*os.File{hears, stopped})
+		return held, taken, err
+	}
+	var failed error
+	var both sync.WaitGroup
+	// Each end is closed when nobody writes to it any more: the one that waits is told if the other has failed.
+	both.Go(func() {
+		taken, failed = w.g.Snapshot(ctx, validated, force, hears, begun)
+		ipc.CloseAll([]*os.File{hears, begun})
+	})
+	in := protocol.Hold{Who: protocol.HolderValidation, Keep: keep, Files: protocol.Files{protocol.FileStopped, protocol.FileBegun}}
+	held, err = w.g.Hold(ctx, in, stopped, begins)
+	ipc.CloseAll([]*os.File{stopped, begins})
+	both.Wait()
+	if failed == nil {
+		if w.open = taken.InFlight == 0 || force; !w.open {
+			w.validated = validated // nothing was begun
+		}
+		if err == nil && !held.Begun {
+			err = rpc.Errorf(rpc.Unavailable, "a snapshot was begun too late")
+		}
+	}
+	if err == nil {
+		err = failed
+	}
+	return held, taken, err
+}
+
+// unsafe says what keeps a moment from being safe, "" if nothing does.
+func unsafe(held protocol.Held, taken protocol.Snapshotted) string {
 	var all []string
 	if len(held.Masked) > 0 {
 		all = append(all, "interrupts are off on processors "+strings.Trim(fmt.Sprint(held.Masked), "[]"))
 	}
 	if held.Status != 0 {
 		all = append(all, fmt.Sprintf("a write is in progress by the guest's own status (%#x)", held.Status))
+	}
+	if taken.InFlight > 0 {
+		all = append(all, plural(taken.InFlight, "request")+" of the disks in flight")
 	}
 	return strings.Join(all, "; ")
 }
@@ -105,10 +136,6 @@ func (w *worker) letGo() (time.Duration, error) {
 	}
 	return was.Took, err
 }
-
-// trapLimit is how long an emulator and a BlkBack may take to hold the guest and to begin a snapshot: so long the guest may
-// stand still for one that is sick.
-const trapLimit = 10 * time.Second
 
 // letGoLimit is how long an emulator may take to let its guest go on.
 const letGoLimit = 20 * time.Second

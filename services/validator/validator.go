@@ -30,11 +30,11 @@ type Guest interface {
 	Name() string // as the log has it
 	Owner() (tenant, name string)
 	Spec() *spec.Guest
-	// Hold holds its processors, LetGo lets them go on.
-	Hold(ctx context.Context, in protocol.Hold) (protocol.Held, error)
+	// Hold holds its processors, LetGo lets them go on; see protocol.Hold for the files.
+	Hold(ctx context.Context, in protocol.Hold, files ...*os.File) (protocol.Held, error)
 	LetGo(ctx context.Context, who protocol.Holder) (protocol.WasHeld, error)
-	// Snapshot begins a snapshot of its disks in place of the last one; see protocol.Snapshot.
-	Snapshot(ctx context.Context, validated, force bool) (protocol.Snapshotted, error)
+	// Snapshot begins a snapshot of its disks in place of the last one, once it stands still; see protocol.Snapshot.
+	Snapshot(ctx context.Context, validated, force bool, stopped, begun *os.File) (protocol.Snapshotted, error)
 	DropSnapshot(ctx context.Context) error
 	// View is what an inspector needs to read them as they were.
 	View() ([]asked.Disk, error)

@@ -45,6 +45,7 @@ type fake struct {
 	inFlight []int // of the next snapshots
 	scans    []func(ctx context.Context, q asked.Scan) ([]baseline.Finding, error)
 	failed   string
+	mute     error  // of a look
 	onHold   func() // nil: nothing
 }
 
@@ -137,29 +138,34 @@ func (f *fake) Fail(reason string) {
 	f.failed = reason
 }
 
-func (f *fake) Hold(_ context.Context, in protocol.Hold) (out protocol.Held, err error) {
+func (f *fake) Hold(_ context.Context, in protocol.Hold, files ...*os.File) (out protocol.Held, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.onHold != nil {
 		f.onHold()
 	}
-	if in.Safe && len(f.masked) > 0 {
-		out.Masked, f.masked = f.masked[0], f.masked[1:]
-		if out.LetGo = len(out.Masked) > 0 && !in.Force; out.LetGo {
-			f.note("masked")
-			return out, nil
-		}
-	}
-	if in.Safe && len(f.status) > 0 {
-		out.Status, f.status = f.status[0], f.status[1:]
-		if out.LetGo = out.Status != 0 && !in.Force; out.LetGo {
-			f.note("status")
-			return out, nil
-		}
-	}
 	f.held[in.Who] = true
 	f.note("hold %s", in.Who)
-	return out, nil
+	if len(files) == 0 {
+		return out, nil
+	}
+	_, _ = files[0].Write([]byte{1})
+	f.mu.Unlock()
+	n, _ := files[1].Read(make([]byte, 1))
+	f.mu.Lock()
+	out.Begun = n == 1
+	if len(f.masked) > 0 {
+		out.Masked, f.masked = f.masked[0], f.masked[1:]
+	}
+	if len(f.status) > 0 {
+		out.Status, f.status = f.status[0], f.status[1:]
+	}
+	if !in.Keep {
+		f.held[in.Who] = false
+		f.note("let go %s", in.Who)
+		out.Took = time.Millisecond
+	}
+	return out, f.mute
 }
 
 func (f *fake) LetGo(_ context.Context, who protocol.Holder) (out protocol.WasHeld, err error) {
@@ -170,7 +176,11 @@ func (f *fake) LetGo(_ context.Context, who protocol.Holder) (out protocol.WasHe
 	return protocol.WasHeld{Took: time.Millisecond}, nil
 }
 
-func (f *fake) Snapshot(_ context.Context, validated, force bool) (out protocol.Snapshotted, err error) {
+func (f *fake) Snapshot(_ context.Context, validated, force bool, stopped, begun *os.File) (out protocol.Snapshotted, err error) {
+	if n, _ := stopped.Read(make([]byte, 1)); n != 1 {
+		return out, errors.New("the guest was not stopped")
+	}
+	defer func() { _, _ = begun.Write([]byte{1}) }()
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if len(f.inFlight) > 0 {
@@ -290,26 +300,39 @@ func TestClean(t *testing.T) {
 	f.want("hold validation, snapshot true, let go validation, scan false, drop")
 }
 
-// TestNotSafe: moments that are not safe are let pass; after so many it is given up, or taken all the same where that was asked.
+// noMomentLog is what the log has of a moment that was not safe: its snapshot is dropped, when the guest goes on.
+func noMomentLog(validated bool) string {
+	return fmt.Sprintf("hold validation, snapshot %v, let go validation, drop", validated)
+}
+
+// TestNotSafe: moments that are not safe are let pass, and what changed until then is looked at with the next one; after so many it is given up, or taken all the same where that was asked.
 func TestNotSafe(t *testing.T) {
 	f := newFake(t, &spec.Validation{Tries: 3})
-	f.masked, f.inFlight = [][]int{{0}, nil, nil}, []int{2, 0}
+	f.masked, f.inFlight = [][]int{{0}, nil, nil}, []int{0, 2, 0}
 	r, err := f.validate(protocol.Validate{})
 	if err != nil || r.Snapshots[0].Tries != 3 || !r.Snapshots[0].Safe {
 		t.Fatal(r, err)
 	}
-	f.want("masked, hold validation, in flight, let go validation, hold validation, snapshot false, let go validation, scan false, drop")
+	f.want(noMomentLog(false) + ", hold validation, in flight, let go validation, hold validation, snapshot false, let go validation, scan false, drop")
 	f.masked = [][]int{{0}, {0, 1}, {1}}
 	if _, err = f.validate(protocol.Validate{}); err == nil || !strings.Contains(err.Error(), "no safe moment in 3; at the last, interrupts are off on processors 1") {
 		t.Fatal(err)
 	}
-	f.want("masked, masked, masked")
-	f.masked = [][]int{{0}, {0}, {0}, {0}}
+	f.want(noMomentLog(true) + ", " + noMomentLog(false) + ", " + noMomentLog(false))
+	f.masked, f.inFlight = [][]int{{0}, {0}, {0}, {0}}, []int{0, 0, 0, 1}
 	r, err = f.validate(protocol.Validate{Force: true})
-	if err != nil || r.Snapshots[0].Safe || !strings.Contains(r.Snapshots[0].Why, "forced: interrupts are off") {
+	if err != nil || r.Snapshots[0].Safe || !strings.Contains(r.Snapshots[0].Why, "forced: interrupts are off on processors 0; 1 request of the disks in flight") {
 		t.Fatal(r, err)
 	}
-	f.want("masked, masked, masked, hold validation, snapshot true, let go validation, scan true, drop")
+	f.want(strings.Repeat(noMomentLog(false)+", ", 3) + "hold validation, snapshot false, let go validation, scan true, drop")
+	f.mute = errors.New("no register is told")
+	if _, err = f.validate(protocol.Validate{Force: true}); err == nil || !strings.Contains(err.Error(), "no register is told") {
+		t.Fatal(err)
+	}
+	again := func(validated bool) string { // that it goes on is asked for also where it may do so already
+		return strings.Replace(noMomentLog(validated), "let go validation, ", "let go validation, let go validation, ", 1)
+	}
+	f.want(again(true) + strings.Repeat(", "+again(false), 3))
 }
 
 // TestConfirmed: only what a second snapshot shows, too, acts; the ledger has it before it is in force.

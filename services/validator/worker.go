@@ -145,6 +145,9 @@ func (w *worker) act(a schedule.Action) (e schedule.Event, ok bool) {
 		}
 		return schedule.Event{Kind: schedule.SnapshotTaken, Run: a.Run}, true // with the safe moment
 	case schedule.Resume:
+		if !w.holds { // it goes on since the snapshot was begun
+			break
+		}
 		took, err := w.letGo()
 		if n := len(w.inquiry().report.Snapshots); n > 0 {
 			w.now.report.Snapshots[n-1].Held = took
@@ -179,7 +182,7 @@ func (w *worker) inquiry() *inquiry {
 func (w *worker) look(run uint64) schedule.Event {
 	n := w.inquiry()
 	n.tries++
-	s, err := w.trap(w.ctx, false, true)
+	s, err := w.trap(w.ctx, false, w.spec.Hold)
 	if err == nil && w.open {
 		n.taken(s)
 		return schedule.Event{Kind: schedule.Safe, Run: run}
@@ -188,7 +191,7 @@ func (w *worker) look(run uint64) schedule.Event {
 		s.Why = err.Error()
 	}
 	if n.force && n.tries >= w.spec.Tries { // who asked wants it all the same
-		if s, err := w.trap(w.ctx, true, true); err == nil && w.open {
+		if s, err := w.trap(w.ctx, true, w.spec.Hold); err == nil && w.open {
 			n.taken(s)
 			return schedule.Event{Kind: schedule.Safe, Run: run}
 		}
@@ -204,7 +207,7 @@ func (n *inquiry) taken(s verdict.Safety) {
 
 func (w *worker) force(run uint64) schedule.Event {
 	n := w.inquiry()
-	s, err := w.trap(w.ctx, true, true)
+	s, err := w.trap(w.ctx, true, w.spec.Hold)
 	if err == nil && w.open {
 		n.taken(s)
 		return schedule.Event{Kind: schedule.SnapshotTaken, Run: run}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"slices"
 	"sync"
 
 	"redoubt.dev/redoubt/block"
@@ -28,18 +29,23 @@ func (s *Storage) copies() (sum uint64) {
 	return sum
 }
 
-// Snapshot has BlkBack begin a snapshot of all disks that can be written. One that is lost over it may have begun one: the
-// next is asked for another, and told that nothing was validated, so that no change is lost.
-func (s *Storage) Snapshot(ctx context.Context, validated, force bool) (out protocol.Snapshotted, err error) {
+// Snapshot has BlkBack begin a snapshot of all disks that can be written, once the guest stands still; see protocol.Hold for
+// the two pipes. One that is lost over it may have begun one: the next is to be told that nothing was validated, so that no
+// change is lost.
+func (s *Storage) Snapshot(ctx context.Context, validated, force bool, stopped, begun *os.File) (out protocol.Snapshotted, err error) {
 	s.Lock()
 	defer s.Unlock()
 	if s.run == nil {
 		return out, rpc.Errorf(rpc.Unavailable, "the guest is being started: ask again")
 	}
 	s.forgetSnapshot()
+	asked := false
 	err = s.Serve(func(i *keeper.Instance) error {
+		if asked { // by now the guest may run
+			return rpc.Errorf(rpc.Unavailable, "BlkBack was lost over a snapshot: ask again")
+		}
+		asked = true
 		in := protocol.Snapshot{Scratch: int64(s.o.Spec.Validated().Scratch), Validated: validated, Force: force}
-		validated = false
 		all := make([]*os.File, len(s.o.Disks))
 		var files []*os.File
 		for d := range s.o.Disks {
@@ -56,9 +62,11 @@ func (s *Storage) Snapshot(ctx context.Context, validated, force bool) (out prot
 		}
 		if len(files) == 0 { // nothing of it can change
 			s.snapshots = all
-			return nil
+			_, err := begun.Write([]byte{1})
+			return err
 		}
-		if _, err := i.Peer.Call(ctx, protocol.MethodSnapshot, in, &out, files...); err != nil || out.InFlight > 0 && !force {
+		in.Files = append(in.Files, protocol.FileStopped, protocol.FileBegun)
+		if _, err := i.Peer.Call(ctx, protocol.MethodSnapshot, in, &out, append(slices.Clone(files), stopped, begun)...); err != nil || out.InFlight > 0 && !force {
 			ipc.CloseAll(files)
 			return err
 		}
