@@ -83,7 +83,7 @@ func guestPause(b *testing.B, h *host, emulator, name, size string, writing bool
 	}
 	var held, io []time.Duration
 	safe, tries := 0, 0
-	rounds(b, 3*minValidations, func() { // which are short, and their times scatter
+	rounds(b, 6*minValidations, func() { // which are short, and their times scatter
 		if !writing {
 			sh.does("date >>/disk/diary; sync")
 		}
@@ -271,10 +271,23 @@ func (d *servedDisk) begin(b *testing.B) *os.File {
 	if err != nil {
 		b.Fatal(err)
 	}
+	hears, stopped, err := ipc.OneWay()
+	if err != nil {
+		b.Fatal(err)
+	}
+	tells, begun, err := ipc.OneWay()
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer ipc.CloseAll([]*os.File{hears, stopped, tells, begun})
+	if _, err := stopped.Write([]byte{1}); err != nil { // it goes on, and is to be snapshotted all the same
+		b.Fatal(err)
+	}
 	var out protocol.Snapshotted
 	_, err = d.builder.Call(b.Context(), protocol.MethodSnapshot, protocol.Snapshot{
-		Disks: []int{0}, Scratch: d.size, Validated: true, Force: true, Files: protocol.Files{protocol.FileSnapshot},
-	}, &out, f)
+		Disks: []int{0}, Scratch: d.size, Validated: true, Force: true,
+		Files: protocol.Files{protocol.FileSnapshot, protocol.FileStopped, protocol.FileBegun},
+	}, &out, f, hears, begun)
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -22,8 +22,18 @@ const drainLimit = 10 * time.Millisecond
 func (s *service) snapshot(in protocol.Snapshot, files map[string][]*os.File) (out protocol.Snapshotted, err error) {
 	stopped, begun := files[protocol.FileStopped], files[protocol.FileBegun]
 	memory := files[protocol.FileSnapshot]
-	if len(stopped) != 1 || len(begun) != 1 || len(memory) != len(in.Disks) || len(in.Disks) == 0 || !slices.IsSorted(in.Disks) || len(slices.Compact(slices.Clone(in.Disks))) != len(in.Disks) {
+	if len(stopped) != 1 || len(begun) != 1 || len(memory) != len(in.Disks) || len(in.Disks) == 0 ||
+		!slices.IsSorted(in.Disks) || len(slices.Compact(slices.Clone(in.Disks))) != len(in.Disks) {
 		return out, rpc.Errorf(rpc.Invalid, "blkback: descriptors %v for snapshots of disks %v", in.Files, in.Disks)
+	}
+	disks, snapshots, err := s.prepare(in, memory)
+	defer func() {
+		for _, n := range snapshots { // that no disk has taken
+			err = errors.Join(err, n.Close())
+		}
+	}()
+	if err != nil {
+		return out, err
 	}
 	if err := stopped[0].SetReadDeadline(time.Now().Add(protocol.HoldLimit)); err != nil {
 		return out, fmt.Errorf("stopped: %w", err)
@@ -31,30 +41,12 @@ func (s *service) snapshot(in protocol.Snapshot, files map[string][]*os.File) (o
 	if _, err := io.ReadFull(stopped[0], make([]byte, 1)); err != nil {
 		return out, rpc.Errorf(rpc.Unavailable, "the guest was not stopped for a snapshot")
 	}
-	defer func() {
-		if err == nil {
-			_, err = begun[0].Write([]byte{1})
-		}
-	}()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	var disks []*disk
-	var snapshots []*block.Snapshot
-	defer func() {
-		for _, n := range snapshots { // that no disk has taken
-			err = errors.Join(err, n.Close())
+	for i, d := range disks {
+		if s.disks[in.Disks[i]] != d {
+			return out, rpc.Errorf(rpc.Unavailable, "disks[%d]: the guest connected to it anew: ask again", in.Disks[i])
 		}
-	}()
-	for i, index := range in.Disks {
-		d := s.disks[index]
-		if d == nil {
-			return out, rpc.Errorf(rpc.Unavailable, "disks[%d]: the guest has no connection to it", index)
-		}
-		n, err := block.OpenSnapshot(memory[i], d.image.Size(), in.Scratch)
-		if err != nil {
-			return out, fmt.Errorf("disks[%d]: %w", index, err)
-		}
-		disks, snapshots = append(disks, d), append(snapshots, n)
 	}
 	// No request comes any more: those that are on their way are given a moment to end.
 	drained := time.Now().Add(drainLimit)
@@ -76,7 +68,28 @@ func (s *service) snapshot(in protocol.Snapshot, files map[string][]*os.File) (o
 		snapshots = nil
 	}
 	out.Held = time.Since(start)
+	if err == nil {
+		_, err = begun[0].Write([]byte{1})
+	}
 	return out, err
+}
+
+// prepare is what of a snapshot needs no guest that stands still.
+func (s *service) prepare(in protocol.Snapshot, memory []*os.File) (disks []*disk, snapshots []*block.Snapshot, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for i, index := range in.Disks {
+		d := s.disks[index]
+		if d == nil {
+			return disks, snapshots, rpc.Errorf(rpc.Unavailable, "disks[%d]: the guest has no connection to it", index)
+		}
+		n, err := block.OpenSnapshot(memory[i], d.image.Size(), in.Scratch)
+		if err != nil {
+			return disks, snapshots, fmt.Errorf("disks[%d]: %w", index, err)
+		}
+		disks, snapshots = append(disks, d), append(snapshots, n)
+	}
+	return disks, snapshots, nil
 }
 
 // drop ends the snapshot of all disks.
