@@ -46,16 +46,17 @@ func sandboxes(t *testing.T, emulator string) {
 		}
 		return by
 	}
+	h.must("inspect", "guest", "modules") // from here on one waits for the next question
 	all := list(0)
-	for range 100 { // a worker is there for one response: all may just be being replaced
-		if all[services.StoreLogic].PID != 0 {
+	for range 100 { // a worker is there for one response: all may just be being replaced; and an inspector still be being started
+		if all[services.StoreLogic].PID != 0 && all[services.Inspector].PID != 0 {
 			break
 		}
 		all = list(0)
 	}
 	for i := range services.Table {
 		name := services.Table[i].Name
-		if services.Table[i].Leaves || name == services.QEMU && emulator != "qemu" {
+		if services.Table[i].Leaves && name != services.Inspector || name == services.QEMU && emulator != "qemu" {
 			continue
 		}
 		if p, ok := all[name]; !ok || p.PID == 0 || len(p.Differences) > 0 {

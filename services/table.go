@@ -163,7 +163,7 @@ var Table = []Service{
 		Creator: Toolstack, Count: Several, Tag: OneGuest,
 		Peers:    []Peer{{Builder, "control"}},
 		Holds:    []string{"its guest's memory and kernel image, or images, snapshots and baseline, to read", "the memory its answer goes into"},
-		Lifetime: "until it has answered", Leaves: true, Reset: Leave,
+		Lifetime: "until it has answered, or waited a minute for the next question about its guest", Leaves: true, Reset: Leave,
 		Policy: list("inspector", inspectorCalls), Memory: 6 * goMemory,
 	},
 	{

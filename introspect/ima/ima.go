@@ -85,6 +85,7 @@ type reader struct {
 	templates map[uint64]template
 
 	head, fields, data []byte // room for an entry
+	digest             [20]byte
 }
 
 type template struct {
@@ -152,9 +153,10 @@ func (r *reader) entry(at uint64) (e list.Entry, err error) {
 	le := binary.LittleEndian
 	e.PCR = le.Uint32(head[r.l.pcr.Offset:])
 	size := le.Uint32(head[r.l.size.Offset:])
-	if _, err := r.k.ReadAt(e.SHA1[:], int64(le.Uint64(head[r.l.digests.Offset:])+r.sha1)); err != nil {
+	if _, err := r.k.ReadAt(r.digest[:], int64(le.Uint64(head[r.l.digests.Offset:])+r.sha1)); err != nil {
 		return e, fmt.Errorf("its digest: %w", err)
 	}
+	e.SHA1 = r.digest
 	t, err := r.template(le.Uint64(head[r.l.desc.Offset:]))
 	if err != nil {
 		return e, err

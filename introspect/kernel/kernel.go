@@ -26,6 +26,8 @@ type Kernel struct {
 	// Anew has memory read anew that was kept, if it is; nil: it never is. What a running guest has put into a page since it
 	// was read is not there before.
 	Anew func()
+
+	number [8]byte // room for one that is read: what is read through interfaces would be allocated each time
 }
 
 // maxAnew is how often one list may have memory read anew.
@@ -106,16 +108,17 @@ func (k *Kernel) ReadAt(p []byte, off int64) (int, error) { return k.Space.ReadA
 
 // Word reads 8 bytes, such as a pointer.
 func (k *Kernel) Word(at uint64) (uint64, error) {
-	var b [8]byte
-	_, err := k.ReadAt(b[:], int64(at))
-	return binary.LittleEndian.Uint64(b[:]), err
+	k.number = [8]byte{}
+	_, err := k.ReadAt(k.number[:], int64(at))
+	return binary.LittleEndian.Uint64(k.number[:]), err
 }
 
 // Half reads 4 bytes, such as an int.
 func (k *Kernel) Half(at uint64) (uint32, error) {
-	var b [4]byte
-	_, err := k.ReadAt(b[:], int64(at))
-	return binary.LittleEndian.Uint32(b[:]), err
+	b := k.number[:4]
+	clear(b)
+	_, err := k.ReadAt(b, int64(at))
+	return binary.LittleEndian.Uint32(b), err
 }
 
 // Text reads a text that ends with a zero within size bytes. What does not belong to it may be on a page that is not

@@ -165,6 +165,7 @@ func Run(ctx context.Context, cfg Config) error {
 		b.wg.Wait()
 		if b.pcibacks != nil {
 			b.pcibacks.Wait()
+			b.inspectors.Close()
 		}
 		b.procs.Wait()
 	}()

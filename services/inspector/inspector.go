@@ -25,6 +25,10 @@ import (
 // softMemory is what the runtime tries to live on, in bytes: less than the sandbox's limit.
 const softMemory = 512 << 20
 
+// readGarbage is by how many percent of what is in use the heap may grow until the runtime collects what is not: of what most
+// questions about a guest's memory need nothing is worth collecting before the process is gone.
+const readGarbage = 400
+
 // Serve answers one call, whatever the answer is, and returns; it also returns when its control connection or ctx ends.
 func Serve(ctx context.Context, _ *slog.Logger, control *ipc.Conn) error {
 	debug.SetMemoryLimit(softMemory)
@@ -38,6 +42,7 @@ func Serve(ctx context.Context, _ *slog.Logger, control *ipc.Conn) error {
 		defer ipc.CloseAll(r.Files)
 		switch r.Method {
 		case protocol.MethodRead:
+			debug.SetGCPercent(readGarbage)
 			return rpc.Answer(r, func(in protocol.Read) (any, error) { return read(in, r) })
 		case protocol.MethodScan:
 			return rpc.Answer(r, func(in protocol.Scan) (any, error) { return disks.scan(ctx, in, r) })

@@ -32,13 +32,17 @@ type Asker struct {
 	slots chan struct{}
 }
 
+// spare is how long an inspector waits for the next question about the guest of the last one: whoever asks again and again
+// does so within it.
+const spare = time.Minute
+
 // Limit is what an inspector may take to answer, most of it for unpacking a kernel, then to leave.
 const Limit = time.Minute
 
-// New makes one.
+// New makes one, to be closed.
 func New(j *audit.Journal, start func(guest string) (*process.Process, error)) *Asker {
 	return &Asker{
-		job.Runner{Service: services.Inspector, Journal: j, Start: start, Limit: Limit, Detail: []string{"memory", "read-only"}},
+		job.Runner{Service: services.Inspector, Journal: j, Start: start, Limit: Limit, Detail: []string{"memory", "read-only"}, Spare: spare},
 		make(chan struct{}, most),
 	}
 }

@@ -156,13 +156,14 @@ type asker struct {
 	t       *testing.T
 	dir     string
 	started []*process.Process
+	starts  chan *process.Process // the same, for who waits; has room
 }
 
 // newAsker has inspectors of a program started, in the sandbox of the table or in none.
 func newAsker(t *testing.T, program string, confined bool) *asker {
 	t.Helper()
 	quiet := slog.New(slog.DiscardHandler)
-	a := &asker{t: t, dir: t.TempDir()}
+	a := &asker{t: t, dir: t.TempDir(), starts: make(chan *process.Process, 64)}
 	j, err := audit.OpenJournal(a.dir, audit.Actor{Service: services.Builder}, quiet, audit.Alive{})
 	must(t, err)
 	t.Cleanup(func() { j.Close() })
@@ -179,10 +180,14 @@ func newAsker(t *testing.T, program string, confined bool) *asker {
 		}
 		p, err := process.Start(o)
 		if err == nil {
-			a.started = append(a.started, p)
+			if a.Spare == 0 { // else they are started beside the test
+				a.started = append(a.started, p)
+			}
+			a.starts <- p
 		}
 		return p, err
 	})
+	a.Spare = 0 // but for the test of it
 	return a
 }
 

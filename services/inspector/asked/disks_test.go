@@ -59,7 +59,7 @@ func badScan(ctx context.Context, r *rpc.Request, disks []*os.File) (any, error)
 func newScanner(t *testing.T, program string, confined bool) *Scanner {
 	t.Helper()
 	a := newAsker(t, program, confined)
-	return &Scanner{a.Runner, a.slots}
+	return NewScanner(a.Journal, a.Start)
 }
 
 // A disk is an image with a file system on it and what belongs to it while its guest runs.
