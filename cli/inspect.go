@@ -2,7 +2,6 @@ package cli
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"os"
 	"slices"
@@ -105,8 +104,8 @@ func (a *app) askInspector(ctx context.Context, name string, what []string) (*in
 	if err != nil {
 		return nil, err
 	}
-	var answer inspect.Answer
-	if err := json.Unmarshal(res.Answer, &answer); err != nil {
+	answer, err := inspect.Decode(res.Answer, res.ImaList)
+	if err != nil {
 		return nil, fmt.Errorf("inspect: the answer: %w", err)
 	}
 	for w, there := range map[string]bool{
@@ -116,7 +115,7 @@ func (a *app) askInspector(ctx context.Context, name string, what []string) (*in
 			return nil, fmt.Errorf("inspect: the answer is to another question than %s", strings.Join(what, ", "))
 		}
 	}
-	return &answer, nil
+	return answer, nil
 }
 
 // readDump answers from files.

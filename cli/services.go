@@ -171,7 +171,7 @@ func (a *app) askOnce(ctx context.Context, method string, in, out any) error {
 	if err != nil || into == out {
 		return err
 	}
-	b, err := answer.Read(files, long)
+	b, _, err := answer.Read(files, long)
 	if err != nil {
 		return err
 	}

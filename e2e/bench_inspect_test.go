@@ -1,7 +1,6 @@
 package e2e
 
 import (
-	"encoding/json"
 	"fmt"
 	"testing"
 	"time"
@@ -24,13 +23,14 @@ func BenchmarkInspect(b *testing.B) {
 		s.start(start{emulator: s.emulator, kernel: "6.12", what: "many", cmdline: fmt.Sprintf("many=%d", measuredFiles)})
 		s.await("guest", "READY", 4*bootTime)
 		c := api.Dial(services.APIPath(s.path("run"), services.DefaultTenant))
-		timed := func(what ...string) (answer inspect.Answer, took time.Duration) {
+		timed := func(what ...string) (*inspect.Answer, time.Duration) {
 			from := time.Now()
 			r, err := c.Inspect(b.Context(), &v1.InspectRequest{Name: "guest", What: what})
-			took = time.Since(from)
-			if err == nil {
-				err = json.Unmarshal(r.Answer, &answer)
+			took := time.Since(from)
+			if err != nil {
+				b.Fatal(err)
 			}
+			answer, err := inspect.Decode(r.Answer, r.ImaList)
 			if err != nil {
 				b.Fatal(err)
 			}

@@ -11,9 +11,7 @@ package ima
 import (
 	"bytes"
 	"crypto/sha1" //nolint:gosec // the list's own digests
-	"encoding/base64"
 	"encoding/binary"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"strings"
@@ -57,22 +55,6 @@ type List struct {
 	// should be one.
 	Missing string `json:"missing,omitempty"`
 	Error   string `json:"error,omitempty"`
-}
-
-// AppendJSON writes a list as json.Marshal does, but for the order of its members, into the room that b has.
-func (l *List) AppendJSON(b []byte) ([]byte, error) {
-	rest := *l
-	rest.List = nil
-	text, err := json.Marshal(&rest)
-	if err != nil || len(l.List) == 0 {
-		return append(b, text...), err
-	}
-	b = append(b, `{"list":"`...)
-	b = append(base64.StdEncoding.AppendEncode(b, l.List), '"')
-	if len(text) > len("{}") {
-		b = append(b, ',')
-	}
-	return append(b, text[1:]...), nil
 }
 
 // Append writes an entry as /sys/kernel/security/ima/binary_runtime_measurements has it.

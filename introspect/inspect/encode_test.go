@@ -2,7 +2,6 @@ package inspect
 
 import (
 	"bytes"
-	"encoding/json"
 	"reflect"
 	"strings"
 	"testing"
@@ -11,13 +10,13 @@ import (
 	"redoubt.dev/redoubt/introspect/modules"
 )
 
-// TestEncode: an answer is written as json.Marshal would, but for the order of members.
+// TestEncode: an answer is read as it was written, its IMA list beside its JSON.
 func TestEncode(t *testing.T) {
 	long := bytes.Repeat([]byte("list\x00\xff"), 100_000)
 	for name, a := range map[string]*Answer{
 		"nothing":       {},
-		"an empty list": {IMA: &list.List{}},
-		"why not":       {IMA: &list.List{Missing: `a "quoted" <reason>`}, Tasks: &TaskFacts{Damage: "x"}},
+		"an empty list": {IMA: &list.List{List: []byte{}}},
+		"why not":       {IMA: &list.List{Missing: `a "quoted" <reason>`, List: []byte{}}, Tasks: &TaskFacts{Damage: "x"}},
 		"a list":        {IMA: &list.List{List: long}},
 		"all": {
 			Modules: &ModuleFacts{Modules: []modules.Module{{Name: "dummy"}}, Damage: "m"},
@@ -27,24 +26,21 @@ func TestEncode(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			got, err := a.Encode()
+			text, raw, err := a.Encode()
 			if err != nil {
 				t.Fatal(err)
 			}
-			want, err := json.Marshal(a)
-			if err != nil {
-				t.Fatal(err)
+			if a.IMA != nil && (len(raw) != len(a.IMA.List) || len(text) > 200_000) {
+				t.Errorf("%d bytes and %d beside them", len(text), len(raw))
 			}
-			var g, w any
-			if err := json.Unmarshal(got, &g); err != nil {
-				t.Fatalf("%.200s: %v", got, err)
-			}
-			if err := json.Unmarshal(want, &w); err != nil {
-				t.Fatal(err)
-			}
-			if !reflect.DeepEqual(g, w) {
-				t.Errorf("%.200s, want %.200s", got, want)
+			if got, err := Decode(text, raw); err != nil || !reflect.DeepEqual(got, a) {
+				t.Errorf("%+v, %v, want %+v", got, err, a)
 			}
 		})
+	}
+	for text, raw := range map[string]string{"{": "", "{}": "a list", `{"ima":7}`: ""} {
+		if a, err := Decode([]byte(text), []byte(raw)); err == nil {
+			t.Errorf("%s and %q are %+v", text, raw, a)
+		}
 	}
 }

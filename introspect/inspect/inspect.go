@@ -6,7 +6,6 @@
 package inspect
 
 import (
-	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -228,43 +227,32 @@ func kernelFacts(r *integrity.Reader) *KernelFacts {
 	return f
 }
 
-// Encode writes an answer as JSON, as json.Marshal does. A long list is written once, into memory that it fits in: to a process that was just
-// started it is new memory that costs.
-func (a *Answer) Encode() ([]byte, error) {
-	const usual = 64 << 10 // bytes, of all but the list
-	room := usual
+// Encode writes an answer as JSON, and what JSON would make longer beside it: the IMA list.
+func (a *Answer) Encode() (text, list []byte, err error) {
+	short := *a
 	if a.IMA != nil {
-		room += base64.StdEncoding.EncodedLen(len(a.IMA.List))
+		list = a.IMA.List
+		facts := *a.IMA
+		facts.List = nil
+		short.IMA = &facts
 	}
-	b := append(make([]byte, 0, room), '{')
-	for _, part := range []struct {
-		name  string
-		there bool
-		write func([]byte) ([]byte, error)
-	}{
-		{Modules, a.Modules != nil, func(b []byte) ([]byte, error) { return appendJSON(b, a.Modules) }},
-		{Kernel, a.Kernel != nil, func(b []byte) ([]byte, error) { return appendJSON(b, a.Kernel) }},
-		{IMA, a.IMA != nil, func(b []byte) ([]byte, error) { return a.IMA.AppendJSON(b) }},
-		{Tasks, a.Tasks != nil, func(b []byte) ([]byte, error) { return appendJSON(b, a.Tasks) }},
-	} {
-		if !part.there {
-			continue
-		}
-		if len(b) > 1 {
-			b = append(b, ',')
-		}
-		b = append(append(append(b, '"'), part.name...), `":`...)
-		var err error
-		if b, err = part.write(b); err != nil {
-			return nil, err
-		}
-	}
-	return append(b, '}'), nil
+	text, err = json.Marshal(&short)
+	return text, list, err
 }
 
-func appendJSON(b []byte, v any) ([]byte, error) {
-	text, err := json.Marshal(v)
-	return append(b, text...), err
+// Decode reads what Encode wrote.
+func Decode(text, list []byte) (*Answer, error) {
+	var a Answer
+	if err := json.Unmarshal(text, &a); err != nil {
+		return nil, err
+	}
+	switch {
+	case a.IMA != nil:
+		a.IMA.List = list
+	case len(list) > 0:
+		return nil, errors.New("an IMA list that nothing is said of")
+	}
+	return &a, nil
 }
 
 // ReadImage reads a kernel's image of size bytes, for Guest.Image.

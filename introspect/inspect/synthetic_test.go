@@ -208,7 +208,7 @@ func check(t *testing.T, k *kernel.Kernel) {
 		t.Errorf("%v of %+v", err, l)
 	}
 	a := &Answer{Modules: f, IMA: l}
-	if _, err := a.Encode(); err != nil {
+	if _, _, err := a.Encode(); err != nil {
 		t.Error(err)
 	}
 }

@@ -13,42 +13,57 @@ import (
 	"redoubt.dev/redoubt/services/protocol"
 )
 
-// Get has ask bring an answer into memory of its own and say how many bytes it has, and returns what a handler does.
-func Get(from string, ask func(into *os.File) (size int, err error)) (any, error) {
+// Get has ask bring an answer into memory of its own and say how long it is, and returns what a handler does.
+func Get(from string, ask func(into *os.File) (protocol.Answered, error)) (any, error) {
 	w, err := memfd.New("answer", protocol.MaxAnswer)
 	if err != nil {
 		return nil, err
 	}
 	defer w.Close()
-	size, err := ask(w)
+	a, err := ask(w)
 	if err != nil {
 		return nil, err
 	}
-	if size < 0 || size > protocol.MaxAnswer {
-		return nil, fmt.Errorf("%s: an answer of %d bytes", from, size)
+	if err := a.Check(); err != nil {
+		return nil, fmt.Errorf("%s: %w", from, err)
 	}
 	r, err := memfd.ReadOnly(w)
 	if err != nil {
 		return nil, err
 	}
-	return rpc.WithFiles{Value: protocol.Answered{Size: size}, Files: []*os.File{r}}, nil
+	return rpc.WithFiles{Value: a, Files: []*os.File{r}}, nil
 }
 
-// Put writes an answer into the memory that was given for it. One that is too long is an error.
-func Put(into *os.File, b []byte) (protocol.Answered, error) {
-	if len(b) > protocol.MaxAnswer {
-		return protocol.Answered{}, rpc.Errorf(rpc.Unavailable, "an answer of %d bytes: the most is %d", len(b), protocol.MaxAnswer)
+// Put writes an answer, JSON and what is raw, into the memory that was given for it. One that is too long is an error.
+func Put(into *os.File, text, raw []byte) (protocol.Answered, error) {
+	a := protocol.Answered{Size: len(text) + len(raw), Raw: len(raw)}
+	if err := a.Check(); err != nil {
+		return protocol.Answered{}, rpc.Errorf(rpc.Unavailable, "%v", err)
 	}
-	_, err := into.WriteAt(b, 0)
-	return protocol.Answered{Size: len(b)}, err
+	_, err := into.WriteAt(text, 0)
+	if err == nil && len(raw) > 0 {
+		_, err = into.WriteAt(raw, int64(len(text)))
+	}
+	return a, err
+}
+
+// Text is Get of an answer that is there.
+func Text(from string, b []byte) (any, error) {
+	return Get(from, func(into *os.File) (protocol.Answered, error) { return Put(into, b, nil) })
 }
 
 // Read reads an answer that came in files, which stay the caller's.
-func Read(files []*os.File, a protocol.Answered) ([]byte, error) {
-	if len(files) != 1 || a.Size < 0 || a.Size > protocol.MaxAnswer {
-		return nil, fmt.Errorf("%d descriptors, an answer of %d bytes", len(files), a.Size)
+func Read(files []*os.File, a protocol.Answered) (text, raw []byte, err error) {
+	if err := a.Check(); err != nil {
+		return nil, nil, err
+	}
+	if len(files) != 1 {
+		return nil, nil, fmt.Errorf("an answer with %d descriptors", len(files))
 	}
 	b := make([]byte, a.Size)
-	_, err := io.ReadFull(io.NewSectionReader(files[0], 0, int64(a.Size)), b)
-	return b, err
+	if _, err := io.ReadFull(io.NewSectionReader(files[0], 0, int64(a.Size)), b); err != nil {
+		return nil, nil, err
+	}
+	end := a.Size - a.Raw
+	return b[:end:end], b[end:], nil
 }

@@ -39,14 +39,11 @@ func (b *Builder) fromAdmin(ctx context.Context, r *rpc.Request) (any, error) {
 	ipc.CloseAll(r.Files)
 	switch r.Method {
 	case protocol.MethodServices:
-		return answer.Get(services.Builder, func(into *os.File) (int, error) { // many guests are more than a message holds
-			all, err := json.Marshal(b.procs.List())
-			if err != nil {
-				return 0, err
-			}
-			a, err := answer.Put(into, all)
-			return a.Size, err
-		})
+		all, err := json.Marshal(b.procs.List())
+		if err != nil {
+			return nil, err
+		}
+		return answer.Text(services.Builder, all) // many guests are more than a message holds
 	case protocol.MethodReset:
 		return rpc.Answer(r, func(in protocol.Reset) (any, error) { return b.reset(in) })
 	case protocol.MethodTenants:

@@ -227,7 +227,7 @@ func (s *service) report(in protocol.Report, r *rpc.Request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	return answer.Put(into, b)
+	return answer.Put(into, b, nil)
 }
 
 func (s *service) event(kind, text string) {

@@ -82,15 +82,14 @@ func read(in protocol.Read, r *rpc.Request) (any, error) {
 	case err != nil:
 		return nil, rpc.Errorf(rpc.Unavailable, "%v", err)
 	}
-	b, err := a.Encode()
+	text, list, err := a.Encode()
 	if err != nil {
 		return nil, err
 	}
-	wrote, err := answer.Put(into[0], b)
-	if err != nil {
+	out := protocol.ReadOut{}
+	if out.Answered, err = answer.Put(into[0], text, list); err != nil {
 		return nil, err
 	}
-	out := protocol.ReadOut{Size: wrote.Size}
 	if q.Layout == nil {
 		out.Layout, err = json.Marshal(l)
 	}

@@ -1,6 +1,9 @@
 package protocol
 
-import "encoding/json"
+import (
+	"encoding/json"
+	"fmt"
+)
 
 // Inspect asks what a running guest's memory says of its kernel.
 type Inspect struct {
@@ -25,9 +28,18 @@ type Modules struct {
 }
 
 // Answered says how long an answer is, in bytes, that lies in memory of its own: JSON of package inspect's Answer or package
-// isolate's Report.
+// isolate's Report, and behind it what JSON would make longer.
 type Answered struct {
-	Size int `json:"size"`
+	Size int `json:"size"`          // of all
+	Raw  int `json:"raw,omitempty"` // of what is no JSON: an IMA list
+}
+
+// Check refuses lengths that no answer has.
+func (a Answered) Check() error {
+	if a.Raw < 0 || a.Raw > a.Size || a.Size > MaxAnswer {
+		return fmt.Errorf("an answer of %d bytes, %d of them raw: the most is %d", a.Size, a.Raw, MaxAnswer)
+	}
+	return nil
 }
 
 // MaxAnswer bounds such an answer, in bytes.
@@ -47,6 +59,6 @@ type Read struct {
 
 // ReadOut says how long the answer is, and what the kernel's layout is, where it was not known.
 type ReadOut struct {
-	Size   int             `json:"size"`
+	Answered
 	Layout json.RawMessage `json:"layout,omitempty"`
 }

@@ -30,35 +30,39 @@ func (a *api) Inspect(ctx context.Context, r *v1.InspectRequest) (*v1.InspectRes
 			return nil, status(rpc.Errorf(rpc.Invalid, "inspect: %q cannot be asked", w[:maxAsked]))
 		}
 	}
-	b, err := a.t.inspect(ctx, g, protocol.Question{What: r.What})
-	return &v1.InspectResponse{Answer: b}, status(err)
+	text, list, err := a.t.inspect(ctx, g, protocol.Question{What: r.What})
+	return &v1.InspectResponse{Answer: text, ImaList: list}, status(err)
 }
 
 // inspect asks the Builder and reads the answer, which is an inspector's, of a guest's memory: it is passed on.
-func (t *Toolstack) inspect(ctx context.Context, g *guest, q protocol.Question) ([]byte, error) {
+func (t *Toolstack) inspect(ctx context.Context, g *guest, q protocol.Question) (text, list []byte, err error) {
 	g.mu.Lock()
 	up := g.up()
 	g.mu.Unlock()
 	if !up {
-		return nil, rpc.Errorf(rpc.Unavailable, "guest %q is down: only one that runs can be inspected (`redoubt run %s`), or a dump (`redoubt inspect --memory`)", g.saved.Spec.Name, g.saved.Spec.Name)
+		return nil, nil, rpc.Errorf(rpc.Unavailable, "guest %q is down: only one that runs can be inspected (`redoubt run %s`), or a dump (`redoubt inspect --memory`)", g.saved.Spec.Name, g.saved.Spec.Name)
 	}
 	in := protocol.Inspect{UUID: g.saved.UUID, Name: g.saved.Spec.Name, Question: q, Caller: caller(ctx)}
-	return t.ask(ctx, protocol.MethodInspect, in)
+	return t.askRaw(ctx, protocol.MethodInspect, in)
 }
 
-// ask asks the Builder what has a long answer. What is given stays the caller's.
+// ask asks the Builder what has a long answer, of which it gives the JSON. What is given stays the caller's.
 func (t *Toolstack) ask(ctx context.Context, method string, in any, give ...*os.File) ([]byte, error) {
+	text, _, err := t.askRaw(ctx, method, in, give...)
+	return text, err
+}
+
+func (t *Toolstack) askRaw(ctx context.Context, method string, in any, give ...*os.File) (text, raw []byte, err error) {
 	var out protocol.Answered
 	files, err := t.builder.Call(ctx, method, in, &out, give...)
 	defer closeFiles(files)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	b, err := answer.Read(files, out)
-	if err != nil {
+	if text, raw, err = answer.Read(files, out); err != nil {
 		err = fmt.Errorf("%s: %w", method, err)
 	}
-	return b, err
+	return text, raw, err
 }
 
 // measured is what the guest's kernel has measured, for evidence. That it cannot be had is part of the evidence.
@@ -66,7 +70,7 @@ func (t *Toolstack) measured(ctx context.Context, g *guest, after uint32) *ima.L
 	if g.saved.Spec.Boot.Kernel == "" {
 		return &ima.List{Missing: "the guest boots firmware: its kernel is not known to the host, so that its IMA list is not read"}
 	}
-	b, err := t.inspect(ctx, g, protocol.Question{What: []string{"ima"}, After: int(min(after, 1<<30))})
+	b, raw, err := t.inspect(ctx, g, protocol.Question{What: []string{"ima"}, After: int(min(after, 1<<30))})
 	var answer struct {
 		IMA *ima.List `json:"ima"`
 	}
@@ -81,5 +85,6 @@ func (t *Toolstack) measured(ctx context.Context, g *guest, after uint32) *ima.L
 	case answer.IMA == nil:
 		return &ima.List{Error: "the inspector did not say"}
 	}
+	answer.IMA.List = raw
 	return answer.IMA
 }

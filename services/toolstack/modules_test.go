@@ -48,10 +48,7 @@ func TestModules(t *testing.T) {
 			if r.Method != protocol.MethodModules || in.UUID != "id of web" || in.Name != "web" || in.Caller != nobody {
 				t.Errorf("%s: %+v", r.Method, in)
 			}
-			return answer.Get("emulator", func(into *os.File) (int, error) {
-				a, err := answer.Put(into, []byte("a report"))
-				return a.Size, err
-			})
+			return answer.Text("emulator", []byte("a report"))
 		})
 	})
 	for name, modules := range map[string]*spec.Modules{"web": {Default: spec.Isolate}, "plain": nil} {

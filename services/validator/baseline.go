@@ -5,7 +5,6 @@ import (
 	"crypto/sha256"
 	"encoding/json"
 	"fmt"
-	"os"
 	"time"
 
 	"redoubt.dev/redoubt/ipc/rpc"
@@ -148,8 +147,5 @@ func answered(v any) (any, error) {
 }
 
 func bytesAnswered(b []byte) (any, error) {
-	return answer.Get(services.Builder, func(into *os.File) (int, error) {
-		a, err := answer.Put(into, b)
-		return a.Size, err
-	})
+	return answer.Text(services.Builder, b)
 }

@@ -1342,8 +1342,10 @@ func (x *InspectRequest) GetWhat() []string {
 
 type InspectResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// answer as JSON (package introspect/inspect).
-	Answer        []byte `protobuf:"bytes,1,opt,name=answer,proto3" json:"answer,omitempty"`
+	// answer as JSON (package introspect/inspect), without the IMA list.
+	Answer []byte `protobuf:"bytes,1,opt,name=answer,proto3" json:"answer,omitempty"`
+	// ima_list is what the kernel has measured, as its binary_runtime_measurements.
+	ImaList       []byte `protobuf:"bytes,2,opt,name=ima_list,json=imaList,proto3" json:"ima_list,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1381,6 +1383,13 @@ func (*InspectResponse) Descriptor() ([]byte, []int) {
 func (x *InspectResponse) GetAnswer() []byte {
 	if x != nil {
 		return x.Answer
+	}
+	return nil
+}
+
+func (x *InspectResponse) GetImaList() []byte {
+	if x != nil {
+		return x.ImaList
 	}
 	return nil
 }
@@ -2526,9 +2535,10 @@ const file_redoubt_v1_redoubt_proto_rawDesc = "" +
 	"\x06secret\x18\x01 \x01(\fR\x06secret\"8\n" +
 	"\x0eInspectRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
-	"\x04what\x18\x02 \x03(\tR\x04what\")\n" +
+	"\x04what\x18\x02 \x03(\tR\x04what\"D\n" +
 	"\x0fInspectResponse\x12\x16\n" +
-	"\x06answer\x18\x01 \x01(\fR\x06answer\"$\n" +
+	"\x06answer\x18\x01 \x01(\fR\x06answer\x12\x19\n" +
+	"\bima_list\x18\x02 \x01(\fR\aimaList\"$\n" +
 	"\x0eModulesRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\")\n" +
 	"\x0fModulesResponse\x12\x16\n" +

@@ -25,7 +25,7 @@ const maxReason = 512
 func Modules(ctx context.Context, emulator *rpc.Peer) (any, error) {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	return answer.Get(services.Emulator, func(into *os.File) (int, error) {
+	return answer.Get(services.Emulator, func(into *os.File) (protocol.Answered, error) {
 		var out protocol.Answered
 		files, err := emulator.Call(ctx, protocol.MethodReport, protocol.Report{Files: protocol.Files{protocol.FileAnswer}}, &out, into)
 		ipc.CloseAll(files)
@@ -37,6 +37,6 @@ func Modules(ctx context.Context, emulator *rpc.Peer) (any, error) {
 		case err != nil && ctx.Err() == nil: // its own words, which go into the log
 			err = rpc.Errorf(rpc.Unavailable, "%.*s", maxReason, err.Error())
 		}
-		return out.Size, err
+		return out, err
 	})
 }

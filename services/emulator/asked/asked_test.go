@@ -40,7 +40,8 @@ func ask(t *testing.T, emulator rpc.Handler) ([]byte, error) {
 	}
 	defer ipc.CloseAll(w.Files)
 	a, _ := w.Value.(protocol.Answered)
-	return answer.Read(w.Files, a)
+	text, _, err := answer.Read(w.Files, a)
+	return text, err
 }
 
 // TestModules: an emulator's answer comes as it is; one that dies, hangs, lies or talks costs its own answer, within bounds.
@@ -57,7 +58,7 @@ func TestModules(t *testing.T) {
 			})
 		}
 	}
-	b, err := ask(t, give(func(into *os.File) (any, error) { return answer.Put(into, []byte(`{"modules":{}}`)) }))
+	b, err := ask(t, give(func(into *os.File) (any, error) { return answer.Put(into, []byte(`{"modules":{}}`), nil) }))
 	if err != nil || string(b) != `{"modules":{}}` {
 		t.Errorf("%q, %v", b, err)
 	}

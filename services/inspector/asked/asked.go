@@ -116,16 +116,16 @@ func (a *Asker) Ask(ctx context.Context, name string, g *Guest, m Opened, q prot
 		Machine: m.layout, Size: m.size, Question: q,
 		Files: protocol.Files{protocol.FileMemory, protocol.FileKernel, protocol.FileAnswer},
 	}
-	return answer.Get(services.Inspector, func(into *os.File) (size int, err error) {
+	return answer.Get(services.Inspector, func(into *os.File) (is protocol.Answered, err error) {
 		err = a.Run(ctx, name, func(ctx context.Context, peer *rpc.Peer) error {
 			var out protocol.ReadOut
 			if _, err := peer.Call(ctx, protocol.MethodRead, in, &out, append(m.files, into)...); err != nil {
 				return err
 			}
-			size = out.Size
+			is = out.Answered
 			g.learn(out.Layout)
 			return nil
 		})
-		return size, err
+		return is, err
 	})
 }

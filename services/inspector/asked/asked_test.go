@@ -101,9 +101,9 @@ func bad(ctx context.Context, _ *slog.Logger, control *ipc.Conn) error {
 			<-ctx.Done()
 			return nil, ctx.Err()
 		case "stay":
-			return protocol.ReadOut{Size: 1}, nil
+			return protocol.ReadOut{Answered: protocol.Answered{Size: 1}}, nil
 		case "lie":
-			return protocol.ReadOut{Size: protocol.MaxAnswer + 1}, nil
+			return protocol.ReadOut{Answered: protocol.Answered{Size: protocol.MaxAnswer + 1}}, nil
 		case "much":
 			defer peer.Drain()
 			return protocol.ReadOut{Layout: json.RawMessage(`"` + strings.Repeat("x", 2*maxLayout) + `"`)}, nil
