@@ -188,17 +188,21 @@ func (p *parser) file(e []byte, off int64, attr byte) *File {
 
 // longName is the name of the entries before this one, if they belong to it.
 func (p *parser) longName(e []byte) string {
-	var sum byte
-	for _, c := range e[:11] {
-		sum = sum>>1 | sum<<7 + c
-	}
-	if p.long == nil || p.left != 0 || sum != p.sum {
+	if p.long == nil || p.left != 0 || nameSum(e) != p.sum {
 		return ""
 	}
 	if i := slices.Index(p.long, 0); i >= 0 {
 		p.long = p.long[:i]
 	}
 	return string(utf16.Decode(p.long))
+}
+
+// nameSum is what each part of a long name says of the entry that it belongs to (§7.2).
+func nameSum(e []byte) (sum byte) {
+	for _, c := range e[:11] {
+		sum = sum>>1 | sum<<7 + c
+	}
+	return sum
 }
 
 // shortName is a name of 8 and 3 letters; two bits say that they are small ones.

@@ -5,8 +5,8 @@
 // the table, and errors name the byte. What is read is what Linux shows, in its code page 437 and with its long names; times,
 // which have no zone there, are taken for UTC.
 //
-// It is a reader of our own because go-diskfs follows a chain of clusters that leads back to itself for ever, allocates
-// what the boot sector asks for, and reads FAT32 only.
+// It is a reader of our own because what validates a guest's disk must show what the guest's kernel shows: docs/DEPENDENCIES.md
+// says where the known library does not.
 //
 // Source: Microsoft, FAT File System Specification (2004); where it leaves a choice, Linux fs/fat.
 package fat

@@ -150,6 +150,64 @@ func TestHostile(t *testing.T) {
 	}
 }
 
+// TestShownByTheKernel: what a guest's kernel shows of a directory is shown, whatever else would hide it. A reader that ends at the
+// first free entry, or takes a long name for any entry behind it, lets a guest run what its baseline never sees.
+func TestShownByTheKernel(t *testing.T) {
+	const root = 3 * 512
+	names := func(b []byte) string {
+		var all []string
+		for f, err := range open(t, b).Root().ReadDir() {
+			if err != nil {
+				t.Fatal(err)
+			}
+			all = append(all, f.Name)
+		}
+		return strings.Join(all, " ")
+	}
+	b := small()
+	copy(b[root+96+32:], b[root+64:][:32]) // behind an entry that was never used
+	copy(b[root+96+32:], "BEHIND  TXT")
+	if got := names(b); got != "DIR FILE.TXT BEHIND.TXT" {
+		t.Errorf("behind the first free entry: %s", got)
+	}
+	b = small()
+	copy(b[root+96:], b[root+64:][:32])
+	long := b[root+64:][:32]
+	clear(long)
+	long[0], long[11] = 0x41, attrLong
+	for i, c := range "other" {
+		long[1+2*i] = byte(c)
+	}
+	long[13] = nameSum([]byte("FILE    TXT"))
+	if got := names(b); got != "DIR other" {
+		t.Errorf("a long name: %s", got)
+	}
+	long[13]++
+	if got := names(b); got != "DIR FILE.TXT" {
+		t.Errorf("a long name of another entry: %s", got)
+	}
+}
+
+// TestUnread: what cannot be read is an error, not zeros.
+func TestUnread(t *testing.T) {
+	b := small()
+	f, err := Open(reader{b[:6*512], new(int64)}, int64(len(b)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	file, err := f.Lookup("/file.txt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := file.Open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n, err := c.ReadAt(make([]byte, 1100), 0); err == nil || n > 512 {
+		t.Errorf("%d bytes, %v", n, err)
+	}
+}
+
 // wide is small as a FAT32: its root is a chain.
 func wide() []byte {
 	b := small()
