@@ -99,10 +99,10 @@ type scripts struct {
 	files   map[string]string // of this host, by their names in the guest
 	debian  []string          // the kernel's own modules, in /mod
 	script  string
-	extra   string    // more command line
-	rng     bool      // it has the device
-	watch   io.Writer // is told what the guest prints, too
-	built   func(*guest)
+	extra   string        // more command line
+	rng     bool          // it has the device
+	input   <-chan []byte // typed on its console
+	watch   io.Writer     // is told what the guest prints, too
 }
 
 func scripted(t testing.TB, kernel string, m *isolate.Modules, files map[string]string, script string) (map[string]string, isolate.Report) {
@@ -113,11 +113,26 @@ func scripted(t testing.TB, kernel string, m *isolate.Modules, files map[string]
 // run returns the script's lines CHECK by name.
 func (s scripts) run(t testing.TB) (map[string]string, isolate.Report) {
 	t.Helper()
+	return s.finish(t, s.build(t))
+}
+
+// finish runs the guest that was built.
+func (s scripts) finish(t testing.TB, g *guest) (map[string]string, isolate.Report) {
+	t.Helper()
+	if o := g.run(t); o.Kind != PowerOff {
+		t.Errorf("outcome %v", o)
+	}
+	return s.said(t, g)
+}
+
+// build makes the guest, which then is to be run.
+func (s scripts) build(t testing.TB) *guest {
+	t.Helper()
 	tpm := startTPM(t)
-	g := boot{
+	return boot{
 		kernel: s.kernel, vcpus: s.vcpus, what: "script", files: s.files, modules: s.debian, script: s.script, extra: "quiet " + s.extra,
 		change: func(cfg *Config) {
-			cfg.TPM, cfg.Modules = tpm, s.modules
+			cfg.TPM, cfg.Modules, cfg.ConsoleIn = tpm, s.modules, s.input
 			if s.rng {
 				cfg.Devices = []pci.Placed{rng(t)}
 			}
@@ -131,12 +146,11 @@ func (s scripts) run(t testing.TB) (map[string]string, isolate.Report) {
 			}
 		},
 	}.build(t)
-	if s.built != nil {
-		s.built(g)
-	}
-	if o := g.run(t); o.Kind != PowerOff {
-		t.Errorf("outcome %v", o)
-	}
+}
+
+// said returns what a guest has said that was run.
+func (s scripts) said(t testing.TB, g *guest) (map[string]string, isolate.Report) {
+	t.Helper()
 	said := map[string]string{}
 	for line := range strings.Lines(g.console.String()) {
 		if name, rest, ok := strings.Cut(strings.TrimRight(strings.TrimPrefix(line, "CHECK "), "\r\n"), " "); ok && strings.HasPrefix(line, "CHECK ") {

@@ -112,20 +112,23 @@ func BenchmarkIsolateModule(b *testing.B) {
 			for b.Loop() {
 				var g *guest
 				var took time.Duration
-				watch := &stopwatch{at: map[string]uint64{}}
-				watch.exits = func() uint64 {
-					start := time.Now()
-					if err := c.take(g.Machine); err != nil {
-						b.Error(err)
-					}
-					took = time.Since(start)
-					return 0
-				}
-				scripts{
+				guest := scripts{
 					files:  map[string]string{"workload": program},
 					extra:  fmt.Sprintf("memmap=%d$%d", pages*pageSize, reserved),
-					script: "/workload refault 64\necho LIVES\n", watch: watch, built: func(m *guest) { g = m },
-				}.run(b)
+					script: "/workload refault 64\necho LIVES\n",
+					watch: &eachLine{tell: func(l string) {
+						if !strings.HasPrefix(l, "MARK ") {
+							return
+						}
+						start := time.Now()
+						if err := c.take(g.Machine); err != nil {
+							b.Error(err)
+						}
+						took = time.Since(start)
+					}},
+				}
+				g = guest.build(b)
+				guest.finish(b, g)
 				at := func(key string) float64 {
 					words := strings.Fields(g.console.value(key))
 					if len(words) != 2 {
