@@ -53,6 +53,15 @@ func (s *service) snapshot(in protocol.Snapshot, files map[string][]*os.File) (o
 	for _, d := range s.disks {
 		d.rings.Drain(drained)
 	}
+	took := false
+	defer func() { // a snapshot that nobody learns of would take copies until its memory is full
+		if err == nil || !took {
+			return
+		}
+		for _, d := range disks {
+			err = errors.Join(err, d.image.Drop())
+		}
+	}()
 	start := time.Now()
 	for _, d := range disks {
 		d.image.Hold()
@@ -65,7 +74,7 @@ func (s *service) snapshot(in protocol.Snapshot, files map[string][]*os.File) (o
 		for i, d := range disks {
 			err = errors.Join(err, d.image.Begin(snapshots[i], in.Validated))
 		}
-		snapshots = nil
+		snapshots, took = nil, true
 	}
 	out.Held = time.Since(start)
 	if err == nil {

@@ -29,7 +29,7 @@ func memory(t *testing.T, size int64) *os.File {
 }
 
 // TestSnapshot: a snapshot is begun when the guest's emulator says that the guest stands still, which is told when it is begun;
-// and where the emulator says nothing, or the disk is another connection's by then, there is none.
+// and where the emulator says nothing or is gone, or the disk is another connection's by then, there is none.
 func TestSnapshot(t *testing.T) {
 	own, err := ipc.Duplicate(memory(t, testDisk))
 	if err != nil {
@@ -53,6 +53,7 @@ func TestSnapshot(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	gone := false // the emulator, before it is told
 	// begin has a snapshot begun; stop is what the emulator does meanwhile, which is over when it returns.
 	begin := func(stop func(stopped *os.File)) (f *os.File, told bool, err error) {
 		t.Helper()
@@ -64,6 +65,9 @@ func TestSnapshot(t *testing.T) {
 		tells, begun, err := ipc.OneWay()
 		if err != nil {
 			t.Fatal(err)
+		}
+		if gone {
+			tells.Close()
 		}
 		go func() {
 			stop(stopped)
@@ -107,6 +111,14 @@ func TestSnapshot(t *testing.T) {
 		t.Errorf("a guest that was not stopped: %v, %v", told, err)
 	}
 	shows(f, 2) // of the last snapshot, which is in force
+	gone = true
+	f, told, err = begin(func(stopped *os.File) { _, _ = stopped.Write([]byte{1}) })
+	if err == nil || told {
+		t.Errorf("an emulator that is gone: %v, %v", told, err)
+	}
+	write(4)
+	shows(f, 4) // nothing was copied
+	gone = false
 	_, told, err = begin(func(stopped *os.File) {
 		s.mu.Lock()
 		s.disks[0] = &disk{image: d.image, rings: d.rings}
