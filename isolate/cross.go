@@ -4,7 +4,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"time"
 
 	"redoubt.dev/redoubt/isolate/frames"
 	"redoubt.dev/redoubt/isolate/policy"
@@ -26,27 +25,24 @@ const (
 
 // enter runs a module from where the kernel came to its code, until the kernel is to go on.
 func (i *Isolation) enter(v *view, r *kvm.Regs) error {
-	s, err := i.stackOf(r.RSP)
+	s, err := i.stackOf(v, r.RSP)
 	if err != nil {
 		return i.kill(v, r, r.RIP, Event{Kind: Stack, Detail: err.Error()})
 	}
 	if !s.has(r.RSP) { // the word above an empty stack
 		return i.kill(v, r, r.RIP, Event{Kind: Stack, Detail: fmt.Sprintf("the stack pointer is %#x", r.RSP)})
 	}
-	name, begins := v.begins[r.RIP]
-	kind, err := v.frames.Enter(s.from, r.RIP, r.RSP, word(s.word(r.RSP)), begins)
+	begins := v.function(r.RIP)
+	kind, err := v.frames.Enter(s.from, r.RIP, r.RSP, word(s.word(r.RSP)), begins != nil)
 	if err != nil {
 		return i.kill(v, r, r.RIP, Event{Kind: Entry, Address: r.RIP, Detail: err.Error()})
 	}
-	i.account(v.name, func(a *Account) {
-		switch kind {
-		case frames.Call:
-			count(a.Entries, name)
-		case frames.Resume:
-			a.Resumed++
-		}
-	})
-	if kind == frames.Return {
+	switch kind {
+	case frames.Call:
+		begins.times++
+	case frames.Resume:
+		i.account(v.name, func(a *Account) { a.Resumed++ })
+	case frames.Return:
 		v.objects.made(s.from, r.RSP-8, r.RAX, i.pageAddress)
 	}
 	for _, gpa := range v.user { // of the process that ran then
@@ -86,14 +82,15 @@ func (i *Isolation) run(v *view) error {
 	cpu := i.turn.id
 	v.running = true
 	defer func() { v.running = false }()
-	for v.begun, v.trap = time.Now(), false; ; {
-		if v.late() && !v.trap { // in a stub it could not be left: there it is when the exception comes
-			v.begun = time.Now()
+	now := since()
+	for v.begun, v.trap = now, false; ; now = since() {
+		if now-v.begun > int64(spell) && !v.trap { // in a stub it could not be left: there it is when the exception comes
+			v.begun = now
 			v.vcpu.Kick()
 		}
 		v.trap = false
 		i.turns.Unlock()
-		v.slicer.begin(slice << min(v.aside, longer)) // of a busy host a slice may pass before it has begun
+		v.slicer.begin(now, slice<<min(v.aside, longer)) // of a busy host a slice may pass before it has begun
 		reason, err := v.vcpu.Run()
 		v.slicer.end()
 		i.take(cpu)
@@ -216,7 +213,7 @@ func (i *Isolation) yield(v *view) (done bool, err error) {
 }
 
 // late says that the module had its time.
-func (v *view) late() bool { return time.Since(v.begun) > spell }
+func (v *view) late() bool { return since()-v.begun > int64(spell) }
 
 // interrupt lets the kernel go on in the middle of the module's code.
 func (i *Isolation) interrupt(v *view, r kvm.Regs) error {
@@ -251,54 +248,78 @@ func (i *Isolation) left(v *view, r kvm.Regs) (done bool, err error) {
 		return true, i.toKernel(v, r, base)
 	}
 	ret := word(v.mine(r.RSP))
-	name, e := i.judgeCall(v, ret, r.RIP)
+	f, e := i.judgeCall(v, ret, r.RIP)
 	if e != nil {
 		return true, i.kill(v, &r, ret, *e)
 	}
-	if e := i.judgeArguments(v, name, &r); e != nil {
-		if e.At = v.describe(ret); !e.Allowed {
-			return true, i.kill(v, &r, ret, *e)
+	if !f.plain {
+		if e := i.judgeArguments(v, f.name, &r); e != nil {
+			if e.At = v.describe(ret); !e.Allowed {
+				return true, i.kill(v, &r, ret, *e)
+			}
+			i.event(v.named(*e))
 		}
-		i.event(v.named(*e))
 	}
 	if err := v.frames.Calls(s.from, r.RSP, ret, v.hasCode(ret)); err != nil {
-		return true, i.kill(v, &r, ret, Event{Kind: Stack, Symbol: name, At: v.describe(ret), Detail: err.Error()})
+		return true, i.kill(v, &r, ret, Event{Kind: Stack, Symbol: f.name, At: v.describe(ret), Detail: err.Error()})
 	}
-	i.account(v.name, func(a *Account) { count(a.Calls, name) })
-	for _, o := range v.objects.asked(s.from, name, &r, i.perCPU, i.pageAddress) {
-		if err := i.freedObject(v.module, o); err != nil {
-			return false, err
+	if f.once {
+		i.account(v.name, func(a *Account) { count(a.Calls, f.name, 1) })
+	} else {
+		f.times++
+	}
+	if !f.plain {
+		for _, o := range v.objects.asked(s.from, f.name, &r, i.perCPU, i.pageAddress) {
+			if err := i.freedObject(v.module, o); err != nil {
+				return false, err
+			}
 		}
 	}
 	return true, i.toKernel(v, r, base)
 }
 
-// judgeCall names the function that a module calls, from before ret, and says why it may not, if so.
-func (i *Isolation) judgeCall(v *view, ret, to uint64) (string, *Event) {
-	if name, ok := v.allowed[to]; ok {
-		return name, nil
+// function is the module's own that begins at an address, nil: none does.
+func (m *module) function(at uint64) *counted {
+	if f := m.entered.get(at); f != nil {
+		return f
+	}
+	name, ok := m.begins[at]
+	if !ok {
+		return nil
+	}
+	f := &counted{name: name}
+	m.entered.put(at, f)
+	return f
+}
+
+// judgeCall finds the function that a module calls, from before ret, and says why it may not, if so.
+func (i *Isolation) judgeCall(v *view, ret, to uint64) (*counted, *Event) {
+	if f := v.allowed.get(to); f != nil {
+		return f, nil
 	}
 	names := i.called(to)
 	if names == nil && i.patched(v, ret, to) {
 		names = []string{policy.Trampoline}
 	}
 	if len(names) == 0 {
-		return "", &Event{Kind: Call, Symbol: i.describe(to), Address: to, At: v.describe(ret), Detail: "no function begins there"}
+		return nil, &Event{Kind: Call, Symbol: i.describe(to), Address: to, At: v.describe(ret), Detail: "no function begins there"}
 	}
 	name, allowed := i.mayCall(v, names)
+	f := &counted{name: name, plain: plain(name)}
 	switch {
+	case allowed && i.kernel.text.has(to): // where nothing moves; what a profile allows it allows for good
+		v.allowed.put(to, f)
+		return f, nil
 	case allowed:
-		if i.kernel.text.has(to) { // where nothing moves; what a profile allows it allows for good
-			v.allowed[to] = name
-		}
 	case i.cfg.Modules.Mode == policy.Monitor:
 		i.event(v.named(Event{Kind: Call, Symbol: name, Address: to, At: v.describe(ret), Allowed: true}))
 	case i.cfg.Modules.Mode == policy.Learn && !policy.Never(name):
 		i.learn(func() { v.profile.LearnCall(name) })
 	default:
-		return "", &Event{Kind: Call, Symbol: name, Address: to, At: v.describe(ret)}
+		return nil, &Event{Kind: Call, Symbol: name, Address: to, At: v.describe(ret)}
 	}
-	return name, nil
+	f.once = true
+	return f, nil
 }
 
 // patched says whether a call, which returns to ret, is one that the kernel has put into the module's code, to code that it has made
@@ -414,13 +435,13 @@ func (i *Isolation) insane(v *view) *Event {
 	if err != nil {
 		return &Event{Kind: Control, Detail: err.Error()}
 	}
-	got, was := fixedOf(s), fixedOf(&v.sane)
-	if got == was {
+	got := fixedOf(s)
+	if got == v.fixed {
 		return nil
 	}
 	for n, name := range fixedRegisters {
-		if got[n] != was[n] {
-			return &Event{Kind: Control, Symbol: name, Detail: fmt.Sprintf("%#x in the place of %#x", got[n], was[n])}
+		if got[n] != v.fixed[n] {
+			return &Event{Kind: Control, Symbol: name, Detail: fmt.Sprintf("%#x in the place of %#x", got[n], v.fixed[n])}
 		}
 	}
 	return nil

@@ -100,6 +100,7 @@ type cpu struct {
 	CPU
 	id    int
 	again uint64 // where it came to code that was gone
+	last  *view  // that it was in
 }
 
 // Modules is the policy of a guest's modules.
@@ -270,6 +271,10 @@ func (i *Isolation) Fetched(cpu int) (bool, error) {
 	if err != nil {
 		return false, err
 	}
+	if v := c.last; v != nil && !v.gone && v.hasCode(r.RIP) {
+		c.again = 0
+		return true, i.enter(v, &r)
+	}
 	m := i.text[page(r.RIP)]
 	if m == nil {
 		// Another vCPU may have given the module's code back meanwhile: then it is there now.
@@ -283,6 +288,7 @@ func (i *Isolation) Fetched(cpu int) (bool, error) {
 		i.event(m.named(Event{Kind: Entry, Address: r.RIP, Symbol: m.describe(r.RIP), Detail: err.Error()}))
 		return true, i.raise(r, invalidOpcode, 0)
 	}
+	c.last = v
 	return true, i.enter(v, &r)
 }
 

@@ -184,6 +184,12 @@ func argument(r *kvm.Regs, n int) uint64 {
 	return [...]uint64{r.RDI, r.RSI, r.RDX, r.RCX, r.R8, r.R9}[n]
 }
 
+// plain says whether a call of a function of the kernel's writes nothing for a module, and neither gives nor takes memory.
+func plain(name string) bool {
+	_, writes := writers[name]
+	return !writes && !byDevice[name] && !memoryOf(name)
+}
+
 // judgeArguments judges what a function of the kernel's would write for the module, itself or by a device.
 func (i *Isolation) judgeArguments(v *view, name string, r *kvm.Regs) *Event {
 	if all, ok, err := i.dma(name, r); ok {
@@ -284,6 +290,14 @@ var allocators = map[string]allocator{
 }
 
 var deallocators = map[string]int{"kfree": 0, "kvfree": 0, "vfree": 0, "kfree_sensitive": 0, "kmem_cache_free": 1, "free_pages": 0, "devm_kfree": 1, "free_percpu": 0, "__free_pages": 0}
+
+// memoryOf says whether a function gives or takes memory.
+func memoryOf(name string) bool {
+	name = strings.TrimSuffix(name, "_noprof")
+	_, takes := deallocators[name]
+	_, gives := allocators[name]
+	return takes || gives
+}
 
 // asked notes a call of the module's that allocates or frees, and says what it frees. perCPU is how far the processors' variables
 // lie from what stands for them.

@@ -89,7 +89,7 @@ func (i *Isolation) isolate(at uint64, name string) (err error) {
 	if len(i.modules) >= maxModules {
 		return fmt.Errorf("%d modules are isolated already", maxModules)
 	}
-	m := &module{name: name, begins: map[uint64]string{}, allowed: map[uint64]string{}, views: make([]*view, len(i.cpus)), profile: i.profile(name)}
+	m := &module{name: name, begins: map[uint64]string{}, views: make([]*view, len(i.cpus)), profile: i.profile(name)}
 	if m.regions, err = i.regions(at); err != nil {
 		return err
 	}
@@ -279,6 +279,8 @@ func (i *Isolation) freed(r *kvm.Regs) error {
 		if !ok {
 			continue
 		}
+		i.tell(m)
+		m.entered = recent{} // functions may be gone
 		for at := page(g.from); at < g.to; at += pageSize {
 			delete(i.text, at)
 		}

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"slices"
 	"sync"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -21,6 +20,7 @@ type view struct {
 	layout *layout.View
 	memory [2][]byte // the layout's
 	sane   kvm.Sregs // the registers that nothing may change
+	fixed  [len(fixedRegisters)]uint64
 
 	slots  map[uint64]grant  // pages of the guest's that the view has, by guest-physical address
 	seen   map[uint64]uint64 // where they were mapped last
@@ -32,7 +32,7 @@ type view struct {
 	kicks  sync.Mutex // over dead
 	dead   bool       // the processor is gone
 	aside  int        // slices in which it was found outside its code
-	begun  time.Time  // its turn
+	begun  int64      // its turn, since epoch
 	trap   bool       // it stands in the stub of an exception
 	user   []uint64   // pages of the process that runs, which the view has
 
@@ -151,6 +151,7 @@ func (i *Isolation) machine(v *view) (err error) {
 	if v.sane, err = v.vcpu.Sregs(); err != nil {
 		return err
 	}
+	v.fixed = fixedOf(&v.sane)
 	return i.copyThunks(v)
 }
 

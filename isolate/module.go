@@ -18,7 +18,8 @@ type module struct {
 	self    span              // its struct module, which is the kernel's
 	begins  map[uint64]string // functions, by address
 	imports []string          // functions of the kernel, and of other modules, that it was linked with
-	allowed map[uint64]string // functions of the kernel's that it called and may call, by address
+	entered recent            // those that the kernel came to
+	allowed recent            // functions of the kernel's that it called and may call
 	views   []*view           // by vCPU; nil where that has not been in it
 	frames  frames.Frames
 	objects objects

@@ -81,6 +81,7 @@ func (i *Isolation) Report() Report {
 	permissions := map[string][]Permission{}
 	for _, m := range i.modules {
 		permissions[m.name] = i.permissions(m)
+		i.tell(m)
 	}
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -102,10 +103,18 @@ func (i *Isolation) Report() Report {
 // maxCounted bounds the names that an account counts.
 const maxCounted = 1 << 9
 
-func count(m map[string]uint64, name string) {
+func count(m map[string]uint64, name string, times uint64) {
 	if _, ok := m[name]; ok || len(m) < maxCounted {
-		m[name]++
+		m[name] += times
 	}
+}
+
+// tell brings a module's account up to what has been counted beside it.
+func (i *Isolation) tell(m *module) {
+	i.account(m.name, func(a *Account) {
+		m.entered.told(a.Entries)
+		m.allowed.told(a.Calls)
+	})
 }
 
 func (i *Isolation) account(name string, f func(*Account)) {

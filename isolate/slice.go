@@ -26,9 +26,9 @@ var epoch = time.Now().Add(-1)
 
 func since() int64 { return int64(time.Since(epoch)) }
 
-// begin says that a run begins, which may last for d.
-func (s *slicer) begin(d time.Duration) {
-	due := since() + int64(d)
+// begin says that a run begins now, since epoch, which may last for d.
+func (s *slicer) begin(now int64, d time.Duration) {
+	due := now + int64(d)
 	s.due.Store(due)
 	if at := s.at.Load(); at != 0 && at <= due { // fire sees due, or at is 0 here
 		return

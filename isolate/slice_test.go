@@ -29,7 +29,7 @@ func TestSlicer(t *testing.T) {
 				var kicks []time.Duration
 				s := slicer{kick: func() { kicks = append(kicks, time.Since(start)) }}
 				for _, r := range c.runs {
-					s.begin(r.may)
+					s.begin(since(), r.may)
 					<-time.After(r.lasts)
 					synctest.Wait()
 					s.end()
@@ -63,14 +63,14 @@ func TestSlicerRace(t *testing.T) {
 	}}
 	for n := range 2000 {
 		for k := range n % 50 { // short ones, while the timer fires
-			s.begin(time.Duration(k) * time.Microsecond)
+			s.begin(since(), time.Duration(k) * time.Microsecond)
 			s.end()
 		}
 		select { // of one that was over when it was kicked
 		case <-kicked:
 		default:
 		}
-		s.begin(time.Duration(n%7) * 10 * time.Microsecond)
+		s.begin(since(), time.Duration(n%7) * 10 * time.Microsecond)
 		select {
 		case <-kicked:
 		case <-time.After(10 * time.Second):

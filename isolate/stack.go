@@ -14,10 +14,13 @@ type stack struct {
 	pages [][]byte // the guest's memory, lowest first
 }
 
-// stackOf finds the stack that an address is on: the pages around it that are mapped one after another, where there are as many
+// stackOf finds the stack that an address is on, for a view: the pages around it that are mapped one after another, where there are as many
 // as a stack has at most; else the aligned ones.
-func (i *Isolation) stackOf(sp uint64) (*stack, error) {
+func (i *Isolation) stackOf(v *view, sp uint64) (*stack, error) {
 	const most = layout.StackPages
+	if s := v.stack; s != nil && !v.restack && s.has(sp-1) { // mostly the one it was on
+		return s, nil
+	}
 	at := page(sp - 1)
 	for base := at; base+most*pageSize > at && base != 0; base -= pageSize { // one that was found before
 		if s := i.stacks[base]; s != nil && s.has(sp-1) {

@@ -4,7 +4,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"time"
 
 	"redoubt.dev/redoubt/introspect/paging"
 	"redoubt.dev/redoubt/isolate/policy"
@@ -58,7 +57,7 @@ func (i *Isolation) trapped(v *view, r kvm.Regs) (done bool, err error) {
 					return true, i.interrupt(v, r)
 				}
 			case v.late(): // in a thunk, for a spell once more
-				v.begun = time.Now()
+				v.begun = since()
 				if v.aside++; v.aside > maxAside {
 					return true, i.killTrapped(v, r, Event{Kind: Control, Detail: fmt.Sprintf("it runs at %#x and does not come back", r.RIP)})
 				}
@@ -328,7 +327,7 @@ func (i *Isolation) accessed(v *view, x kvm.MMIO) (done bool, err error) {
 		}
 		return false, i.resume(v, *before)
 	}
-	i.account(v.name, func(a *Account) { count(a.Writes, object) })
+	i.account(v.name, func(a *Account) { count(a.Writes, object, 1) })
 	return false, nil
 }
 

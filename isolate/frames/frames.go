@@ -54,7 +54,34 @@ func (r record) near(sp uint64) bool { return sp == r.at || sp+8 == r.at || sp =
 
 // Frames are one module's.
 type Frames struct {
-	stacks map[uint64][]record // by where the stack lies; one without records may be dropped at any time
+	stacks map[uint64]*calls // by where the stack lies; one without records may be dropped at any time
+	last   *calls            // the one that was asked for last: mostly it is the next, too
+}
+
+// calls lie on one stack.
+type calls struct {
+	stack uint64
+	all   []record
+}
+
+// on is what lies on a stack; nil: nothing ever did.
+func (f *Frames) on(stack uint64) *calls {
+	if f.last != nil && f.last.stack == stack {
+		return f.last
+	}
+	c := f.stacks[stack]
+	if c != nil {
+		f.last = c
+	}
+	return c
+}
+
+// records are those on a stack.
+func (f *Frames) records(stack uint64) []record {
+	if c := f.on(stack); c != nil {
+		return c.all
+	}
+	return nil
 }
 
 // An Entry is what Enter made of an entry.
@@ -72,10 +99,7 @@ func (e Entry) String() string { return [...]string{"", "call", "return", "resum
 // Enter judges the kernel's going on at an address of the module, with the stack pointer sp on the stack that is known as
 // stack. begins says whether a function begins there; top is the word at sp.
 func (f *Frames) Enter(stack, address, sp, top uint64, begins bool) (Entry, error) {
-	if f.stacks == nil {
-		f.stacks = map[uint64][]record{}
-	}
-	all := f.stacks[stack]
+	all := f.records(stack)
 	lay := len(all)
 	// What lies below the stack pointer is over. A call's return address lies just below it when the call has returned.
 	for len(all) > 0 {
@@ -108,18 +132,25 @@ func (f *Frames) Enter(stack, address, sp, top uint64, begins bool) (Entry, erro
 		return 0, ErrDepth
 	}
 	if len(f.stacks) >= maxStacks {
-		maps.DeleteFunc(f.stacks, func(_ uint64, all []record) bool { return len(all) == 0 })
+		maps.DeleteFunc(f.stacks, func(_ uint64, c *calls) bool { return len(c.all) == 0 })
+		f.last = nil
 		if len(f.stacks) >= maxStacks {
 			return 0, ErrDepth
 		}
 	}
-	f.stacks[stack] = append(all, record{entered, sp, top})
+	if f.on(stack) == nil {
+		if f.stacks == nil {
+			f.stacks = map[uint64]*calls{}
+		}
+		f.stacks[stack] = &calls{stack: stack}
+	}
+	f.set(stack, append(all, record{entered, sp, top}))
 	return Call, nil
 }
 
 // Base is where the innermost entry on a stack found its return address: what lies at and above it is the kernel's.
 func (f *Frames) Base(stack uint64) (uint64, bool) {
-	all := f.stacks[stack]
+	all := f.records(stack)
 	for i := len(all) - 1; i >= 0; i-- {
 		if all[i].kind == entered {
 			return all[i].at, true
@@ -131,7 +162,7 @@ func (f *Frames) Base(stack uint64) (uint64, bool) {
 // Returns judges the module's leaving to an address with the stack pointer sp: whether it is the return to its caller.
 // An address that is no caller's is none, and to be judged as a call.
 func (f *Frames) Returns(stack, address, sp uint64) (bool, error) {
-	all := f.stacks[stack]
+	all := f.records(stack)
 	i := len(all) - 1
 	if i < 0 || all[i].kind != entered {
 		return false, ErrStack // the module runs without having been entered
@@ -154,7 +185,7 @@ func (f *Frames) Returns(stack, address, sp uint64) (bool, error) {
 // Calls judges the module's leaving by a call, with its return address ret at sp, that lies in the module where mine. A
 // call in the place of a return (a tail call) leaves the caller's address there.
 func (f *Frames) Calls(stack, sp, ret uint64, mine bool) error {
-	all := f.stacks[stack]
+	all := f.records(stack)
 	i := len(all) - 1
 	if i < 0 || all[i].kind != entered {
 		return ErrStack
@@ -173,7 +204,7 @@ func (f *Frames) Calls(stack, sp, ret uint64, mine bool) error {
 	case len(all) >= maxDepth:
 		return ErrDepth
 	}
-	f.stacks[stack] = append(all, record{called, sp, ret})
+	f.set(stack, append(all, record{called, sp, ret}))
 	return nil
 }
 
@@ -188,7 +219,7 @@ func (f *Frames) Fault(stack, address, sp uint64) error {
 }
 
 func (f *Frames) leave(stack uint64, r record) error {
-	all := f.stacks[stack]
+	all := f.records(stack)
 	i := len(all) - 1
 	if i < 0 || all[i].kind != entered || r.at > all[i].at {
 		return ErrStack
@@ -196,14 +227,14 @@ func (f *Frames) leave(stack uint64, r record) error {
 	if len(all) >= maxDepth {
 		return ErrDepth
 	}
-	f.stacks[stack] = append(all, r)
+	f.set(stack, append(all, r))
 	return nil
 }
 
 // Trace is the addresses of the crossings on a stack, the innermost first: where the kernel called the module from, and the
 // module the kernel.
 func (f *Frames) Trace(stack uint64) []uint64 {
-	all := f.stacks[stack]
+	all := f.records(stack)
 	out := make([]uint64, 0, len(all))
 	for _, r := range slices.Backward(all) {
 		out = append(out, r.address)
@@ -212,16 +243,20 @@ func (f *Frames) Trace(stack uint64) []uint64 {
 }
 
 // Drop forgets a stack, which the kernel has given back.
-func (f *Frames) Drop(stack uint64) { delete(f.stacks, stack) }
+func (f *Frames) Drop(stack uint64) {
+	delete(f.stacks, stack)
+	f.last = nil
+}
 
 // Len is how many crossings have not been made back.
 func (f *Frames) Len() int {
 	n := 0
-	for _, all := range f.stacks {
-		n += len(all)
+	for _, c := range f.stacks {
+		n += len(c.all)
 	}
 	return n
 }
 
-// set keeps the memory of a stack whose last record is gone: the next call is made there.
-func (f *Frames) set(stack uint64, all []record) { f.stacks[stack] = all }
+// set changes what lies on a stack that has been entered. The memory of one whose last record is gone is kept: the next call is made
+// there.
+func (f *Frames) set(stack uint64, all []record) { f.on(stack).all = all }
