@@ -63,14 +63,14 @@ func TestSlicerRace(t *testing.T) {
 	}}
 	for n := range 2000 {
 		for k := range n % 50 { // short ones, while the timer fires
-			s.begin(since(), time.Duration(k) * time.Microsecond)
+			s.begin(since(), time.Duration(k)*time.Microsecond)
 			s.end()
 		}
 		select { // of one that was over when it was kicked
 		case <-kicked:
 		default:
 		}
-		s.begin(since(), time.Duration(n%7) * 10 * time.Microsecond)
+		s.begin(since(), time.Duration(n%7)*10*time.Microsecond)
 		select {
 		case <-kicked:
 		case <-time.After(10 * time.Second):
