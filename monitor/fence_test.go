@@ -1,15 +1,19 @@
 package monitor
 
 import (
+	"encoding/binary"
 	"fmt"
+	"hash/crc32"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 
 	"redoubt.dev/redoubt/isolate"
+	"redoubt.dev/redoubt/isolate/attack"
 	"redoubt.dev/redoubt/isolate/policy"
 	"redoubt.dev/redoubt/lab"
+	"redoubt.dev/redoubt/lab/workload"
 	"redoubt.dev/redoubt/pci"
 	"redoubt.dev/redoubt/pci/topology"
 	"redoubt.dev/redoubt/virtio"
@@ -105,6 +109,59 @@ func worksFenced(t *testing.T, vcpus int, kernel string, modes []policy.Mode, tr
 			}
 		}
 		policies.Profiles = r.Profiles
+	}
+}
+
+// Debian's crc32c hashes isolated what it has to, by each digest in a block of zeros that the next is made of.
+func TestFenceChecksum(t *testing.T) {
+	lab.NeedsKVM(t)
+	const times = 20
+	block := make([]byte, 4096)
+	for range times {
+		binary.LittleEndian.PutUint32(block, crc32.Checksum(block, crc32.MakeTable(crc32.Castagnoli)))
+	}
+	want := fmt.Sprintf("value %d %d ", times, binary.LittleEndian.Uint32(block))
+	program, err := workload.Build(t.Context(), cache(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	inBothModes(t, "crc32c_generic", scripts{
+		kernel: "6.1", debian: []string{"crc32c_generic", "af_alg", "algif_hash"}, files: map[string]string{"workload": program},
+		script: fmt.Sprintf("for m in $(cat /mod/order); do insmod /mod/$m; done; echo CHECK digest $(/workload digest %d); echo LIVES\n", times),
+	}, "digest", want, "af_alg", "algif_hash")
+}
+
+// The kernel patches an isolated module's code for the module's static key, while the module is called, and back.
+func TestFenceStaticKey(t *testing.T) {
+	lab.NeedsKVM(t)
+	built, err := attack.Build(t.Context(), cache(t), "6.1-cloud")
+	if err != nil {
+		t.Fatal(err)
+	}
+	inBothModes(t, "keyed", scripts{
+		files: map[string]string{"mod/keyed.ko": built["keyed"]},
+		script: `insmod /mod/keyed.ko; k=/proc/keyed
+for n in 1 2 3; do way="$way $(cat $k)"; echo 1 >$k; way="$way $(cat $k)"; echo 0 >$k; done
+rmmod keyed; echo CHECK way $way; echo LIVES
+`,
+	}, "way", strings.TrimSpace(strings.Repeat("straight taken ", 3)))
+}
+
+// inBothModes has a module isolated that learns, then may do what it has learnt; each time what it says begins with what is wanted, and
+// nothing is refused.
+func inBothModes(t *testing.T, module string, s scripts, key, want string, trusted ...string) {
+	t.Helper()
+	m := isolate.Modules{Default: isolate.Isolate, Trusted: trusted, Mode: policy.Learn}
+	for _, mode := range []policy.Mode{policy.Learn, policy.Enforce} {
+		m.Mode = mode
+		s.modules = &m
+		said, r := s.run(t)
+		a := r.Modules[module]
+		if !strings.HasPrefix(said[key]+" ", strings.TrimSpace(want)+" ") || a == nil || a.Verdict != isolate.Isolate || a.Refused > 0 || len(a.Entries) < 2 {
+			t.Fatalf("%s: %q, want %q; %+v", mode, said[key], want, a)
+		}
+		t.Logf("%s: %s", mode, summary(a))
+		m.Profiles = r.Profiles
 	}
 }
 

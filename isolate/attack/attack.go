@@ -11,6 +11,8 @@
 // goes on, and the next may be tried; but it can no longer be removed. Two names are no attacks: none makes the calls that
 // attacks make and that a module may make, die is killed.
 //
+// The others are no attackers, but what isolation has to bear with: several vCPUs, nine pages of code, a static key.
+//
 // Not here: DMA. Who programs a device writes its registers, which attack "device" stands for.
 package attack
 
@@ -30,7 +32,7 @@ var source embed.FS
 var Kernels = []string{"6.1-cloud", "6.12-cloud", "6.12"}
 
 // Modules are the files that Build returns: victim first, on which the others depend.
-var Modules = []string{"victim", "attack", "dummy", "several", "dma", "nine"}
+var Modules = []string{"victim", "attack", "dummy", "several", "dma", "nine", "keyed"}
 
 // Build returns the modules' files by name, for a kernel of Kernels.
 func Build(ctx context.Context, root *debian.Root, kernel string) (map[string]string, error) {
