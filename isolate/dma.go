@@ -45,24 +45,12 @@ type piece struct{ at, size uint64 }
 
 var errPieces = fmt.Errorf("more than %d pieces, or a list that leads nowhere", maxPieces)
 
-// byDevice are the functions that dma knows.
-var byDevice = map[string]bool{
-	"virtqueue_add_inbuf": true, "virtqueue_add_inbuf_ctx": true, "virtqueue_add_inbuf_premapped": true, "virtqueue_add_sgs": true,
-	"dma_map_sg_attrs": true, "dma_map_sgtable": true, "dma_map_page_attrs": true,
-}
-
-// dma is what a device will write when a module calls a function: the buffers that it puts into a virtio queue for that, and what it maps
-// for a device to write (Documentation/core-api/dma-api.rst). false: the function has no device write.
-func (i *Isolation) dma(name string, r *kvm.Regs) (all []piece, ok bool, err error) {
-	const toDevice, none = 1, 3 // enum dma_data_direction
-	if !byDevice[name] {
-		return nil, false, nil
-	}
-	l := &i.kernel.lists
-	switch name {
-	case "virtqueue_add_inbuf", "virtqueue_add_inbuf_ctx", "virtqueue_add_inbuf_premapped":
-		all, err = i.scattered(all, argument(r, 1), argument(r, 2)&0xffffffff)
-	case "virtqueue_add_sgs":
+// byDevice are the functions of the kernel's that have a device write for a module, and what that is: the buffers that it puts into a
+// virtio queue for that, and what it maps for a device to write (Documentation/core-api/dma-api.rst). false: this call has none
+// write.
+var byDevice = map[string]func(*Isolation, *kvm.Regs) (all []piece, ok bool, err error){
+	"virtqueue_add_inbuf": (*Isolation).inBuffers, "virtqueue_add_inbuf_ctx": (*Isolation).inBuffers, "virtqueue_add_inbuf_premapped": (*Isolation).inBuffers,
+	"virtqueue_add_sgs": func(i *Isolation, r *kvm.Regs) (all []piece, ok bool, err error) {
 		out, in := argument(r, 2)&0xffffffff, argument(r, 3)&0xffffffff
 		for n := out; n < out+in && err == nil; n++ {
 			if n-out >= maxPieces {
@@ -70,26 +58,41 @@ func (i *Isolation) dma(name string, r *kvm.Regs) (all []piece, ok bool, err err
 			}
 			all, err = i.scattered(all, i.wordAt(argument(r, 1)+n*8), maxPieces)
 		}
-	case "dma_map_sg_attrs":
-		if d := argument(r, 3) & 0xffffffff; d == toDevice || d == none {
+		return all, true, err
+	},
+	"dma_map_sg_attrs": func(i *Isolation, r *kvm.Regs) (all []piece, ok bool, err error) {
+		if !written(argument(r, 3)) {
 			return nil, false, nil
 		}
-		all, err = i.scattered(all, argument(r, 1), argument(r, 2)&0xffffffff)
-	case "dma_map_sgtable":
-		if d := argument(r, 2) & 0xffffffff; d == toDevice || d == none {
+		all, err = i.scattered(nil, argument(r, 1), argument(r, 2)&0xffffffff)
+		return all, true, err
+	},
+	"dma_map_sgtable": func(i *Isolation, r *kvm.Regs) (all []piece, ok bool, err error) {
+		if !written(argument(r, 2)) {
 			return nil, false, nil
 		}
-		t := argument(r, 1)
-		all, err = i.scattered(all, i.wordAt(t+l.first.Offset), i.half(t+l.entries.Offset))
-	case "dma_map_page_attrs":
-		if d := argument(r, 4) & 0xffffffff; d == toDevice || d == none {
+		l, t := &i.kernel.lists, argument(r, 1)
+		all, err = i.scattered(nil, i.wordAt(t+l.first.Offset), i.half(t+l.entries.Offset))
+		return all, true, err
+	},
+	"dma_map_page_attrs": func(i *Isolation, r *kvm.Regs) (all []piece, ok bool, err error) {
+		if !written(argument(r, 4)) {
 			return nil, false, nil
 		}
-		all = append(all, piece{i.pageAddress(argument(r, 1)) + argument(r, 2), argument(r, 3)})
-	default:
-		return nil, false, nil
-	}
+		return []piece{{i.pageAddress(argument(r, 1)) + argument(r, 2), argument(r, 3)}}, true, nil
+	},
+}
+
+func (i *Isolation) inBuffers(r *kvm.Regs) (all []piece, ok bool, err error) {
+	all, err = i.scattered(nil, argument(r, 1), argument(r, 2)&0xffffffff)
 	return all, true, err
+}
+
+// written says whether a device writes what is mapped in a direction (enum dma_data_direction).
+func written(direction uint64) bool {
+	const toDevice, none = 1, 3
+	d := direction & 0xffffffff
+	return d != toDevice && d != none
 }
 
 // scattered adds what a list of so many entries at most names: one ends where its last entry says so.

@@ -187,21 +187,24 @@ func argument(r *kvm.Regs, n int) uint64 {
 // plain says whether a call of a function of the kernel's writes nothing for a module, and neither gives nor takes memory.
 func plain(name string) bool {
 	_, writes := writers[name]
-	return !writes && !byDevice[name] && !memoryOf(name)
+	return !writes && byDevice[name] == nil && !memoryOf(name)
 }
 
 // judgeArguments judges what a function of the kernel's would write for the module, itself or by a device.
 func (i *Isolation) judgeArguments(v *view, name string, r *kvm.Regs) *Event {
-	if all, ok, err := i.dma(name, r); ok {
+	if device := byDevice[name]; device != nil {
+		all, ok, err := device(i, r)
 		if err != nil {
 			return &Event{Kind: WriteData, Detail: "by a device, with " + name + ": " + err.Error()}
 		}
-		for _, p := range all {
-			if e := i.judgeSpan(v, "a device, with "+name, p.at, p.size); e != nil {
-				return e
+		if ok {
+			for _, p := range all {
+				if e := i.judgeSpan(v, "a device, with "+name, p.at, p.size); e != nil {
+					return e
+				}
 			}
+			return nil
 		}
-		return nil
 	}
 	w, ok := writers[name]
 	if !ok {

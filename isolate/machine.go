@@ -18,9 +18,9 @@ type view struct {
 	vm     *kvm.VM
 	vcpu   *kvm.VCPU
 	layout *layout.View
-	memory [2][]byte // the layout's
-	sane   kvm.Sregs // the registers that nothing may change
-	fixed  [len(fixedRegisters)]uint64
+	memory [2][]byte                   // the layout's
+	sane   kvm.Sregs                   // the registers that nothing may change
+	fixed  [len(fixedRegisters)]uint64 // of sane
 
 	slots  map[uint64]grant  // pages of the guest's that the view has, by guest-physical address
 	seen   map[uint64]uint64 // where they were mapped last

@@ -112,7 +112,7 @@ func BenchmarkIsolateModule(b *testing.B) {
 			for b.Loop() {
 				var g *guest
 				var took time.Duration
-				guest := scripts{
+				s := scripts{
 					files:  map[string]string{"workload": program},
 					extra:  fmt.Sprintf("memmap=%d$%d", pages*pageSize, reserved),
 					script: "/workload refault 64\necho LIVES\n",
@@ -127,8 +127,8 @@ func BenchmarkIsolateModule(b *testing.B) {
 						took = time.Since(start)
 					}},
 				}
-				g = guest.build(b)
-				guest.finish(b, g)
+				g = s.build(b)
+				s.finish(b, g)
 				at := func(key string) float64 {
 					words := strings.Fields(g.console.value(key))
 					if len(words) != 2 {

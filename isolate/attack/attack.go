@@ -11,9 +11,8 @@
 // goes on, and the next may be tried; but it can no longer be removed. Two names are no attacks: none makes the calls that
 // attacks make and that a module may make, die is killed.
 //
+// dma is a driver that has its device write where it should not; what writes a device's registers itself, attack "device" stands for.
 // The others are no attackers, but what isolation has to bear with: several vCPUs, nine pages of code, a static key.
-//
-// Not here: DMA. Who programs a device writes its registers, which attack "device" stands for.
 package attack
 
 import (

@@ -53,9 +53,8 @@ func (s *service) snapshot(in protocol.Snapshot, files map[string][]*os.File) (o
 	for _, d := range s.disks {
 		d.rings.Drain(drained)
 	}
-	took := false
 	defer func() { // a snapshot that nobody learns of would take copies until its memory is full
-		if err == nil || !took {
+		if err == nil || snapshots != nil {
 			return
 		}
 		for _, d := range disks {
@@ -74,7 +73,7 @@ func (s *service) snapshot(in protocol.Snapshot, files map[string][]*os.File) (o
 		for i, d := range disks {
 			err = errors.Join(err, d.image.Begin(snapshots[i], in.Validated))
 		}
-		snapshots, took = nil, true
+		snapshots = nil // the disks'
 	}
 	out.Held = time.Since(start)
 	if err == nil {
