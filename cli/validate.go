@@ -198,7 +198,7 @@ func (a *app) controlCommand(use, short, long, example, done string, do func(ctx
 func (a *app) controlCommands() []*cobra.Command {
 	return []*cobra.Command{
 		a.controlCommand("pause", "Stop a guest's processors and its clock",
-			"Stops a running guest's processors and its clock until `redoubt resume`. For the guest no time passes. It stays so when services are replaced.",
+			"Stops a running guest's processors and its clock until `redoubt resume`. For the guest no time passes. It stays so when services are replaced.\nIts disks can be validated meanwhile: of the next moments, one is chosen at which no processor has its interrupts off.",
 			"  redoubt pause web-1\n  redoubt resume web-1", "is paused",
 			func(ctx context.Context, name, _ string) error {
 				_, err := a.client().Pause(ctx, &v1.PauseRequest{Name: name})

@@ -99,7 +99,7 @@ func Serve(ctx context.Context, log *slog.Logger, control *ipc.Conn) error {
 	return <-done
 }
 
-func (s *service) handle(_ context.Context, r *rpc.Request) (any, error) {
+func (s *service) handle(ctx context.Context, r *rpc.Request) (any, error) {
 	switch r.Method {
 	case protocol.MethodStart:
 		var in protocol.Start
@@ -175,7 +175,7 @@ func (s *service) handle(_ context.Context, r *rpc.Request) (any, error) {
 			if err != nil {
 				return nil, err
 			}
-			return s.hold(in, files)
+			return s.hold(ctx, in, files)
 		})
 	case protocol.MethodLetGo:
 		return rpc.Answer(r, func(in protocol.LetGo) (any, error) { return s.letGo(in) })

@@ -1,6 +1,7 @@
 package emulator
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -85,10 +86,54 @@ func (s *service) holdFor(who protocol.Holder) error {
 	return h.hold(who)
 }
 
+// others reports who holds the guest beside somebody, whom it says whether it is held for.
+func (h *holder) others(who protocol.Holder) (others, held bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	_, held = h.who[who]
+	return len(h.who) > 1 || len(h.who) == 1 && !held, held
+}
+
+// The moments that the operator's pause looks at, and how long it waits for the next: no multiple of a clock's tick.
+const (
+	pauseTries = 50
+	pauseEvery = 7300 * time.Microsecond
+)
+
+// pause holds the guest for the operator, where one of the next moments is one at which no processor has its interrupts off: at
+// another a paused guest could not be validated, and no later moment comes. If there is none, it is held wherever it is.
+func (s *service) pause(ctx context.Context, h *holder, m machine) error {
+	if _, held := h.others(protocol.HolderOperator); held {
+		return nil
+	}
+	next := time.NewTimer(0)
+	defer next.Stop()
+	for try := 1; ; try++ {
+		select {
+		case <-next.C:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		if err := h.hold(protocol.HolderOperator); err != nil {
+			return err
+		}
+		if others, _ := h.others(protocol.HolderOperator); others || try == pauseTries {
+			return nil
+		}
+		if masked, err := m.Masked(); err != nil || len(masked) == 0 {
+			return nil // it is held, whether it can say or not
+		}
+		if _, err := h.letGo(protocol.HolderOperator); err != nil {
+			return err
+		}
+		next.Reset(pauseEvery)
+	}
+}
+
 // hold answers protocol.MethodHold.
-func (s *service) hold(in protocol.Hold, files map[string][]*os.File) (out protocol.Held, err error) {
+func (s *service) hold(ctx context.Context, in protocol.Hold, files map[string][]*os.File) (out protocol.Held, err error) {
 	s.mu.Lock()
-	h := s.holder
+	h, m := s.holder, s.machine
 	s.mu.Unlock()
 	if h == nil {
 		return out, rpc.Errorf(rpc.Unavailable, "the guest has not been started")
@@ -100,13 +145,19 @@ func (s *service) hold(in protocol.Hold, files map[string][]*os.File) (out proto
 	if len(stopped) != len(begun) || len(stopped) > 1 {
 		return out, rpc.Errorf(rpc.Invalid, "emulator: a hold with descriptors %v", in.Files)
 	}
-	if err := h.hold(in.Who); err != nil {
+	if len(stopped) == 0 && in.Who == protocol.HolderOperator {
+		err = s.pause(ctx, h, m)
+	} else {
+		err = h.hold(in.Who)
+	}
+	if err != nil {
 		return out, fmt.Errorf("hold: %w", err)
 	}
 	if len(stopped) == 0 {
 		return out, nil
 	}
 	out, err = s.look(stopped[0], begun[0])
+	out.Paused, _ = h.others(in.Who)
 	if !in.Keep {
 		took, lerr := h.letGo(in.Who)
 		out.Took, err = took, errors.Join(err, lerr)

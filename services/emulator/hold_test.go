@@ -1,6 +1,7 @@
 package emulator
 
 import (
+	"context"
 	"errors"
 	"log/slog"
 	"os"
@@ -17,6 +18,7 @@ type still struct {
 	machine
 	log    []string
 	masked []int
+	unsafe int // so many more times it is asked, only
 	fails  error
 	mute   error // why it cannot say which
 }
@@ -31,7 +33,12 @@ func (s *still) Resume() error {
 	return s.fails
 }
 
-func (s *still) Masked() ([]int, error) { return s.masked, s.mute }
+func (s *still) Masked() ([]int, error) {
+	if s.unsafe--; s.unsafe == 0 {
+		s.masked = nil
+	}
+	return s.masked, s.mute
+}
 
 func (s *still) want(t *testing.T, want ...string) {
 	t.Helper()
@@ -87,7 +94,7 @@ func trap(t *testing.T, s *service, keep, begins bool) (protocol.Held, error) {
 			_, _ = begun.Write([]byte{1})
 		}
 	}()
-	out, err := s.hold(protocol.Hold{Who: protocol.HolderValidation, Keep: keep}, map[string][]*os.File{
+	out, err := s.hold(t.Context(), protocol.Hold{Who: protocol.HolderValidation, Keep: keep}, map[string][]*os.File{
 		protocol.FileStopped: {stopped}, protocol.FileBegun: {reads},
 	})
 	stopped.Close()
@@ -135,11 +142,11 @@ func TestHold(t *testing.T) {
 	}
 	m.want(t, "pause") // BlkBack was not told that it stands still
 	one := map[string][]*os.File{protocol.FileStopped: {nil}}
-	if _, err := s.hold(validation, one); rpc.KindOf(err) != rpc.Invalid {
+	if _, err := s.hold(t.Context(), validation, one); rpc.KindOf(err) != rpc.Invalid {
 		t.Errorf("one pipe of two: %v", err)
 	}
 	m.fails, m.log = nil, nil
-	if _, err := s.hold(validation, nil); err != nil {
+	if _, err := s.hold(t.Context(), validation, nil); err != nil {
 		t.Fatal(err)
 	}
 	resumed := func() {
@@ -155,13 +162,13 @@ func TestHold(t *testing.T) {
 	resumed()
 	m.want(t, "pause", "resume")
 	for _, who := range []protocol.Holder{protocol.HolderOperator, protocol.HolderValidation} {
-		if _, err := s.hold(protocol.Hold{Who: who}, nil); err != nil {
+		if _, err := s.hold(t.Context(), protocol.Hold{Who: who}, nil); err != nil {
 			t.Fatal(err)
 		}
 	}
 	resumed()
 	m.want(t, "pause")
-	if _, err := s.hold(protocol.Hold{Who: protocol.HolderGate}, nil); rpc.KindOf(err) != rpc.Invalid {
+	if _, err := s.hold(t.Context(), protocol.Hold{Who: protocol.HolderGate}, nil); rpc.KindOf(err) != rpc.Invalid {
 		t.Errorf("the gate is another's to hold for: %v", err)
 	}
 	if err := s.holder.hold(protocol.HolderModules); err != nil {
@@ -171,4 +178,60 @@ func TestHold(t *testing.T) {
 		t.Fatal(err)
 	}
 	m.want(t, "resume") // what a module did is the operator's to look at, too
+}
+
+// TestPause: the operator's pause is at a moment at which no processor has its interrupts off, if one of the next is, and at the
+// last else; who is paused already is not let go on, and neither is who somebody else holds.
+func TestPause(t *testing.T) {
+	m := &still{masked: []int{0}, unsafe: 3}
+	s := &service{log: slog.New(slog.DiscardHandler), machine: m, holder: &holder{guest: m}}
+	pause := func() {
+		t.Helper()
+		if _, err := s.hold(t.Context(), protocol.Hold{Who: protocol.HolderOperator}, nil); err != nil {
+			t.Fatal(err)
+		}
+		if _, held := s.holder.others(protocol.HolderOperator); !held {
+			t.Fatal("it is not held")
+		}
+	}
+	resume := func() {
+		t.Helper()
+		if _, err := s.letGo(protocol.LetGo{Who: protocol.HolderOperator}); err != nil {
+			t.Fatal(err)
+		}
+		m.log = nil
+	}
+	pause()
+	m.want(t, "pause", "resume", "pause", "resume", "pause")
+	m.masked = []int{0}
+	pause()
+	m.want(t)
+	resume()
+	pause()
+	if len(m.log) != 2*pauseTries-1 {
+		t.Errorf("%d times held and let go, of %d", len(m.log), 2*pauseTries-1)
+	}
+	resume()
+	if err := s.holder.hold(protocol.HolderVerdict); err != nil {
+		t.Fatal(err)
+	}
+	pause()
+	m.want(t, "pause")
+	if out, err := trap(t, s, false, true); err != nil || !out.Paused {
+		t.Errorf("%+v, %v: others hold it", out, err)
+	}
+	resume()
+	if _, err := s.letGo(protocol.LetGo{Who: protocol.HolderVerdict}); err != nil {
+		t.Fatal(err)
+	}
+	m.log, m.mute = nil, errors.New("no register is told")
+	pause()
+	m.want(t, "pause")
+	resume()
+	m.mute = nil
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := s.pause(ctx, s.holder, m); err == nil {
+		t.Error("nobody waits for it, and it is held")
+	}
 }

@@ -65,6 +65,7 @@ type Held struct {
 	Begun  bool          `json:"begun,omitempty"`  // BlkBack said so, within [HoldLimit]
 	Masked []int         `json:"masked,omitempty"` // processors with interrupts switched off
 	Status uint32        `json:"status,omitempty"` // the word at Start.Status: not 0, a write is in progress
+	Paused bool          `json:"paused,omitempty"` // somebody else holds it, too: a later moment is no other
 	Took   time.Duration `json:"took,omitempty"`   // after so long it was let go
 }
 

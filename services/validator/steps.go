@@ -112,7 +112,11 @@ func (w *worker) take(ctx context.Context, force, keep bool) (held protocol.Held
 func unsafe(held protocol.Held, taken protocol.Snapshotted) string {
 	var all []string
 	if len(held.Masked) > 0 {
-		all = append(all, "interrupts are off on processors "+strings.Trim(fmt.Sprint(held.Masked), "[]"))
+		masked := "interrupts are off on processors " + strings.Trim(fmt.Sprint(held.Masked), "[]")
+		if held.Paused {
+			masked += ", where the guest is paused"
+		}
+		all = append(all, masked)
 	}
 	if held.Status != 0 {
 		all = append(all, fmt.Sprintf("a write is in progress by the guest's own status (%#x)", held.Status))
