@@ -48,32 +48,36 @@ func find(name string) attack.Attack {
 	return attack.All[slices.IndexFunc(attack.All, func(a attack.Attack) bool { return a.Name == name })]
 }
 
-// infect starts the guest, with more of its spec, and says of each attack whether it has won.
-func (d *demo) infect(ctx context.Context, more string) (won map[string]bool, err error) {
+// infect starts the guest, with more of its spec.
+func (d *demo) infect(ctx context.Context, more string) error {
 	modules, err := attack.Build(ctx, d.cache, kernel)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	image := initramfs.New(d.cache.Path("bin/busybox"), rootkitInit())
 	for _, m := range []string{"victim", "attack"} {
 		image.HostFile(modules[m], "mod/"+m+".ko")
 	}
 	if err := image.WriteFile(d.path("initrd-" + rootkit)); err != nil {
-		return nil, err
+		return err
 	}
 	text, err := d.writeSpec(rootkit, kernel, cmdline)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	text = strings.Replace(text, "initrd: initrd", "initrd: initrd-"+rootkit, 1) + more
 	if err := os.WriteFile(d.path(rootkit+".yaml"), []byte(text), 0o600); err != nil {
-		return nil, err
+		return err
 	}
-	d.quote(more)
-	if _, err := d.run(ctx, "run", rootkit+".yaml"); err != nil {
-		return nil, err
+	if _, err := d.redoubt(ctx, "run", rootkit+".yaml"); err != nil {
+		return err
 	}
 	d.follow(ctx, rootkit)
+	return nil
+}
+
+// infected says of each attack whether it has won.
+func (d *demo) infected() (won map[string]bool, err error) {
 	if _, err := d.await(rootkit); err != nil {
 		return nil, err
 	}
@@ -96,7 +100,15 @@ func (d *demo) infect(ctx context.Context, more string) (won map[string]bool, er
 
 // unfenced shows the module in a guest whose modules are the kernel's.
 func (d *demo) unfenced(ctx context.Context) error {
-	won, err := d.infect(ctx, "")
+	how := "started when BlkBack was first killed"
+	if d.boots[rootkit] == nil {
+		how = "its modules are the kernel's"
+		if err := d.infect(ctx, ""); err != nil {
+			return err
+		}
+	}
+	d.say("  $ redoubt run %s.yaml    # %s", rootkit, how)
+	won, err := d.infected()
 	if err != nil {
 		return err
 	}
@@ -169,7 +181,13 @@ func (d *demo) isolated(ctx context.Context) error {
 	if err := os.WriteFile(d.path("profile.yaml"), b.Bytes(), 0o600); err != nil {
 		return err
 	}
-	won, err := d.infect(ctx, "emulator: native\nmodules:\n  default: isolate\n  profile: profile.yaml\n")
+	const more = "emulator: native\nmodules:\n  default: isolate\n  profile: profile.yaml\n"
+	d.quote(more)
+	d.say("  $ redoubt run %s.yaml", rootkit)
+	if err := d.infect(ctx, more); err != nil {
+		return err
+	}
+	won, err := d.infected()
 	if err != nil {
 		return err
 	}
