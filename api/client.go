@@ -7,14 +7,17 @@ import (
 	"net"
 	"net/http"
 	"slices"
+	"time"
 
 	"connectrpc.com/connect"
 
+	v1 "redoubt.dev/redoubt/api/redoubt/v1"
 	"redoubt.dev/redoubt/api/redoubt/v1/redoubtv1connect"
 )
 
 // Dial makes a client of the API on a Unix socket. Nothing is sent before the first call. A call that may be
-// made twice is made again where who served it was replaced over it; the next one has the same socket.
+// made twice is made again where who served it was replaced over it; the next one has the same socket. A guest that is
+// being stopped has its grace period once.
 func Dial(socket string) redoubtv1connect.GuestServiceClient {
 	var p http.Protocols
 	p.SetUnencryptedHTTP2(true)
@@ -47,7 +50,17 @@ const maxTries = 8
 
 func again(next connect.UnaryFunc) connect.UnaryFunc {
 	return func(ctx context.Context, r connect.AnyRequest) (out connect.AnyResponse, err error) {
+		began := time.Now()
+		var grace uint32
+		stop, stops := r.Any().(*v1.StopRequest)
+		if stops {
+			grace = stop.GraceMs
+			defer func() { stop.GraceMs = grace }() // the caller's
+		}
 		for range maxTries {
+			if stops {
+				stop.GraceMs = uint32(max(0, int64(grace)-time.Since(began).Milliseconds()))
+			}
 			out, err = next(ctx, r)
 			if !Replaced(err) || ctx.Err() != nil || !slices.Contains(repeatable, r.Spec().Procedure) {
 				break

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"connectrpc.com/connect"
 
@@ -18,8 +19,10 @@ import (
 // server answers calls with errors until there are no more of them.
 type server struct {
 	redoubtv1connect.UnimplementedGuestServiceHandler
-	errs  []error
-	calls int
+	errs   []error
+	calls  int
+	takes  time.Duration // an answer
+	graces []uint32      // of the stops
 }
 
 func (s *server) next() error {
@@ -32,7 +35,9 @@ func (s *server) next() error {
 	return err
 }
 
-func (s *server) Stop(context.Context, *v1.StopRequest) (*v1.StopResponse, error) {
+func (s *server) Stop(_ context.Context, r *v1.StopRequest) (*v1.StopResponse, error) {
+	s.graces = append(s.graces, r.GraceMs)
+	<-time.After(s.takes)
 	return &v1.StopResponse{}, s.next()
 }
 
@@ -98,5 +103,13 @@ func TestAgain(t *testing.T) {
 		if Replaced(err) != (c.want == connect.CodeAborted) {
 			t.Errorf("%s: replaced: %v", name, Replaced(err))
 		}
+	}
+
+	// A stop's grace period goes on while its services are replaced.
+	s.errs, s.graces, s.takes = []error{replaced, replaced}, nil, 40*time.Millisecond
+	r := &v1.StopRequest{GraceMs: 50}
+	_, err = Dial(socket).Stop(t.Context(), r)
+	if g := s.graces; err != nil || len(g) != 3 || g[0] != 50 || g[1] > 10 || g[2] != 0 || r.GraceMs != 50 {
+		t.Errorf("grace periods %v of %d ms: %v", g, r.GraceMs, err)
 	}
 }
