@@ -18,10 +18,10 @@ import (
 
 // How a talker asks, and how long a NIC may be silent.
 var (
-	talkEvery   = 20 * time.Millisecond * talkSlow // a tap holds 500 frames: all that come in an allowed silence
-	talkSilence = 10 * time.Second * talkSlow
-	// talkSlow is for the lab, where one emulated processor has it all.
-	talkSlow = func() time.Duration {
+	talkEvery   = 20 * time.Millisecond * slow // a tap holds 500 frames: all that come in an allowed silence
+	talkSilence = 10 * time.Second * slow
+	// slow is for the lab, where one emulated processor has it all.
+	slow = func() time.Duration {
 		if os.Getenv(lab.InLab) != "" {
 			return 6
 		}
