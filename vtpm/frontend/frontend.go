@@ -7,7 +7,8 @@
 // when the wait reaches Options.PauseAfter, the whole guest is paused and its clock stopped
 // until the gate opens, so that no watchdog in it fires (facts: guests' watchdogs fire at
 // about 20 s). An emulator that cannot sleep inside the exit (QEMU) sets PauseAfter to zero
-// and is paused at once.
+// and is paused at once. The same bound holds for the reply to a later command, which a vTPM manager that is
+// replaced may keep waiting, more than one after another too; there QEMU's guest is paused when the manager is lost.
 package frontend
 
 import (
@@ -33,7 +34,7 @@ type Guest interface {
 // Options of a front end.
 type Options struct {
 	Guest      Guest         // required
-	PauseAfter time.Duration // wait before the guest is paused; 0: at once
+	PauseAfter time.Duration // wait before the guest is paused; 0: at once, and the guest is not held inside the exit
 	// OnOpen is called once, when the gate opens, before the first reply and before the
 	// guest is resumed, with the event log; it puts it into the guest's log area.
 	OnOpen func(log []byte) error
@@ -221,17 +222,26 @@ func (f *Frontend) Execute(locality uint8, command []byte) ([]byte, error) {
 
 // reply waits for the reply to the command that was sent.
 func (f *Frontend) reply() (r []byte, err error) {
-	paused := false
+	var late <-chan time.Time
+	if f.opt.PauseAfter > 0 {
+		t := time.NewTimer(f.opt.PauseAfter)
+		defer t.Stop()
+		late = t.C
+	}
+	paused, long := false, false
 	for {
-		if !paused && f.opt.PauseAfter == 0 && f.isAlone() {
+		if !paused && (long || f.opt.PauseAfter == 0 && f.isAlone()) {
 			if err := f.opt.Guest.Pause(); err != nil {
-				return nil, fmt.Errorf("pause while the vTPM manager is replaced: %w", err)
+				return nil, fmt.Errorf("pause while a TPM command waits: %w", err)
 			}
 			paused = true
 		}
 		select {
 		case r = <-f.replies:
 		case <-f.left:
+			continue
+		case <-late:
+			long = true
 			continue
 		case <-f.done:
 			select {
@@ -242,7 +252,7 @@ func (f *Frontend) reply() (r []byte, err error) {
 		}
 		if paused {
 			if err := f.opt.Guest.Resume(); err != nil {
-				return nil, fmt.Errorf("resume after the vTPM manager was replaced: %w", err)
+				return nil, fmt.Errorf("resume after a TPM command waited: %w", err)
 			}
 		}
 		return r, nil

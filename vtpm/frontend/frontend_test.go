@@ -206,6 +206,46 @@ func TestLost(t *testing.T) {
 	}
 }
 
+// TestLongCommand: a guest that is held inside the exit is paused when a command's reply takes longer than the bound, however
+// many managers that one is asked of meanwhile; and only then.
+func TestLongCommand(t *testing.T) {
+	r := &recorder{}
+	f, back := connect(t, r, 10*time.Millisecond)
+	send(t, back, channel.Frame{Kind: channel.Open})
+	<-f.opened
+	r.held = make(chan struct{})
+	out := execute(f)
+	for range 3 {
+		if fr, err := back.Receive(); err != nil || fr.Seq != 1 {
+			t.Fatalf("%+v %v", fr, err)
+		}
+		f.Lost()
+		send(t, back, channel.Frame{Kind: channel.Again})
+	}
+	<-r.held
+	send(t, back, channel.Frame{Kind: channel.Reply, Seq: 1, Data: reply})
+	if o := <-out; o.err != nil {
+		t.Fatal(o.err)
+	}
+	if got := r.all(); got != "log: pause resume" {
+		t.Errorf("happened: %s", got)
+	}
+	r = &recorder{}
+	f, back = connect(t, r, time.Hour)
+	send(t, back, channel.Frame{Kind: channel.Open})
+	<-f.opened
+	out = execute(f)
+	f.Lost()
+	send(t, back, channel.Frame{Kind: channel.Again})
+	send(t, back, channel.Frame{Kind: channel.Reply, Seq: 1, Data: reply})
+	if o := <-out; o.err != nil {
+		t.Fatal(o.err)
+	}
+	if got := r.all(); got != "log:" {
+		t.Errorf("happened: %s", got)
+	}
+}
+
 // TestFailures: whatever ends the wait is the command's error, and the guest is not resumed.
 func TestFailures(t *testing.T) {
 	pause := errors.New("cannot pause")
