@@ -22,9 +22,8 @@ func (b *Builder) startVTPM(ctx context.Context, fatal context.CancelCauseFunc) 
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	var err error
 	lost := func(err error) { fatal(fmt.Errorf("vTPM manager: %w", err)) }
-	b.vtpm, err = vtpm.Open(ctx, vtpm.Options{
+	b.vtpm = vtpm.New(vtpm.Options{
 		Log: b.log, Journal: b.journal, Every: b.cfg.Resets[services.VTPM],
 		Start: func() (keeper.Process, error) {
 			return b.procs.Start(services.VTPM, launch.Order{StateDir: dir})
@@ -54,7 +53,7 @@ func (b *Builder) startVTPM(ctx context.Context, fatal context.CancelCauseFunc) 
 		},
 		Lost: lost,
 	})
-	return err
+	return b.vtpm.Begin(ctx)
 }
 
 // configureVTPM tells a vTPM manager where its things are.

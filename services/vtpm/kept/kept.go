@@ -50,7 +50,7 @@ type Options struct {
 	Lost      func(error)                                   // it cannot be kept running
 }
 
-// A Manager keeps the service running, from Open to Close. Its methods may be called concurrently,
+// A Manager keeps the service running, from Begin to Close. Its methods may be called concurrently,
 // those of one guest one after the other.
 type Manager struct {
 	o      Options
@@ -115,8 +115,8 @@ const (
 	settleTime = 2 * time.Second
 )
 
-// Open starts the manager.
-func Open(ctx context.Context, o Options) (*Manager, error) {
+// New makes a Manager, which starts nothing yet.
+func New(o Options) *Manager {
 	m := &Manager{o: o, devices: map[string]*device{}}
 	maps.Copy(m.devices, o.Left)
 	m.keeper = keeper.New(keeper.Options{
@@ -139,9 +139,14 @@ func Open(ctx context.Context, o Options) (*Manager, error) {
 		Ended:  m.ended,
 		Lost:   o.Lost, Every: o.Every, Drain: time.Minute,
 	})
+	return m
+}
+
+// Begin starts the service. Functions of Options are called before it returns: what they begin may use the Manager.
+func (m *Manager) Begin(ctx context.Context) error {
 	m.keeper.Lock()
 	defer m.keeper.Unlock()
-	return m, m.keeper.Begin(ctx)
+	return m.keeper.Begin(ctx)
 }
 
 // ended tells the guests, and sees that what the manager asked for is done.

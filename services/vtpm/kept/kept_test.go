@@ -68,8 +68,7 @@ func newHost(t *testing.T) *host { return newHostOf(t, nil, nil, ready) }
 // newHostOf is one that keeps, and follows one that kept.
 func newHostOf(t *testing.T, kept *fdstore.Store, left Devices, answer func(protocol.Inherit) (protocol.Inherited, error)) *host {
 	h := &host{t: t, again: make(chan string, 4), failed: make(chan string, 4), answer: answer}
-	var err error
-	h.mgr, err = Open(t.Context(), Options{
+	h.mgr = New(Options{
 		Kept: kept, Left: left,
 		Log: slog.New(slog.NewTextHandler(io.Discard, nil)),
 		Start: func() (keeper.Process, error) {
@@ -84,12 +83,21 @@ func newHostOf(t *testing.T, kept *fdstore.Store, left Devices, answer func(prot
 			h.kept = append(h.kept, kept)
 			return nil
 		},
-		Again: func(uuid string, d tree.Domain) { h.again <- fmt.Sprint(uuid, " ", d) },
-		Gone:  func(string) {},
-		Fail:  func(uuid, _ string) { h.failed <- uuid },
-		Lost:  func(err error) { t.Errorf("lost: %v", err) },
+		Again: func(uuid string, d tree.Domain) {
+			// As the Builder does: another one's guest is provisioned while its service is only beginning.
+			h.mgr.wg.Go(func() {
+				err := h.mgr.Provision(context.Background(), uuid, func(*rpc.Peer) error { return nil })
+				if err != nil && rpc.KindOf(err) != rpc.Unavailable {
+					t.Errorf("provisioned again: %v", err)
+				}
+			})
+			h.again <- fmt.Sprint(uuid, " ", d)
+		},
+		Gone: func(string) {},
+		Fail: func(uuid, _ string) { h.failed <- uuid },
+		Lost: func(err error) { t.Errorf("lost: %v", err) },
 	})
-	if err != nil {
+	if err := h.mgr.Begin(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { h.mgr.Close(0) })
