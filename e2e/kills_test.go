@@ -140,7 +140,7 @@ func kills(t *testing.T, emulator string, length time.Duration) {
 		// The restless one may just be rebooting by itself: then it is ended before its next start.
 		c := h.console(v.name)
 		rebooting := v == restless && (strings.Contains(g.Reason, "while it rebooted") ||
-			strings.Contains(lastLines(c, 1), "reboot: Restarting system"))
+			strings.Contains(lastLines(strings.TrimSpace(c), 1), "reboot: Restarting system"))
 		if !rebooting && !strings.Contains(c, "PRESSED") {
 			t.Errorf("%s did not power off by itself\n%s", v.name, lastLines(c, 10))
 		}
