@@ -195,6 +195,10 @@ func (d *demo) load(ctx context.Context) error {
 	if err := harmed.read(console, 1); err != nil {
 		return err
 	}
+	// The next step kills the Builder, with which the stream of a console ends.
+	if _, err := d.await(rootkit); err != nil {
+		return err
+	}
 	g, err := d.show(ctx, stored)
 	if err != nil {
 		return err
