@@ -63,7 +63,7 @@ func steps() []step {
 			title: "A file in a running guest's /usr/bin is changed: the host finds it, the guest goes into quarantine",
 		},
 		{
-			name: "rootkit", needs: []string{"up"}, do: (*demo).unfenced,
+			name: "rootkit", needs: []string{"load"}, do: (*demo).unfenced,
 			title: "A kernel module that is a rootkit: the guest's kernel is its",
 		},
 		{
