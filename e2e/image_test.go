@@ -31,8 +31,12 @@ echo "AGG $(head -1 /sys/kernel/security/ima/ascii_runtime_measurements | cut -d
 for p in 0 1 2 3 4 5 6 7 8 9; do echo "PCR $p $(cat /sys/class/tpm/tpm0/pcr-sha256/$p)"; done
 sick() { dmesg | grep -iE 'i/o error|blocked for more' | sed 's/^/DISK-ERROR /'; }
 button() { for e in /dev/input/event*; do exec 7<$e; (head -c 1 <&7 >/dev/null; echo PRESSED; killall -q -STOP guest; sync; sick; poweroff -f) & done; }
+# Rounds until its power button is pressed.
 churn() {
-  for round in 1 2 3 4; do
+  for e in /dev/input/event*; do exec 7<$e; (head -c 1 <&7 >/dev/null; touch /enough) & done
+  round=0
+  until [ -e /enough ]; do
+    round=$((round+1))
     dd if=/dev/urandom of=/data bs=64k count=48 2>/dev/null
     echo "ROUND $round"
     dd if=/data of=/dev/vda bs=8k oflag=direct conv=fsync 2>/dev/null || echo "DISK-ERROR write"
