@@ -41,10 +41,7 @@ unit: fetch build
 lab-tests: fetch build guest
 	$(LAB) test -timeout 60m $(KVM)
 
-# The lab machine keeps one processor busy, a guest under QEMU another: side by side they take
-# two thirds of the time.
-test: fetch lint
-	@$(MAKE) --no-print-directory -j2 unit lab-tests
+test: fetch lint unit lab-tests
 
 demo: fetch build guest
 	@$(GO) build -o $(BIN)/attack-probe ./sandbox/attack/probe

@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"redoubt.dev/redoubt/lab"
+	"redoubt.dev/redoubt/lab/debian"
 )
 
 func TestAttestQEMU(t *testing.T) { attestation(t, "qemu") }
@@ -30,7 +31,7 @@ func attestation(t *testing.T, emulator string) {
 	}
 	stop := func() { h.must("stop", "guest", "--grace", "0s") }
 
-	boot(usualKernel, "measured")
+	boot(debian.Usual, "measured")
 	h.must("attest", "guest", "--save-policy", policy)
 	out := h.must("attest", "guest", "--policy", policy, "--out", h.path("evidence"), "--nonce", strings.Repeat("5a", 32))
 	t.Log("\n" + out)
@@ -75,7 +76,7 @@ func attestation(t *testing.T, emulator string) {
 	h.fails(1, "is down: only one that runs can be inspected", "inspect", "guest", "kernel")
 
 	for _, c := range []struct{ name, kernel, cmdline, pcr string }{
-		{"command line", usualKernel, "init=/bin/sh.evil", "PCR 8"},
+		{"command line", debian.Usual, "init=/bin/sh.evil", "PCR 8"},
 		{"kernel", "6.1", "measured", "PCR 4"},
 	} {
 		boot(c.kernel, c.cmdline)

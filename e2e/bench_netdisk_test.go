@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"redoubt.dev/redoubt/lab"
+	"redoubt.dev/redoubt/lab/debian"
 	"redoubt.dev/redoubt/network"
 	"redoubt.dev/redoubt/network/nettest"
 	"redoubt.dev/redoubt/qemu"
@@ -153,7 +154,7 @@ func qemuSink(b *testing.B, h *host, features string) *sink {
 	if err != nil {
 		b.Fatal(err)
 	}
-	kernel, err := h.cache.Vmlinuz(usualKernel)
+	kernel, err := h.cache.Vmlinuz(debian.Usual)
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -168,7 +169,7 @@ func qemuSink(b *testing.B, h *host, features string) *sink {
 	console, itsConsole := consolePair(b)
 	_, itsQMP := consolePair(b)
 	files := []*os.File{memory, itsConsole, itsQMP, tap.File}
-	for path, mode := range map[string]int{kernel: os.O_RDONLY, initrd(b, h.cache, usualKernel, true): os.O_RDONLY, s.disk: os.O_RDWR} {
+	for path, mode := range map[string]int{kernel: os.O_RDONLY, initrd(b, h.cache, debian.Usual, true): os.O_RDONLY, s.disk: os.O_RDWR} {
 		f, err := os.OpenFile(path, mode, 0)
 		if err != nil {
 			b.Fatal(err)
@@ -182,7 +183,7 @@ func qemuSink(b *testing.B, h *host, features string) *sink {
 	args, err := qemu.Args(qemu.Config{
 		Name: "peer", Memory: 256 << 20, CPUs: 1, Accel: accel, TPM: qemu.NoTPM, CommandLine: "console=ttyS0 quiet e2e=sink",
 	}, qemu.FDs{
-		RAM: 3, Console: 4, QMP: 5, Kernel: fd(kernel), Initrd: fd(initrd(b, h.cache, usualKernel, true)), Disks: []qemu.DiskFD{{FD: fd(s.disk)}},
+		RAM: 3, Console: 4, QMP: 5, Kernel: fd(kernel), Initrd: fd(initrd(b, h.cache, debian.Usual, true)), Disks: []qemu.DiskFD{{FD: fd(s.disk)}},
 	}, qemu.DataDirs()...)
 	if err != nil {
 		b.Fatal(err)

@@ -15,7 +15,7 @@ import (
 )
 
 // peerCmdline is the command line of every guest of the comparison: what [host.start] gives ours.
-const peerCmdline = "console=ttyS0 quiet e2e=deaf " + benchCmdline
+const peerCmdline = debian.Cmdline + " e2e=deaf " + benchCmdline
 
 // A peerMonitor is another monitor that boots the same guest.
 type peerMonitor struct {
@@ -54,11 +54,11 @@ func gokvmPeer(ctx context.Context, root *debian.Root, kernel, initrd string) (*
 // says that it runs the first program.
 func (p peerMonitor) prepare(b *testing.B, h *host) func() time.Duration {
 	b.Helper()
-	kernel, err := h.cache.Vmlinuz(usualKernel)
+	kernel, err := h.cache.Vmlinuz(debian.Usual)
 	if err != nil {
 		b.Fatal(err)
 	}
-	image := initrd(b, h.cache, usualKernel, false)
+	image := initrd(b, h.cache, debian.Usual, false)
 	return func() time.Duration {
 		b.Helper()
 		ctx, cancel := context.WithTimeout(context.Background(), 2*bootTime)

@@ -17,6 +17,7 @@ import (
 
 	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/ipc/rpc"
+	"redoubt.dev/redoubt/lab/debian"
 	"redoubt.dev/redoubt/qemu"
 	"redoubt.dev/redoubt/services"
 	"redoubt.dev/redoubt/services/protocol"
@@ -192,7 +193,7 @@ func qemuUnderLoad(b *testing.B, workload string, seconds int) []second {
 	b.Setenv("REDOUBT_TOOLS", h.cache.Tools())
 	disk := h.path("disk.img")
 	h.must("disk", "create", disk, "64MiB")
-	vmlinuz, err := h.cache.Vmlinuz(usualKernel)
+	vmlinuz, err := h.cache.Vmlinuz(debian.Usual)
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -201,7 +202,7 @@ func qemuUnderLoad(b *testing.B, workload string, seconds int) []second {
 		to   **os.File
 		path string
 		mode int
-	}{{&files.Kernel, vmlinuz, os.O_RDONLY}, {&files.Initrd, initrd(b, h.cache, usualKernel, true), os.O_RDONLY}} {
+	}{{&files.Kernel, vmlinuz, os.O_RDONLY}, {&files.Initrd, initrd(b, h.cache, debian.Usual, true), os.O_RDONLY}} {
 		if *f.to, err = os.OpenFile(f.path, f.mode, 0); err != nil {
 			b.Fatal(err)
 		}

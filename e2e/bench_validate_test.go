@@ -22,6 +22,7 @@ import (
 	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/lab"
+	"redoubt.dev/redoubt/lab/debian"
 	"redoubt.dev/redoubt/memfd"
 	"redoubt.dev/redoubt/network"
 	"redoubt.dev/redoubt/qemu"
@@ -231,7 +232,7 @@ func (d *servedDisk) underQEMU(b *testing.B, workload string) *bufio.Scanner {
 	b.Helper()
 	h := newDownHost(b)
 	b.Setenv("REDOUBT_TOOLS", h.cache.Tools())
-	vmlinuz, err := h.cache.Vmlinuz(usualKernel)
+	vmlinuz, err := h.cache.Vmlinuz(debian.Usual)
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -243,7 +244,7 @@ func (d *servedDisk) underQEMU(b *testing.B, workload string) *bufio.Scanner {
 	if files.Kernel, err = os.Open(vmlinuz); err != nil {
 		b.Fatal(err)
 	}
-	if files.Initrd, err = os.Open(initrd(b, h.cache, usualKernel, true)); err != nil {
+	if files.Initrd, err = os.Open(initrd(b, h.cache, debian.Usual, true)); err != nil {
 		b.Fatal(err)
 	}
 	console, theirs := consolePair(b)

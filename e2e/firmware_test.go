@@ -6,18 +6,19 @@ import (
 	"testing"
 
 	"redoubt.dev/redoubt/lab/bootdisk"
+	"redoubt.dev/redoubt/lab/debian"
 )
 
 // TestFirmware: a guest that boots its disk through firmware waits at the same gate, and is
 // attested by the host's measurements and its firmware's own log together.
 func TestFirmware(t *testing.T) {
 	h := newHost(t)
-	kernel, err := h.cache.Vmlinuz("6.1")
+	kernel, err := h.cache.Vmlinuz(debian.Usual)
 	if err != nil {
 		t.Fatal(err)
 	}
 	disk := h.path("boot.img")
-	err = bootdisk.Make(t.Context(), h.cache, disk, h.dir, kernel, initrd(t, h.cache, "6.1", false), "console=ttyS0 e2e=wait")
+	err = bootdisk.Make(t.Context(), h.cache, disk, h.dir, kernel, initrd(t, h.cache, debian.Usual, false), debian.Cmdline+" e2e=wait")
 	if err != nil {
 		t.Fatal(err)
 	}

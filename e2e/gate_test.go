@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"redoubt.dev/redoubt/lab"
+	"redoubt.dev/redoubt/lab/debian"
 )
 
 var delays = []time.Duration{0, 50 * time.Millisecond, time.Second, 5 * time.Second, 30 * time.Second}
@@ -24,7 +25,7 @@ func TestGateNative(t *testing.T) {
 
 func gateDelays(t *testing.T, emulator string) {
 	h := newHost(t)
-	kernels := []string{usualKernel, "6.12"}
+	kernels := []string{debian.Usual, "6.12"}
 	name := func(kernel string, delay time.Duration) string {
 		return strings.ReplaceAll(fmt.Sprintf("g-%s-%d", kernel, delay.Milliseconds()), ".", "-")
 	}
@@ -99,7 +100,7 @@ func gateUnderLoad(t *testing.T, emulator string) {
 		}
 		defer func() { cancel(); _ = c.Wait() }()
 	}
-	h.late("loaded", emulator, usualKernel, 20*time.Second)
+	h.late("loaded", emulator, debian.Usual, 20*time.Second)
 	h.gated("loaded", 20*time.Second)
 }
 

@@ -27,8 +27,8 @@ exec </dev/console >/dev/console 2>&1
 what=$(sed 's/.*e2e=\([a-z-]*\).*/\1/' /proc/cmdline)
 for m in $(cat /mod/order); do [ $m = dummy.ko ] || [ "$what" = modules ] || insmod /mod/$m; done
 dmesg | grep -iE 'tpm|ima:|lockup|stall|hung|timed out|timeout|watchdog: BUG' | grep -v 'ACPI: ' | sed 's/^/KERNEL /'
-echo "AGG $(head -1 /sys/kernel/security/ima/ascii_runtime_measurements | cut -d' ' -f4)"
-for p in 0 1 2 3 4 5 6 7 8 9; do echo "PCR $p $(cat /sys/class/tpm/tpm0/pcr-sha256/$p)"; done
+read pcr template kind boot rest </sys/kernel/security/ima/ascii_runtime_measurements; echo "AGG $boot"
+for p in 0 1 2 3 4 5 6 7 8 9; do v=; read v </sys/class/tpm/tpm0/pcr-sha256/$p; echo "PCR $p $v"; done 2>/dev/null
 sick() { dmesg | grep -iE 'i/o error|blocked for more' | sed 's/^/DISK-ERROR /'; }
 button() { for e in /dev/input/event*; do exec 7<$e; (head -c 1 <&7 >/dev/null; echo PRESSED; killall -q -STOP guest; sync; sick; poweroff -f) & done; }
 # Rounds until its power button is pressed.
@@ -157,10 +157,6 @@ sync; poweroff -f
 // guestModules are in every guest's image; dummy is loaded by what=modules only, which loads no other.
 var guestModules = []string{"virtio_pci", "virtio_blk", "virtio_rng", "virtio_console", "virtio_net", "button", "evdev", "dummy"}
 
-// usualKernel is what guests boot where a test is not about kernels: of Debian's flavours the one that boots soonest, in
-// the lab in half the time of the generic one, which other tests name.
-const usualKernel = "6.1-cloud"
-
 var (
 	initrdMu sync.Mutex
 	initrds  = map[string]string{}
@@ -226,7 +222,7 @@ func (h *host) start(s start) {
 func (h *host) tryStart(s start) result {
 	h.t.Helper()
 	if s.kernel == "" {
-		s.kernel = usualKernel
+		s.kernel = debian.Usual
 	}
 	if s.name == "" {
 		s.name = "guest"
@@ -238,8 +234,7 @@ func (h *host) tryStart(s start) result {
 	return h.run(append([]string{
 		"run", "--name", s.name, "--emulator", s.emulator, "--kernel", kernel,
 		"--initrd", initrd(h.t, h.cache, s.kernel, s.withGuest), "--memory", "256MiB",
-		// quiet: a console is slow under emulation, and dmesg tells the same.
-		"--cmdline", strings.TrimSpace("console=ttyS0 quiet e2e=" + s.what + " " + s.cmdline),
+		"--cmdline", strings.TrimSpace(debian.Cmdline + " e2e=" + s.what + " " + s.cmdline),
 	}, s.args...)...)
 }
 

@@ -13,6 +13,7 @@ import (
 	"redoubt.dev/redoubt/audit"
 	"redoubt.dev/redoubt/introspect/inspect"
 	"redoubt.dev/redoubt/lab"
+	"redoubt.dev/redoubt/lab/debian"
 	"redoubt.dev/redoubt/services"
 )
 
@@ -121,7 +122,7 @@ func inspected(h *host, console, policy string) {
 	if os.Getenv(lab.InLab) != "" { // a dump is read without KVM, and there it takes long
 		return
 	}
-	kernel, err := h.cache.Vmlinuz(usualKernel)
+	kernel, err := h.cache.Vmlinuz(debian.Usual)
 	if err != nil {
 		h.t.Fatal(err)
 	}

@@ -13,16 +13,17 @@ import (
 	"golang.org/x/sys/unix"
 
 	"redoubt.dev/redoubt/lab"
+	"redoubt.dev/redoubt/lab/debian"
 )
 
 func (h *host) writeSpec(path, name, emulator, what, more string) {
 	h.t.Helper()
-	kernel, err := h.cache.Vmlinuz(usualKernel)
+	kernel, err := h.cache.Vmlinuz(debian.Usual)
 	if err != nil {
 		h.t.Fatal(err)
 	}
-	doc := fmt.Sprintf("name: %s\nemulator: %s\nmemory: 256MiB\nboot:\n  kernel: %s\n  initrd: %s\n  cmdline: console=ttyS0 e2e=%s\n%s",
-		name, emulator, kernel, initrd(h.t, h.cache, usualKernel, false), what, more)
+	doc := fmt.Sprintf("name: %s\nemulator: %s\nmemory: 256MiB\nboot:\n  kernel: %s\n  initrd: %s\n  cmdline: %s e2e=%s\n%s",
+		name, emulator, kernel, initrd(h.t, h.cache, debian.Usual, false), debian.Cmdline, what, more)
 	if err := os.WriteFile(path, []byte(doc), 0o600); err != nil {
 		h.t.Fatal(err)
 	}

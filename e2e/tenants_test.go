@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"redoubt.dev/redoubt/lab"
+	"redoubt.dev/redoubt/lab/debian"
 )
 
 // Users of nobody on the machine.
@@ -34,11 +35,11 @@ func (h *host) makeTenant(name string, args ...string) (pool string) {
 	if err := os.Mkdir(pool, 0o755); err != nil {
 		h.t.Fatal(err)
 	}
-	kernel, err := h.cache.Vmlinuz(usualKernel)
+	kernel, err := h.cache.Vmlinuz(debian.Usual)
 	if err != nil {
 		h.t.Fatal(err)
 	}
-	for to, from := range map[string]string{"kernel": kernel, "initrd": initrd(h.t, h.cache, usualKernel, false)} {
+	for to, from := range map[string]string{"kernel": kernel, "initrd": initrd(h.t, h.cache, debian.Usual, false)} {
 		copyFile(h.t, filepath.Join(pool, to), from)
 	}
 	h.must("disk", "create", filepath.Join(pool, "disk"), "1MiB")
@@ -84,7 +85,7 @@ func TestTenantsQEMU(t *testing.T) {
 	}
 	run := func(uid uint32, tenant, pool, disk string) result {
 		return as(uid, "--tenant", tenant, "run", "--name", "web", "--emulator", "qemu", "--kernel", pool+"/kernel",
-			"--initrd", pool+"/initrd", "--disk", disk, "--memory", "256MiB", "--cmdline", "console=ttyS0 quiet e2e=deaf")
+			"--initrd", pool+"/initrd", "--disk", disk, "--memory", "256MiB", "--cmdline", debian.Cmdline+" e2e=deaf")
 	}
 	good := func(r result) string {
 		t.Helper()
@@ -178,7 +179,7 @@ func tenantsNetworks(t *testing.T, emulator string) {
 			mac := map[string]string{"host": "1", "visitor": "2"}[name]
 			h.must("--tenant", tenant, "run", "--name", name, "--emulator", emulator, "--kernel", pool+"/kernel",
 				"--initrd", pool+"/initrd", "--memory", "256MiB", "--no-tpm", "--nic", "vlan=10,mac=02:00:00:00:00:0"+mac,
-				"--cmdline", "console=ttyS0 quiet e2e=net net="+name+" who="+tenant)
+				"--cmdline", debian.Cmdline+" e2e=net net="+name+" who="+tenant)
 		}
 	}
 	rounds := func(tenant string, more int) string {

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"redoubt.dev/redoubt/lab"
+	"redoubt.dev/redoubt/lab/debian"
 	"redoubt.dev/redoubt/lab/initramfs"
 	"redoubt.dev/redoubt/spec"
 	"redoubt.dev/redoubt/validation/verdict"
@@ -45,7 +46,7 @@ poweroff -f
 func validatedInitrd(t testing.TB, h *host) string {
 	t.Helper()
 	path := h.path("initrd-validated")
-	modules, err := h.cache.Modules(usualKernel)
+	modules, err := h.cache.Modules(debian.Usual)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -126,13 +127,13 @@ func (s *shell) does(line string) string {
 // validatedSpec writes the spec of a guest with such a disk.
 func (h *host) validatedSpec(name, emulator, disk, cmdline, more string) string {
 	h.t.Helper()
-	kernel, err := h.cache.Vmlinuz(usualKernel)
+	kernel, err := h.cache.Vmlinuz(debian.Usual)
 	if err != nil {
 		h.t.Fatal(err)
 	}
 	path := h.path(name + ".yaml")
-	doc := fmt.Sprintf("name: %s\nemulator: %s\nmemory: 256MiB\nboot:\n  kernel: %s\n  initrd: %s\n  cmdline: console=ttyS0 quiet %s\ndisks:\n- path: %s\n%s",
-		name, emulator, kernel, validatedInitrd(h.t, h), cmdline, disk, more)
+	doc := fmt.Sprintf("name: %s\nemulator: %s\nmemory: 256MiB\nboot:\n  kernel: %s\n  initrd: %s\n  cmdline: %s %s\ndisks:\n- path: %s\n%s",
+		name, emulator, kernel, validatedInitrd(h.t, h), debian.Cmdline, cmdline, disk, more)
 	if err := os.WriteFile(path, []byte(doc), 0o600); err != nil {
 		h.t.Fatal(err)
 	}

@@ -130,7 +130,7 @@ func (s scripts) build(t testing.TB) *guest {
 	t.Helper()
 	tpm := startTPM(t)
 	return boot{
-		kernel: s.kernel, vcpus: s.vcpus, what: "script", files: s.files, modules: s.debian, script: s.script, extra: "quiet " + s.extra,
+		kernel: s.kernel, vcpus: s.vcpus, what: "script", files: s.files, modules: s.debian, script: s.script, extra: s.extra,
 		change: func(cfg *Config) {
 			cfg.TPM, cfg.Modules, cfg.ConsoleIn = tpm, s.modules, s.input
 			if s.rng {

@@ -23,7 +23,7 @@ func TestBootKernels(t *testing.T) {
 		{"6.1", 1}, {"6.1", 2}, {"6.1", 4}, {"6.12", 1}, {"6.12", 2}, {"6.12", 4}, {"6.1-cloud", 2}, {"6.12-cloud", 2},
 	} {
 		t.Run(fmt.Sprintf("%s-%dvcpu", c.kernel, c.vcpus), func(t *testing.T) {
-			g := boot{kernel: c.kernel, vcpus: c.vcpus, what: "facts", extra: "quiet"}.build(t)
+			g := boot{kernel: c.kernel, vcpus: c.vcpus, what: "facts"}.build(t)
 			g.expect(t, PowerOff)
 			g.check(t, "CPUS", strconv.Itoa(c.vcpus))
 			g.check(t, "CLOCK", "kvm-clock")
@@ -44,7 +44,7 @@ func TestBootKASLR(t *testing.T) {
 	seen := map[string]bool{}
 	// There are some hundred places for it in so little memory: two boots may well agree, four do not.
 	for n := 0; n < 4 && len(seen) < 2; n++ {
-		g := boot{what: "facts", extra: "quiet"}.build(t)
+		g := boot{what: "facts"}.build(t)
 		g.expect(t, PowerOff)
 		seen[g.console.value("TEXT")] = true
 	}
@@ -64,7 +64,7 @@ func TestBootMemory(t *testing.T) {
 		{3584, 3300 << 10, "1"}, // 512 MiB of it above 4 GiB
 	} {
 		t.Run(fmt.Sprintf("%dMiB", c.mib), func(t *testing.T) {
-			g := boot{memory: c.mib << 20, what: "facts", extra: "quiet"}.build(t)
+			g := boot{memory: c.mib << 20, what: "facts"}.build(t)
 			g.expect(t, PowerOff)
 			if n, err := strconv.Atoi(g.console.value("MEM")); err != nil || n < c.minimum {
 				t.Errorf("the guest sees %q KiB, want at least %d", g.console.value("MEM"), c.minimum)
@@ -81,12 +81,12 @@ func TestEndings(t *testing.T) {
 		name, what, extra string
 		want              Kind
 	}{
-		{"reboot by ACPI", "reboot", "quiet", Reboot},
-		{"reboot by keyboard controller", "reboot", "quiet reboot=k", Reboot},
-		{"reboot by triple fault", "reboot", "quiet reboot=t", TripleFault},
-		{"reboot by chipset", "reboot", "quiet reboot=p", Reboot},
-		{"sysrq", "sysrq", "quiet", Reboot},
-		{"panic", "panic", "quiet", Reboot},
+		{"reboot by ACPI", "reboot", "", Reboot},
+		{"reboot by keyboard controller", "reboot", "reboot=k", Reboot},
+		{"reboot by triple fault", "reboot", "reboot=t", TripleFault},
+		{"reboot by chipset", "reboot", "reboot=p", Reboot},
+		{"sysrq", "sysrq", "", Reboot},
+		{"panic", "panic", "", Reboot},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			boot{vcpus: 2, what: c.what, extra: c.extra}.build(t).expect(t, c.want)
@@ -99,7 +99,7 @@ func TestStop(t *testing.T) {
 	lab.NeedsKVM(t)
 	ctx, cancel := context.WithCancelCause(t.Context())
 	input := make(chan []byte)
-	g := boot{vcpus: 2, what: "wait", extra: "quiet", change: func(c *Config) { c.ConsoleIn = input }}.build(t)
+	g := boot{vcpus: 2, what: "wait", change: func(c *Config) { c.ConsoleIn = input }}.build(t)
 	ready := g.console.saw("READY")
 	done := make(chan Outcome)
 	go func() {
@@ -127,7 +127,7 @@ func TestPowerButton(t *testing.T) {
 	lab.NeedsKVM(t)
 	for _, kernel := range []string{"6.1", "6.12"} {
 		t.Run(kernel, func(t *testing.T) {
-			g := boot{kernel: kernel, what: "button", extra: "quiet", modules: []string{"button", "evdev"}}.build(t)
+			g := boot{kernel: kernel, what: "button", modules: []string{"button", "evdev"}}.build(t)
 			ready := g.console.saw("READY")
 			go func() {
 				<-ready
@@ -146,7 +146,7 @@ func TestPowerButton(t *testing.T) {
 func TestConsoleInput(t *testing.T) {
 	lab.NeedsKVM(t)
 	input := make(chan []byte)
-	g := boot{what: "echo", extra: "quiet", change: func(c *Config) { c.ConsoleIn = input }}.build(t)
+	g := boot{what: "echo", change: func(c *Config) { c.ConsoleIn = input }}.build(t)
 	ready := g.console.saw("READY")
 	go func() {
 		<-ready
@@ -161,7 +161,7 @@ func TestConsoleInput(t *testing.T) {
 func TestPause(t *testing.T) {
 	lab.NeedsKVM(t)
 	const pause = 4 * time.Second
-	g := boot{vcpus: 2, what: "clock", extra: "quiet"}.build(t)
+	g := boot{vcpus: 2, what: "clock"}.build(t)
 	ticking := g.console.saw("T ")
 	go func() {
 		<-ticking

@@ -8,13 +8,14 @@ import (
 	"redoubt.dev/redoubt/isolate/attack"
 	"redoubt.dev/redoubt/isolate/policy"
 	"redoubt.dev/redoubt/lab"
+	"redoubt.dev/redoubt/lab/debian"
 )
 
 // A module that drives a device has it write the kernel's data: it does without isolation, and nothing comes of it with, even where
 // all is learnt that may be.
 func TestFenceDMA(t *testing.T) {
 	lab.NeedsKVM(t)
-	built, err := attack.Build(t.Context(), cache(t), "6.1-cloud")
+	built, err := attack.Build(t.Context(), cache(t), debian.Usual)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -12,6 +12,7 @@ import (
 	"redoubt.dev/redoubt/isolate/attack"
 	"redoubt.dev/redoubt/isolate/policy"
 	"redoubt.dev/redoubt/lab"
+	"redoubt.dev/redoubt/lab/debian"
 	"redoubt.dev/redoubt/lab/workload"
 )
 
@@ -21,7 +22,7 @@ import (
 func BenchmarkCrossing(b *testing.B) {
 	lab.NeedsKVM(b)
 	const rounds, calls, ports = 15, 600, 1200
-	built, err := attack.Build(b.Context(), cache(b), "6.1-cloud")
+	built, err := attack.Build(b.Context(), cache(b), debian.Usual)
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -43,7 +44,7 @@ echo LIVES
 	var ratios []float64
 	for b.Loop() {
 		m := isolate.Modules{Default: isolate.Isolate, Mode: policy.Learn}
-		said, _ := scripted(b, "6.1-cloud", &m, files, script)
+		said, _ := scripted(b, debian.Usual, &m, files, script)
 		for round := range rounds { // when it began and ended, then: port, how many, nanoseconds
 			line := said[strconv.Itoa(round+1)]
 			words := strings.Fields(line)

@@ -13,6 +13,7 @@ import (
 	"redoubt.dev/redoubt/isolate/attack"
 	"redoubt.dev/redoubt/isolate/policy"
 	"redoubt.dev/redoubt/lab"
+	"redoubt.dev/redoubt/lab/debian"
 	"redoubt.dev/redoubt/lab/workload"
 	"redoubt.dev/redoubt/pci"
 	"redoubt.dev/redoubt/pci/topology"
@@ -24,7 +25,8 @@ func fenced(t *testing.T, vcpus int, kernel string, m *isolate.Modules, files ma
 	t.Helper()
 	tpm := startTPM(t)
 	g := boot{
-		kernel: kernel, vcpus: vcpus, what: "modules", modules: modules, files: files, extra: "quiet",
+		kernel: kernel, vcpus: vcpus, what: "modules", modules: modules, files: files,
+		extra: "cryptomgr.notests=0", // what tests ciphers runs in their modules
 		change: func(cfg *Config) {
 			cfg.TPM, cfg.Modules = tpm, m
 			cfg.Devices = []pci.Placed{rng(t)}
@@ -57,7 +59,7 @@ func rng(t testing.TB) pci.Placed {
 // Debian's own modules work in views of their own as they do without.
 func TestFence(t *testing.T) {
 	lab.NeedsKVM(t)
-	worksFenced(t, 1, "6.1-cloud", []policy.Mode{policy.Learn, policy.Enforce}, []string{"virtio", "virtio_ring", "virtio_pci", "virtio_pci_modern_dev", "virtio_pci_legacy_dev"}, nil,
+	worksFenced(t, 1, debian.Usual, []policy.Mode{policy.Learn, policy.Enforce}, []string{"virtio", "virtio_ring", "virtio_pci", "virtio_pci_modern_dev", "virtio_pci_legacy_dev"}, nil,
 		"dummy", "null_blk", "xor", "crc32c_generic", "xxhash_generic", "virtio_pci", "virtio_rng")
 }
 
@@ -126,7 +128,7 @@ func TestFenceChecksum(t *testing.T) {
 		t.Fatal(err)
 	}
 	inBothModes(t, "crc32c_generic", scripts{
-		kernel: "6.1", debian: []string{"crc32c_generic", "af_alg", "algif_hash"}, files: map[string]string{"workload": program},
+		kernel: "6.1", extra: "cryptomgr.notests=0", debian: []string{"crc32c_generic", "af_alg", "algif_hash"}, files: map[string]string{"workload": program},
 		script: fmt.Sprintf("for m in $(cat /mod/order); do insmod /mod/$m; done; echo CHECK digest $(/workload digest %d); echo LIVES\n", times),
 	}, "digest", want, "af_alg", "algif_hash")
 }
@@ -134,7 +136,7 @@ func TestFenceChecksum(t *testing.T) {
 // The kernel patches an isolated module's code for the module's static key, while the module is called, and back.
 func TestFenceStaticKey(t *testing.T) {
 	lab.NeedsKVM(t)
-	built, err := attack.Build(t.Context(), cache(t), "6.1-cloud")
+	built, err := attack.Build(t.Context(), cache(t), debian.Usual)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -169,7 +171,7 @@ func inBothModes(t *testing.T, module string, s scripts, key, want string, trust
 func TestFenceRefuses(t *testing.T) {
 	lab.NeedsKVM(t)
 	m := isolate.Modules{Default: isolate.Refuse, Trusted: []string{"xxhash_generic"}}
-	got, r := fenced(t, 1, "6.1-cloud", &m, nil, "dummy", "xxhash_generic")
+	got, r := fenced(t, 1, debian.Usual, &m, nil, "dummy", "xxhash_generic")
 	want := []string{"loaded xxhash_generic.ko", "rng none 0", "crc32c 1", "xxhash64 1", "module xxhash_generic", "gone xxhash_generic"}
 	if !slices.Equal(got, want) {
 		t.Errorf("the guest found %q, want %q", got, want)

@@ -104,7 +104,7 @@ type guest struct {
 
 // boot describes a test guest; zero values have usable meanings.
 type boot struct {
-	kernel  string // "6.1-cloud": it boots in half the time
+	kernel  string // debian.Usual
 	vcpus   int    // 1
 	memory  uint64 // 256 MiB
 	what    string // guestInit's word
@@ -128,7 +128,7 @@ func (b boot) build(t testing.TB) *guest {
 	t.Helper()
 	root := cache(t)
 	if b.kernel == "" {
-		b.kernel = "6.1-cloud"
+		b.kernel = debian.Usual
 	}
 	if b.vcpus == 0 {
 		b.vcpus = 1
@@ -162,7 +162,7 @@ func (b boot) build(t testing.TB) *guest {
 	cfg := Config{
 		KVM: open(t, "/dev/kvm", os.O_RDWR), Memory: memfd(t, b.memory), MemoryBytes: b.memory, VCPUs: b.vcpus,
 		Kernel: open(t, vmlinuz, os.O_RDONLY), Initrd: open(t, initrd, os.O_RDONLY),
-		Cmdline:    "console=ttyS0 panic=-1 t=" + b.what + " " + b.extra,
+		Cmdline:    debian.Cmdline + " panic=-1 t=" + b.what + " " + b.extra,
 		ConsoleOut: g.console,
 	}
 	g.seen = map[Event]time.Duration{}

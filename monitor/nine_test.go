@@ -8,12 +8,13 @@ import (
 	"redoubt.dev/redoubt/isolate/attack"
 	"redoubt.dev/redoubt/isolate/policy"
 	"redoubt.dev/redoubt/lab"
+	"redoubt.dev/redoubt/lab/debian"
 )
 
 // A module with 34,672 bytes of code gets its nine pages, which the kernel's view no longer has; and is called and calls.
 func TestFenceNinePages(t *testing.T) {
 	lab.NeedsKVM(t)
-	built, err := attack.Build(t.Context(), cache(t), "6.1-cloud")
+	built, err := attack.Build(t.Context(), cache(t), debian.Usual)
 	if err != nil {
 		t.Fatal(err)
 	}

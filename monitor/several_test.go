@@ -9,12 +9,13 @@ import (
 	"redoubt.dev/redoubt/isolate/attack"
 	"redoubt.dev/redoubt/isolate/policy"
 	"redoubt.dev/redoubt/lab"
+	"redoubt.dev/redoubt/lab/debian"
 )
 
 // several has two processors of a guest in one isolated module at once, and says what went wrong there.
 func several(t *testing.T, vcpus int, weakened isolate.Weakness) map[string]string {
 	t.Helper()
-	built, err := attack.Build(t.Context(), cache(t), "6.1-cloud")
+	built, err := attack.Build(t.Context(), cache(t), debian.Usual)
 	if err != nil {
 		t.Fatal(err)
 	}

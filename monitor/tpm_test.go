@@ -95,7 +95,7 @@ func TestTPM(t *testing.T) {
 			tpm := startTPM(t)
 			accessed := 0
 			g := boot{
-				kernel: c.kernel, vcpus: c.vcpus, what: "tpm", extra: "quiet ima_policy=tcb",
+				kernel: c.kernel, vcpus: c.vcpus, what: "tpm", extra: "ima_policy=tcb",
 				change: func(cfg *Config) { cfg.TPM, cfg.OnTPMAccess = tpm, func() { accessed++ } },
 			}.build(t)
 			tpm.first = func() {
@@ -138,7 +138,7 @@ func TestTPM(t *testing.T) {
 // A TPM that fails ends the guest: it must not run on without.
 func TestTPMFails(t *testing.T) {
 	lab.NeedsKVM(t)
-	g := boot{what: "tpm", extra: "quiet", change: func(c *Config) { c.TPM = brokenTPM{} }}.build(t)
+	g := boot{what: "tpm", change: func(c *Config) { c.TPM = brokenTPM{} }}.build(t)
 	if o := g.run(t); o.Kind != Crash || !strings.Contains(o.Reason, "gone") {
 		t.Errorf("outcome %v", o)
 	}
@@ -152,7 +152,7 @@ func (brokenTPM) Execute(uint8, []byte) ([]byte, error) { return nil, fmt.Errorf
 func TestTPMStuck(t *testing.T) {
 	lab.NeedsKVM(t)
 	tpm := stuckTPM{make(chan struct{}), make(chan struct{})}
-	g := boot{vcpus: 2, what: "tpm", extra: "quiet", change: func(c *Config) { c.TPM = tpm }}.build(t)
+	g := boot{vcpus: 2, what: "tpm", change: func(c *Config) { c.TPM = tpm }}.build(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	go func() {
 		<-tpm.asked

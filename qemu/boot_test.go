@@ -54,7 +54,7 @@ var (
 func initrd(t testing.TB, r *debian.Root) []byte {
 	t.Helper()
 	initrdOnce.Do(func() {
-		modules, err := r.Modules("6.1")
+		modules, err := r.Modules(debian.Usual)
 		if err != nil {
 			initrdErr = err
 			return
@@ -168,7 +168,7 @@ func direct(t *testing.T, do string, transport Transport, change func(*Config, *
 func newDirect(t *testing.T, do string, change func(*Config, *Files), hooks Hooks) (*Machine, Files, *console) {
 	t.Helper()
 	r := root(t)
-	path, err := r.Vmlinuz("6.1")
+	path, err := r.Vmlinuz(debian.Usual)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -179,7 +179,7 @@ func newDirect(t *testing.T, do string, change func(*Config, *Files), hooks Hook
 	con, theirs := newConsole(t)
 	config := Config{
 		Name: "test,1", Memory: 256 << 20, CPUs: 1, Accel: TCG,
-		CommandLine: "console=ttyS0 quiet panic=-1 do=" + do,
+		CommandLine: debian.Cmdline + " panic=-1 do=" + do,
 	}
 	files := Files{Kernel: kernel, Initrd: tempFile(t, "initrd", initrd(t, r)), Console: theirs}
 	if change != nil {

@@ -25,7 +25,7 @@ const firmwareLimit = 150 * time.Second
 func bootDisk(t testing.TB, r *debian.Root) *os.File {
 	t.Helper()
 	dir := t.TempDir()
-	kernel, err := r.Vmlinuz("6.1")
+	kernel, err := r.Vmlinuz(debian.Usual)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -34,7 +34,7 @@ func bootDisk(t testing.TB, r *debian.Root) *os.File {
 		t.Fatal(err)
 	}
 	disk := filepath.Join(dir, "disk.img")
-	if err := bootdisk.Make(t.Context(), r, disk, dir, kernel, image, "console=ttyS0 quiet panic=-1 do=firmware"); err != nil {
+	if err := bootdisk.Make(t.Context(), r, disk, dir, kernel, image, debian.Cmdline+" panic=-1 do=firmware"); err != nil {
 		t.Fatal(err)
 	}
 	f, err := os.OpenFile(disk, os.O_RDWR, 0)

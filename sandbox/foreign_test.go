@@ -357,7 +357,7 @@ func TestQEMU(t *testing.T) {
 	r := tools(t)
 	tpmGuard, tpmControl, tpmOut := startSwtpm(t, r, stateDir(t))
 
-	vmlinuz, err := r.Vmlinuz("6.1-cloud")
+	vmlinuz, err := r.Vmlinuz(debian.Usual)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -379,7 +379,7 @@ func TestQEMU(t *testing.T) {
 		theirConsole, theirQMP, tpmControl, disk,
 	}
 	args, err := qemu.Args(qemu.Config{
-		Name: "sandboxed", Memory: memory, CPUs: 2, CommandLine: "console=ttyS0 quiet panic=-1",
+		Name: "sandboxed", Memory: memory, CPUs: 2, CommandLine: debian.Cmdline + " panic=-1",
 	}, qemu.FDs{RAM: 3, Kernel: 4, Initrd: 5, Console: 6, QMP: 7, TPM: 8, Disks: []qemu.DiskFD{{FD: 9}}},
 		r.Path("usr/share/qemu"), r.Path("usr/share/seabios"))
 	if err != nil {

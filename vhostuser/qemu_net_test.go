@@ -198,11 +198,11 @@ func newNetGuest(t testing.TB, tun *os.File, init string) *netGuest {
 	if err != nil {
 		t.Fatal(err)
 	}
-	kernel, err := root.Vmlinuz("6.1-cloud")
+	kernel, err := root.Vmlinuz(debian.Usual)
 	if err != nil {
 		t.Fatal(err)
 	}
-	tree, err := root.Modules("6.1-cloud")
+	tree, err := root.Modules(debian.Usual)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -243,7 +243,7 @@ func newNetGuest(t testing.TB, tun *os.File, init string) *netGuest {
 		// guest uses MSI-X, and crashes.
 		"-device", fmt.Sprintf("virtio-net-pci,netdev=net0,mac=%s,disable-legacy=on,romfile=,vectors=0", net.HardwareAddr(testMAC[:])),
 		"-serial", "stdio", "-kernel", kernel, "-initrd", initrd,
-		"-append", "console=ttyS0 quiet panic=-1",
+		"-append", debian.Cmdline+" panic=-1",
 	)
 	g.qemu.ExtraFiles = []*os.File{g.mem, door}
 	g.qemu.Stdout, g.qemu.Stderr = g.lines, g.lines

@@ -50,11 +50,11 @@ func TestQEMUGuestSurvivesKills(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	kernel, err := root.Vmlinuz("6.1-cloud")
+	kernel, err := root.Vmlinuz(debian.Usual)
 	if err != nil {
 		t.Fatal(err)
 	}
-	tree, err := root.Modules("6.1-cloud")
+	tree, err := root.Modules(debian.Usual)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -107,7 +107,7 @@ func TestQEMUGuestSurvivesKills(t *testing.T) {
 		"-m", "256", "-object", fmt.Sprintf("memory-backend-file,id=ram,size=%d,mem-path=/proc/self/fd/3,share=on", guestMemory),
 		"-chardev", "socket,id=disk,fd=4", "-device", "vhost-user-blk-pci,chardev=disk,num-queues=1,disable-legacy=on",
 		"-serial", "stdio", "-kernel", kernel, "-initrd", initrd,
-		"-append", "console=ttyS0 quiet panic=-1",
+		"-append", debian.Cmdline+" panic=-1",
 	)
 	qemu.ExtraFiles = []*os.File{mem, tf}
 	lines := newLines()

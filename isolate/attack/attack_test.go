@@ -121,7 +121,7 @@ func run(t *testing.T, kernel, script string) []string {
 	out, err := root.Command(ctx, "qemu-system-x86_64",
 		"-L", root.Path("usr/share/seabios"), "-L", root.Path("usr/share/qemu"),
 		"-accel", "tcg", "-cpu", "max,la57=off,cx16=off", "-m", "256", "-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio",
-		"-kernel", vmlinuz, "-initrd", initrd, "-append", "console=ttyS0 panic=-1 quiet").CombinedOutput()
+		"-kernel", vmlinuz, "-initrd", initrd, "-append", debian.Cmdline+" panic=-1").CombinedOutput()
 	if err != nil {
 		t.Errorf("qemu: %v", err)
 	}

@@ -90,6 +90,14 @@ func (r *Root) XenStore(ctx context.Context, socket, name string, args ...string
 	return cmd
 }
 
+// Usual is the kernel that guests boot where a test is not about kernels: of Debian's flavours the one that boots soonest, in
+// half the time of the generic one.
+const Usual = "6.1-cloud"
+
+// Cmdline is what the kernels of tests' guests are told. Under emulation a console is slow, and dmesg tells the same; the
+// kernel's tests of its own ciphers are a quarter of the usual kernel's boot.
+const Cmdline = "console=ttyS0 quiet cryptomgr.notests"
+
 // Vmlinuz is the boot image (bzImage) of the kernel named as in [Kernels].
 func (r *Root) Vmlinuz(kernel string) (string, error) {
 	return r.one(kernel, "boot/vmlinuz-*")

@@ -162,11 +162,11 @@ func (h *host) boot(id int, mac network.MAC, script string) *guest {
 	if err != nil {
 		t.Fatal(err)
 	}
-	kernel, err := root.Vmlinuz("6.1")
+	kernel, err := root.Vmlinuz(debian.Usual)
 	if err != nil {
 		t.Fatal(err)
 	}
-	tree, err := root.Modules("6.1")
+	tree, err := root.Modules(debian.Usual)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -219,7 +219,7 @@ func (h *host) boot(id int, mac network.MAC, script string) *guest {
 		"-m", "192", "-object", fmt.Sprintf("memory-backend-file,id=ram,size=%d,mem-path=/proc/self/fd/3,share=on", memory),
 		"-chardev", "socket,id=net,path=/proc/self/fd/4", "-netdev", "vhost-user,id=net0,chardev=net",
 		"-device", fmt.Sprintf("virtio-net-pci,netdev=net0,mac=%s,ctrl_guest_offloads=off,disable-legacy=on,romfile=,vectors=0", net.HardwareAddr(mac[:])),
-		"-serial", "stdio", "-kernel", kernel, "-initrd", initrd, "-append", "console=ttyS0 quiet panic=-1",
+		"-serial", "stdio", "-kernel", kernel, "-initrd", initrd, "-append", debian.Cmdline+" panic=-1",
 	)
 	g.qemu.ExtraFiles = []*os.File{g.mem, door}
 	out, err := g.qemu.StdoutPipe()
