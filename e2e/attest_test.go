@@ -77,7 +77,7 @@ func attestation(t *testing.T, emulator string) {
 
 	for _, c := range []struct{ name, kernel, cmdline, pcr string }{
 		{"command line", debian.Usual, "init=/bin/sh.evil", "PCR 8"},
-		{"kernel", "6.1", "measured", "PCR 4"},
+		{"kernel", "6.12-cloud", "measured", "PCR 4"},
 	} {
 		boot(c.kernel, c.cmdline)
 		r := h.run("attest", "guest", "--policy", policy)

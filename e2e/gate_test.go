@@ -25,7 +25,7 @@ func TestGateNative(t *testing.T) {
 
 func gateDelays(t *testing.T, emulator string) {
 	h := newHost(t)
-	kernels := []string{debian.Usual, "6.12"}
+	kernels := []string{debian.Usual, "6.12-cloud"}
 	name := func(kernel string, delay time.Duration) string {
 		return strings.ReplaceAll(fmt.Sprintf("g-%s-%d", kernel, delay.Milliseconds()), ".", "-")
 	}

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"redoubt.dev/redoubt/lab"
+	"redoubt.dev/redoubt/lab/debian"
 )
 
 // Every Debian kernel boots unmodified, with one processor and with several, and sees the
@@ -125,7 +126,7 @@ func TestStop(t *testing.T) {
 
 func TestPowerButton(t *testing.T) {
 	lab.NeedsKVM(t)
-	for _, kernel := range []string{"6.1", "6.12"} {
+	for _, kernel := range []string{debian.Usual, "6.12-cloud"} {
 		t.Run(kernel, func(t *testing.T) {
 			g := boot{kernel: kernel, what: "button", modules: []string{"button", "evdev"}}.build(t)
 			ready := g.console.saw("READY")
