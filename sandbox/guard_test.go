@@ -448,3 +448,26 @@ func TestObserveEnded(t *testing.T) {
 		t.Errorf("one that was waited for: %v", err)
 	}
 }
+
+// One that ends while it is looked at is seen as it was, or as none.
+func TestObserveEnding(t *testing.T) {
+	s := &Spec{Name: "test", UID: testID, GID: testID, Memory: 300 << 20}
+	s.Policy = goPolicy(t, "tgkill")
+	for range 20 {
+		g, end := serve(t, s, nil)
+		over := make(chan error, 1)
+		go func() { over <- end() }()
+		for {
+			got, err := Observe(g.cmd.Process.Pid)
+			if errors.Is(err, os.ErrNotExist) {
+				break
+			}
+			if d := s.Declared().Differences(got); err != nil || len(d) > 0 {
+				t.Fatalf("%v, %v", d, err)
+			}
+		}
+		if err := <-over; err != nil {
+			t.Fatal(err)
+		}
+	}
+}

@@ -104,47 +104,43 @@ func networkName(f *os.File) (string, error) {
 // Observe reads what is in force for a process. The observer is outside of its sandbox and may
 // trace it.
 func Observe(pid int) (State, error) {
-	dir := filepath.Join("/proc", strconv.Itoa(pid))
-	s, err := observe(dir)
-	if ended(dir) { // then or meanwhile: what was read says nothing
-		s, err = State{}, os.ErrNotExist
-	}
+	s, err := observe(filepath.Join("/proc", strconv.Itoa(pid)))
 	if err != nil {
 		return s, fmt.Errorf("process %d: %w", pid, err)
 	}
 	return s, nil
 }
 
-// ended reports whether no thread of a process runs any more, though nobody may have waited for it yet.
-func ended(dir string) bool {
-	tasks, _ := filepath.Glob(filepath.Join(dir, "task", "*", "stat")) // the pattern is a good one
-	for _, task := range tasks {
-		text, err := os.ReadFile(task)
-		if err != nil {
-			continue
-		}
-		// Its name, in parentheses, may hold anything.
-		if i := bytes.LastIndexByte(text, ')'); i >= 0 && i+2 < len(text) && text[i+2] != 'Z' && text[i+2] != 'X' {
-			return false
-		}
+// ending reports whether a thread has begun to end: of one that has, its umask, its namespaces and its cgroup are taken one
+// after another, in an order that is the kernel's own. Its flags say so first (proc_pid_stat(5); PF_EXITING of linux/sched.h).
+func ending(task string) bool {
+	const exiting = 4
+	text, err := os.ReadFile(filepath.Join(task, "stat"))
+	if err != nil {
+		return true
 	}
-	return true
+	// Its name, in parentheses, may hold anything; its state, four numbers and another are before the flags.
+	f := strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
+	if len(f) < 7 {
+		return true
+	}
+	flags, err := strconv.ParseUint(f[6], 10, 64)
+	return err != nil || flags&exiting != 0
 }
 
+// observe reads what is in force for the threads of a process, and for the process as one of them has it that did not begin to
+// end meanwhile: of one that did, what was read says nothing.
 func observe(dir string) (s State, err error) {
 	tasks, err := filepath.Glob(filepath.Join(dir, "task", "*"))
-	if err != nil || len(tasks) == 0 {
-		return s, errors.Join(err, os.ErrNotExist)
+	if err != nil {
+		return s, err
 	}
-	seen := 0
+	var alive []string
 	for _, task := range tasks {
 		var t State
 		text, err := os.ReadFile(filepath.Join(task, "status"))
-		if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) {
-			continue // the thread has ended
-		}
-		if err == nil && !strings.Contains(string(text), "\nUmask:") {
-			continue // it ends: exit(2) has taken its file system state, in which that is, and more
+		if ending(task) {
+			continue
 		}
 		if err == nil {
 			err = t.status(string(text))
@@ -152,7 +148,7 @@ func observe(dir string) (s State, err error) {
 		if err != nil {
 			return s, err
 		}
-		if seen++; seen == 1 {
+		if alive = append(alive, task); len(alive) == 1 {
 			s = t
 			continue
 		}
@@ -160,17 +156,26 @@ func observe(dir string) (s State, err error) {
 			s.Uneven = append(s.Uneven, fmt.Sprintf("thread %s: %s", filepath.Base(task), d))
 		}
 	}
-	if seen == 0 {
-		return s, os.ErrNotExist
+	for _, task := range alive {
+		whole := s
+		err := whole.shared(task)
+		if !ending(task) {
+			return whole, err
+		}
 	}
+	return State{}, os.ErrNotExist
+}
+
+// shared reads what the threads of a process have in common, as one has it.
+func (s *State) shared(task string) error {
 	for _, n := range namespaces {
-		theirs, err := os.Readlink(filepath.Join(dir, "ns", string(n)))
+		theirs, err := os.Readlink(filepath.Join(task, "ns", string(n)))
 		if err != nil {
-			return s, err
+			return err
 		}
 		ours, err := os.Readlink(filepath.Join("/proc/self/ns", string(n)))
 		if err != nil {
-			return s, err
+			return err
 		}
 		if theirs != ours {
 			s.Own = append(s.Own, n)
@@ -179,23 +184,23 @@ func observe(dir string) (s State, err error) {
 			s.Network = theirs
 		}
 	}
-	text, err := os.ReadFile(filepath.Join(dir, "mountinfo"))
+	text, err := os.ReadFile(filepath.Join(task, "mountinfo"))
 	if err != nil {
-		return s, err
+		return err
 	}
 	for line := range strings.Lines(string(text)) {
 		if m, ok := parseMount(line); ok {
 			s.Mounts = append(s.Mounts, m)
 		}
 	}
-	if text, err = os.ReadFile(filepath.Join(dir, "limits")); err != nil {
-		return s, err
+	if text, err = os.ReadFile(filepath.Join(task, "limits")); err != nil {
+		return err
 	}
 	if err := s.limits(string(text)); err != nil {
-		return s, err
+		return err
 	}
-	s.Memory, err = memoryLimit(dir)
-	return s, err
+	s.Memory, err = memoryLimit(task)
+	return err
 }
 
 // status reads /proc/PID/status.
@@ -295,7 +300,7 @@ func (s *State) limits(text string) error {
 	return nil
 }
 
-// memoryLimit is the limit of a process's memory cgroup; 0 if there is none.
+// memoryLimit is the limit of a thread's memory cgroup; 0 if there is none.
 func memoryLimit(dir string) (uint64, error) {
 	own, err := os.ReadFile(filepath.Join(dir, "cgroup"))
 	if err != nil {
