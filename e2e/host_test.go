@@ -80,9 +80,13 @@ func newHost(t testing.TB, upArgs ...string) *host {
 	return h
 }
 
-// newDownHost prepares a host without starting it.
+// newDownHost prepares a host without starting it. Tests with a host run beside others, one a processor: each host has
+// directories, networks and processes of its own. Not so what shares its test's host, nor long runs.
 func newDownHost(t testing.TB) *host {
 	t.Helper()
+	if t, ok := t.(*testing.T); ok && !strings.Contains(t.Name(), "/") && os.Getenv("REDOUBT_SOAK") == "" {
+		t.Parallel()
+	}
 	cache, err := debian.Open()
 	if err != nil {
 		t.Fatal(err)

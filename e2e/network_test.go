@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -119,6 +120,9 @@ func (h *host) process(label string) int {
 	return 0
 }
 
+// uplinks is how many were made: each has a name of its own.
+var uplinks atomic.Uint32
+
 // newUplink makes an interface for Redoubt, which must be there again when Redoubt has ended, and
 // the network that it leads to.
 func newUplink(t testing.TB) (name string, outside *network.Namespace) {
@@ -129,7 +133,7 @@ func newUplink(t testing.TB) (name string, outside *network.Namespace) {
 	}
 	// Last of all: the other end goes with it, and so the pair.
 	t.Cleanup(func() { _ = outside.Close() })
-	name = fmt.Sprintf("rte2e%d", os.Getpid())
+	name = fmt.Sprintf("rt%d-%d", os.Getpid(), uplinks.Add(1))
 	pair := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: name}, PeerName: name + "p"}
 	if err := netlink.LinkAdd(pair); err != nil {
 		t.Fatal(err)
