@@ -144,7 +144,7 @@ var Table = []Service{
 			{Emulator, "console, byte channel"},
 			{QEMU, "console, byte channel"},
 		},
-		Holds:    []string{"its directory", "the listening socket of the API", "a console and a channel a guest", "a console's log a guest"},
+		Holds:    []string{"its directory", "the listening socket of the API", "a console and a channel a guest", "a console's log a guest, and the pipe before it"},
 		Lifetime: "Redoubt's", Reset: OnTimer,
 		Share: []sandbox.Namespace{sandbox.User}, ShareWhy: "tells callers by SO_PEERCRED",
 		State: ReadWrite, Policy: list("toolstack", toolstackCalls), Memory: 4 * goMemory,

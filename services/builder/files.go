@@ -18,8 +18,11 @@ import (
 // consoleBuffer is the room of a console's socket in the kernel's own count of bytes.
 const consoleBuffer = 16 << 20
 
+// spoolSize is the room of a console's pipe in bytes, of which each byte that QEMU wrote alone takes a page.
+const spoolSize = 1 << 20
+
 // console makes what a guest's console needs: the guest's ends of the console and of the byte
-// channel, and for the toolstack the other ends and the console's log.
+// channel, and for the toolstack the other ends, the console's log and the pipe before it.
 func (b *Builder) console(name string) (guest, toolstack []*os.File, err error) {
 	defer func() {
 		if err != nil {
@@ -39,11 +42,19 @@ func (b *Builder) console(name string) (guest, toolstack []*os.File, err error) 
 		toolstack, guest = append(toolstack, ours), append(guest, theirs)
 	}
 	log, err := os.OpenFile(filepath.Join(b.cfg.RunDir, services.LogDir, "console-"+name+".log"),
-		os.O_CREATE|os.O_TRUNC|os.O_RDWR|os.O_APPEND|unix.O_NOFOLLOW, 0o600)
+		os.O_CREATE|os.O_TRUNC|os.O_RDWR|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return guest, toolstack, err
 	}
-	return guest, append(toolstack, log), nil
+	toolstack = append(toolstack, log)
+	r, w, err := ipc.OneWay()
+	if err != nil {
+		return guest, toolstack, err
+	}
+	if c, err := w.SyscallConn(); err == nil {
+		_ = c.Control(func(fd uintptr) { _, _ = unix.FcntlInt(fd, unix.F_SETPIPE_SZ, spoolSize) }) // a smaller one does, more slowly
+	}
+	return guest, append(toolstack, r, w), nil
 }
 
 // handFile answers protocol.MethodOpen: it opens a file that a guest's spec names, for the toolstack,

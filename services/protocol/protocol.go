@@ -97,7 +97,7 @@ type ConfigureToolstack struct {
 const MethodServe = "serve" // nothing → nothing
 
 // MethodAdopt gives a toolstack a guest that runs already. Descriptors: the toolstack's ends of its
-// console and its byte channel, the console's log.
+// console and its byte channel, the console's log, the pipe before it (its ends to read and to write).
 const MethodAdopt = "adopt" // Adopt → nothing
 
 // Adopt is a guest that an earlier toolstack of the tenant started.
@@ -194,7 +194,7 @@ type AttachConsole struct {
 }
 
 // Build asks for a guest. Files: FileKernel, FileInitrd, FileProfile, FileVars, FileDisk…, FileBase…. Descriptors
-// of the answer: the toolstack's ends of the console and the byte channel, the console's log.
+// of the answer: as with MethodAdopt.
 type Build struct {
 	UUID    string     `json:"uuid"`
 	Spec    spec.Guest `json:"spec"`

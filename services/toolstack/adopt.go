@@ -12,25 +12,28 @@ import (
 	"redoubt.dev/redoubt/services/protocol"
 )
 
-// A guest's console, byte channel and the console's log are handed over by the Builder, which keeps
+// A guest's console, byte channel and the console's spool are handed over by the Builder, which keeps
 // them too: a toolstack that takes a guest over goes on where the last one stopped reading.
 
 // ends are the toolstack's ends of what connects it to a guest.
 type ends struct {
-	console, channel net.Conn
-	log              *os.File
+	console, channel *net.UnixConn
+	spool            *spool
 }
 
 // takeEnds takes the descriptors of an answer or a call; they are its own then, also after an error.
 func takeEnds(files []*os.File) (e ends, err error) {
-	if len(files) != 3 {
+	if len(files) != 5 {
 		closeFiles(files)
 		return e, fmt.Errorf("console: %d descriptors", len(files))
 	}
 	defer closeFiles(files[:2])
-	e.log = files[2]
-	if e.console, err = net.FileConn(files[0]); err == nil {
-		e.channel, err = net.FileConn(files[1])
+	if e.console, err = stream(files[0]); err != nil {
+		closeFiles(files[2:])
+		return e, err
+	}
+	if e.spool, err = newSpool(e.console, files[2], [2]*os.File(files[3:])); err == nil {
+		e.channel, err = stream(files[1])
 	}
 	if err != nil {
 		return ends{}, errors.Join(err, e.close())
@@ -38,15 +41,28 @@ func takeEnds(files []*os.File) (e ends, err error) {
 	return e, nil
 }
 
+// stream is a socket's descriptor as a connection of its own.
+func stream(f *os.File) (*net.UnixConn, error) {
+	c, err := net.FileConn(f)
+	if err != nil {
+		return nil, err
+	}
+	u, ok := c.(*net.UnixConn)
+	if !ok {
+		return nil, errors.Join(fmt.Errorf("%s is no Unix socket", f.Name()), c.Close())
+	}
+	return u, nil
+}
+
 func (e ends) close() error {
 	var errs []error
-	for _, c := range []net.Conn{e.console, e.channel} {
+	for _, c := range []*net.UnixConn{e.console, e.channel} {
 		if c != nil {
 			errs = append(errs, c.Close())
 		}
 	}
-	if e.log != nil {
-		errs = append(errs, e.log.Close())
+	if e.spool != nil {
+		errs = append(errs, e.spool.Close())
 	}
 	return errors.Join(errs...)
 }
@@ -60,7 +76,7 @@ func (t *Toolstack) connect(g *guest, e ends, begun bool) {
 		moment = nil
 	}
 	g.channel.attach(e.channel, nil, nil)
-	g.console.attach(e.console, e.log, moment)
+	g.console.attach(e.console, e.spool, moment)
 }
 
 // adopt takes over a guest that runs.

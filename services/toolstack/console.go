@@ -24,60 +24,45 @@ type console struct {
 	changed chan struct{}
 	conn    net.Conn
 	done    chan struct{} // closed when the reader of conn has ended
-	partial []byte        // the current line, for recognising the first program's start
+	partial []byte        // the current line, for recognising the first program's start; the reader's
 }
 
 func newConsole() *console { return &console{changed: make(chan struct{})} }
 
-// maxLog bounds a console's log file; a guest that prints for ever fills no disk.
-const maxLog = 16 << 20
-
-// attach connects a new emulator's console and owns one goroutine until detach. log and moment
-// may be nil.
-func (c *console) attach(conn net.Conn, log *os.File, moment func(kind string)) {
+// attach connects a new emulator's console and owns one goroutine until detach. What it prints goes into
+// the log of s, where a toolstack that takes the guest over goes on. s and moment may be nil.
+func (c *console) attach(conn *net.UnixConn, s *spool, moment func(kind string)) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.conn, c.done = conn, make(chan struct{})
-	c.back, c.partial = tail(log), nil
-	c.end = int64(len(c.back))
-	go c.read(conn, c.done, log, moment)
+	next, back := conn.Read, []byte(nil)
+	if s != nil {
+		next, back = s.next, s.tail()
+	}
+	c.back, c.end, c.partial = bytes.Clone(back), int64(len(back)), nil
+	done := make(chan struct{})
+	c.conn, c.done = conn, done
+	go func() {
+		defer close(done)
+		c.read(next, back, moment)
+		if s != nil {
+			_ = s.Close() // what was printed is in the log
+		}
+	}()
 }
 
-// tail is the end of what a log holds already: a toolstack that takes a guest over goes on there.
-func tail(log *os.File) []byte {
-	if log == nil {
-		return nil
-	}
-	st, err := log.Stat()
-	if err != nil || st.Size() == 0 {
-		return nil
-	}
-	from := max(0, st.Size()-scrollback)
-	b := make([]byte, st.Size()-from)
-	n, _ := log.ReadAt(b, from) // what cannot be read is not shown
-	return b[:n]
-}
-
-func (c *console) read(conn net.Conn, done chan struct{}, log *os.File, moment func(kind string)) {
-	defer close(done)
-	if log != nil {
-		defer log.Close()
-	}
-	buf := make([]byte, 8<<10)
-	logged, started := 0, moment == nil
-	if log != nil {
-		if st, err := log.Stat(); err == nil {
-			logged = int(st.Size())
+func (c *console) read(next func([]byte) (int, error), back []byte, moment func(kind string)) {
+	look := func(out []byte) {
+		if moment != nil && c.scan(out) {
+			moment(protocol.EventInit)
+			moment = nil // once
 		}
 	}
+	look(back) // the last toolstack may have logged it, and not lived to tell
+	buf := make([]byte, 8<<10)
 	for {
-		n, err := conn.Read(buf)
+		n, err := next(buf)
 		if err != nil {
 			return
-		}
-		if log != nil && logged < maxLog {
-			m, _ := log.Write(buf[:n])
-			logged += m
 		}
 		c.mu.Lock()
 		if c.back = append(c.back, buf[:n]...); len(c.back) > 2*scrollback {
@@ -86,14 +71,8 @@ func (c *console) read(conn net.Conn, done chan struct{}, log *os.File, moment f
 		c.end += int64(n)
 		close(c.changed)
 		c.changed = make(chan struct{})
-		if !started {
-			started = c.scan(buf[:n])
-		}
 		c.mu.Unlock()
-		if started && moment != nil { // once
-			moment(protocol.EventInit)
-			moment = nil
-		}
+		look(buf[:n])
 	}
 }
 

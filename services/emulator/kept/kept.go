@@ -48,7 +48,7 @@ type Guest struct {
 	Vars     *os.File   `json:"-"` // OVMF's variable store of this guest
 	Console  *os.File   `json:"-"`
 	Channel  *os.File   `json:"-"`
-	Ends     []*os.File `json:"-"` // the toolstack's ends of both, and the console's log, for the next toolstack
+	Ends     []*os.File `json:"-"` // the toolstack's ends of both, the console's log and its pipe, for the next toolstack
 	Disks    []*os.File `json:"-"`
 	Bases    []*os.File `json:"-"` // of those that are overlays, nil for others
 	Changes  []*os.File `json:"-"` // maps of the disks' changes, see block.Changes; nil of those that are only read
