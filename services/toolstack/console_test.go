@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -122,65 +123,104 @@ func TestConsoleKilled(t *testing.T) {
 	t.Logf("%d bytes, each once", len(want))
 }
 
-// TestSpoolFull: what the log takes no more of is shown all the same.
+// spooled is a spool over a log with the contents, and the guest's end of its console.
+func spooled(t *testing.T, contents []byte, offset int64) (*spool, *os.File) {
+	t.Helper()
+	fd, err := unix.MemfdCreate("log", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
+	if err != nil {
+		t.Fatal(err)
+	}
+	log := os.NewFile(uintptr(fd), "log")
+	if _, err := log.WriteAt(contents, 0); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := log.Seek(offset, io.SeekStart); err != nil {
+		t.Fatal(err)
+	}
+	near, far, err := ipc.Streams("console")
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn, err := stream(far)
+	if err != nil {
+		t.Fatal(err)
+	}
+	far.Close()
+	r, w, err := ipc.OneWay()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := newSpool(conn, log, [2]*os.File{r, w})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { near.Close(); conn.Close(); _ = s.Close() })
+	return s, near
+}
+
+// shows has the guest print and returns what the spool says of it.
+func shows(t *testing.T, s *spool, guest *os.File, text string) (shown string) {
+	t.Helper()
+	if _, err := guest.WriteString(text); err != nil {
+		t.Fatal(err)
+	}
+	for buf := make([]byte, 64); len(shown) < len(text); {
+		n, err := s.next(buf)
+		if err != nil {
+			t.Fatalf("after %q: %v", shown, err)
+		}
+		shown += string(buf[:n])
+	}
+	return shown
+}
+
+// TestSpoolFull: what a full disk takes no more of is shown all the same.
 func TestSpoolFull(t *testing.T) {
-	for name, set := range map[string]func(*spool) error{
-		"longest": func(s *spool) (err error) {
-			s.logged, err = s.log.Seek(maxLog-3, io.SeekStart)
-			return err
-		},
-		"disk": func(s *spool) error {
-			_, err := unix.FcntlInt(uintptr(s.logFD), unix.F_ADD_SEALS, unix.F_SEAL_GROW)
-			return err
-		},
+	s, guest := spooled(t, nil, 0)
+	if _, err := unix.FcntlInt(uintptr(s.logFD), unix.F_ADD_SEALS, unix.F_SEAL_GROW); err != nil {
+		t.Fatal(err)
+	}
+	for _, line := range []string{"first\n", "second\n"} {
+		if got := shows(t, s, guest, line); got != line {
+			t.Errorf("%q, not %q", got, line)
+		}
+	}
+	if len(s.tail()) != 0 {
+		t.Errorf("the log has %q", s.tail())
+	}
+}
+
+// TestSpoolHalves: of a log that is full the newer half stays, wherever a toolstack was killed that made room in it.
+func TestSpoolHalves(t *testing.T) {
+	full := make([]byte, maxLog)
+	for i := range full {
+		full[i] = byte('a' + i/4096%26)
+	}
+	half := full[maxLog/2:]
+	copied := append(bytes.Clone(half[:maxLog/4]), full[maxLog/4:]...)
+	for name, c := range map[string]struct {
+		log    []byte
+		offset int64
+		print  string
+		want   []byte
+	}{
+		"not full":    {full[:maxLog-3], maxLog - 3, "xy", append(full[:maxLog-3:maxLog-3], "xy"...)},
+		"full":        {full[:maxLog-3], maxLog - 3, "xyz12", slices.Concat(full[maxLog/2:maxLog-3], []byte("xyz12"))},
+		"not begun":   {full, maxLog, "12", slices.Concat(half, []byte("12"))},
+		"half copied": {copied, maxLog, "12", slices.Concat(half, []byte("12"))},
+		"cut":         {half, maxLog, "12", slices.Concat(half, []byte("12"))},
 	} {
 		t.Run(name, func(t *testing.T) {
-			fd, err := unix.MemfdCreate("log", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
-			if err != nil {
-				t.Fatal(err)
+			s, guest := spooled(t, c.log, c.offset)
+			if got := shows(t, s, guest, c.print); got != c.print {
+				t.Errorf("%q, not %q", got, c.print)
 			}
-			near, far, err := ipc.Streams("console")
-			if err != nil {
-				t.Fatal(err)
+			got, err := io.ReadAll(io.NewSectionReader(s.log, 0, 2*maxLog))
+			if err != nil || !bytes.Equal(got, c.want) {
+				t.Errorf("the log has %d bytes, not %d, or others, %v", len(got), len(c.want), err)
 			}
-			defer near.Close()
-			conn, err := stream(far)
-			if err != nil {
-				t.Fatal(err)
-			}
-			far.Close()
-			defer conn.Close()
-			r, w, err := ipc.OneWay()
-			if err != nil {
-				t.Fatal(err)
-			}
-			log := os.NewFile(uintptr(fd), "log")
-			s, err := newSpool(conn, log, [2]*os.File{r, w})
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer s.Close()
-			if err := set(s); err != nil {
-				t.Fatal(err)
-			}
-			var shown []byte
-			for _, line := range []string{"first\n", "second\n"} {
-				if _, err := near.WriteString(line); err != nil {
-					t.Fatal(err)
-				}
-				for buf := make([]byte, 64); !bytes.HasSuffix(shown, []byte(line)); {
-					n, err := s.next(buf)
-					if err != nil {
-						t.Fatalf("after %q: %v", shown, err)
-					}
-					shown = append(shown, buf[:n]...)
-				}
-			}
-			if string(shown) != "first\nsecond\n" {
-				t.Errorf("%q", shown)
-			}
-			if st, err := log.Stat(); err != nil || st.Size() > maxLog {
-				t.Errorf("the log has %d bytes, %v", st.Size(), err)
+			if !bytes.HasSuffix(s.tail(), []byte(c.print)) {
+				t.Errorf("its tail is not %q", c.print)
 			}
 		})
 	}

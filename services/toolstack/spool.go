@@ -10,20 +10,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// maxLog bounds a console's log file; a guest that prints for ever fills no disk.
+// maxLog bounds a console's log file, in bytes: a guest that prints for ever fills no disk. Of one that is full the newer
+// half stays.
 const maxLog = 16 << 20
 
 // A spool brings what a guest prints into its console's log, by way of a pipe. Whenever this process is
 // killed, each byte comes to the log once: the kernel moves it (splice(2)) from the socket into the pipe and from there
-// into the file, whose offset moves along. The Builder keeps all three, and the next toolstack goes on. Where the log takes no
-// more, at maxLog or on a full disk, what is printed is shown and not logged.
+// into the file, whose offset moves along. The Builder keeps all three, and the next toolstack goes on. What a full disk takes no
+// more of is shown and not logged.
 type spool struct {
 	socket syscall.RawConn
 	log    *os.File
 	pipe   [2]*os.File // its ends to read and to write; neither blocks
 	r, w   int         // their descriptors
 	logFD  int
-	logged int64 // the log's offset, and its size
+	logged int64 // the log's size, and its offset
 }
 
 // newSpool takes the files over, and not the console's end.
@@ -46,7 +47,10 @@ func newSpool(console *net.UnixConn, log *os.File, pipe [2]*os.File) (*spool, er
 			return nil, errors.Join(err, s.Close())
 		}
 	}
-	if s.logged, err = log.Seek(0, io.SeekCurrent); err != nil {
+	if s.logged, err = log.Seek(0, io.SeekCurrent); err == nil {
+		err = s.halve() // the last toolstack may not have lived to do so whole
+	}
+	if err != nil {
 		return nil, errors.Join(err, s.Close())
 	}
 	return s, nil
@@ -95,15 +99,18 @@ func (s *spool) fill(most int) error {
 
 // drain logs what the pipe holds, which may be nothing.
 func (s *spool) drain(buf []byte) (int, error) {
+	if s.logged >= maxLog {
+		_ = s.halve()
+	}
 	if room := min(int64(len(buf)), maxLog-s.logged); room > 0 {
 		n, err := splice(s.r, s.logFD, int(room))
-		switch {
-		case n > 0:
-			n, _ = s.log.ReadAt(buf[:n], s.logged)
-			s.logged += int64(n)
-			return n, nil
-		case errors.Is(err, unix.EAGAIN):
+		if errors.Is(err, unix.EAGAIN) {
 			return 0, nil
+		}
+		if n > 0 {
+			got, _ := s.log.ReadAt(buf[:n], s.logged) // what cannot be read is not shown
+			s.logged += int64(n)
+			return got, nil
 		}
 	}
 	n, err := unix.Read(s.r, buf)
@@ -111,6 +118,28 @@ func (s *spool) drain(buf []byte) (int, error) {
 		return 0, nil
 	}
 	return max(n, 0), err
+}
+
+// halve makes room in a full log. Each step may be done again by the next toolstack: until the file is cut its newer
+// half is there, and after that its offset lies beyond its end.
+func (s *spool) halve() error {
+	st, err := s.log.Stat()
+	if err != nil || (st.Size() < maxLog && st.Size() == s.logged) {
+		return err
+	}
+	size := st.Size()
+	if size >= maxLog {
+		size = maxLog / 2
+		newer := io.NewSectionReader(s.log, st.Size()-size, size)
+		if _, err := io.Copy(io.NewOffsetWriter(s.log, 0), newer); err != nil {
+			return err
+		}
+		if err := s.log.Truncate(size); err != nil {
+			return err
+		}
+	}
+	s.logged, err = s.log.Seek(size, io.SeekStart)
+	return err
 }
 
 // splice moves n bytes at most without waiting for any.
