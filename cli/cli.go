@@ -88,7 +88,7 @@ func (a *app) explain(err error) string {
 	if errors.Is(err, unix.EACCES) {
 		return fmt.Sprintf("%s: permission denied: run as root", services.APIPath(a.runDir, a.tenant))
 	}
-	if api.Replaced(err) && connect.CodeOf(err) != connect.CodeCanceled {
+	if api.Replaced(err) {
 		return "Redoubt's services were replaced over this: see `redoubt ps --all`, and ask again"
 	}
 	return ce.Message()

@@ -118,6 +118,7 @@ func kills(t *testing.T, emulator string, length time.Duration) {
 	both.Go(func() { restless.restarts(ctx, rand.New(rand.NewPCG(seed, 1)), min(length/3, 45*time.Second)) })
 	both.Wait()
 
+	h.stall(vtpmProgram, 2*time.Second)
 	for _, v := range []*verifier{steady, restless} {
 		v.goesOn()
 	}
@@ -151,6 +152,23 @@ func kills(t *testing.T, emulator string, length time.Duration) {
 	h.must("audit", "verify")
 	h.must("services")
 	h.letGo(before)
+}
+
+// stall has a program stand still: longer than some of a guest's TPM commands may take where it is the vTPM manager, and nobody
+// tells of it.
+func (h *host) stall(program string, length time.Duration) {
+	h.t.Helper()
+	pids := h.processes(program)
+	if len(pids) != 1 {
+		h.t.Fatalf("%s: processes %v", program, pids)
+	}
+	if err := unix.Kill(pids[0], unix.SIGSTOP); err != nil {
+		h.t.Fatal(err)
+	}
+	<-time.After(length)
+	if err := unix.Kill(pids[0], unix.SIGCONT); err != nil {
+		h.t.Fatal(err)
+	}
 }
 
 // fire kills and resets at random moments until ctx ends, so many times rarer than once a second or so; it returns when it

@@ -8,7 +8,9 @@
 // until the gate opens, so that no watchdog in it fires (facts: guests' watchdogs fire at
 // about 20 s). An emulator that cannot sleep inside the exit (QEMU) sets PauseAfter to zero
 // and is paused at once. The same bound holds for the reply to a later command, which a vTPM manager that is
-// replaced may keep waiting, more than one after another too; there QEMU's guest is paused when the manager is lost.
+// replaced may keep waiting, more than one after another too. QEMU's guest, whose driver would see its command time out, is
+// paused there when the manager is lost, and when a reply takes longer than the driver is patient for: whoever would tell of
+// the loss may be lost as well, or the host be busy.
 package frontend
 
 import (
@@ -217,14 +219,18 @@ func (f *Frontend) Execute(locality uint8, command []byte) ([]byte, error) {
 			return nil, err
 		}
 	}
-	return f.reply()
+	return f.reply(command)
 }
 
 // reply waits for the reply to the command that was sent.
-func (f *Frontend) reply() (r []byte, err error) {
+func (f *Frontend) reply(command []byte) (r []byte, err error) {
 	var late <-chan time.Time
-	if f.opt.PauseAfter > 0 {
-		t := time.NewTimer(f.opt.PauseAfter)
+	after, bounded := f.opt.PauseAfter, true
+	if after == 0 {
+		after, bounded = patience(command)
+	}
+	if bounded {
+		t := time.NewTimer(after)
 		defer t.Stop()
 		late = t.C
 	}

@@ -2,11 +2,14 @@ package frontend
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/google/go-tpm/tpm2"
 
 	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/vtpm/channel"
@@ -203,6 +206,41 @@ func TestLost(t *testing.T) {
 	turn(4, nothing, nothing)
 	if got := strings.TrimSpace(strings.TrimPrefix(r.all(), begin)); got != "pause resume pause resume" {
 		t.Errorf("happened: %s", got)
+	}
+}
+
+// TestPatience: a guest that is not held inside the exit is paused when a command's reply takes longer than its driver is patient
+// for, whether anybody tells that the manager is lost or not; one that makes a key is not.
+func TestPatience(t *testing.T) {
+	r := &recorder{}
+	f, back := connect(t, r, 0)
+	send(t, back, channel.Frame{Kind: channel.Open})
+	<-f.opened
+	r.held = make(chan struct{})
+	out := execute(f)
+	if fr, err := back.Receive(); err != nil || fr.Seq != 1 {
+		t.Fatalf("%+v %v", fr, err)
+	}
+	<-r.held
+	send(t, back, channel.Frame{Kind: channel.Reply, Seq: 1, Data: reply})
+	if o := <-out; o.err != nil {
+		t.Fatal(o.err)
+	}
+	if got := r.all(); got != "log: pause resume" {
+		t.Errorf("happened: %s", got)
+	}
+	code := func(c tpm2.TPMCC) []byte {
+		return binary.BigEndian.AppendUint32([]byte{0x80, 2, 0, 0, 0, 10}, uint32(c))
+	}
+	for _, c := range []tpm2.TPMCC{tpm2.TPMCCPCRExtend, tpm2.TPMCCGetCapability, tpm2.TPMCCSelfTest} {
+		if d, bounded := patience(code(c)); !bounded || d <= 0 || d > 400*time.Millisecond {
+			t.Errorf("%#x: %v, %t", uint32(c), d, bounded)
+		}
+	}
+	for _, b := range [][]byte{code(tpm2.TPMCCCreatePrimary), code(tpm2.TPMCCCreate), code(tpm2.TPMCCVerifySignature), code(tpm2.TPMCCSign), nil, {0x80, 1}} {
+		if _, bounded := patience(b); bounded {
+			t.Errorf("%x is bounded", b)
+		}
 	}
 }
 
