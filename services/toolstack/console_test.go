@@ -154,7 +154,7 @@ func spooled(t *testing.T, contents []byte, offset int64) (*spool, *os.File) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { near.Close(); conn.Close(); _ = s.Close() })
+	t.Cleanup(func() { near.Close(); _ = conn.Close(); _ = s.Close() })
 	return s, near
 }
 
