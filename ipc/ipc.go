@@ -116,17 +116,25 @@ func pair() (*os.File, *os.File, error) {
 // FromFile takes over a descriptor that a parent or a peer handed to this process; f is
 // closed in any case.
 func FromFile(f *os.File) (*Conn, error) {
+	c, err := Socket(f)
+	if err != nil {
+		return nil, fmt.Errorf("ipc: %w", err)
+	}
+	return &Conn{c: c}, nil
+}
+
+// Socket takes over the descriptor of a Unix socket that speaks another protocol; f is closed in any case.
+func Socket(f *os.File) (*net.UnixConn, error) {
 	defer f.Close()
 	c, err := net.FileConn(f)
 	if err != nil {
-		return nil, fmt.Errorf("ipc: %s: %w", f.Name(), err)
+		return nil, fmt.Errorf("%s: %w", f.Name(), err)
 	}
 	u, ok := c.(*net.UnixConn)
 	if !ok {
-		c.Close()
-		return nil, fmt.Errorf("ipc: %s is no Unix socket", f.Name())
+		return nil, errors.Join(fmt.Errorf("%s is no Unix socket", f.Name()), c.Close())
 	}
-	return &Conn{c: u}, nil
+	return u, nil
 }
 
 // Send sends one message with descriptors, which stay the caller's.

@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/programs"
 )
 
@@ -285,7 +286,7 @@ func (m *Machine) launch(ctx context.Context, s *start, transport Transport) err
 }
 
 func (m *Machine) connect(ctx context.Context, s *start) error {
-	c, err := streamConn(s.qmp)
+	c, err := ipc.Socket(s.qmp)
 	if err != nil {
 		return err
 	}

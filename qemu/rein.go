@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"os"
 	"sync"
+
+	"redoubt.dev/redoubt/ipc"
 )
 
 // A rein stops and continues the guest, and tells its registers: each over a QMP connection of its own, on which that command is
@@ -46,7 +48,7 @@ func newRein(ctx context.Context, files [reinConns]*os.File) (r *rein, err error
 		}
 	}()
 	for i, f := range files {
-		conn, err := streamConn(f)
+		conn, err := ipc.Socket(f)
 		if err != nil {
 			return nil, err
 		}

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/vtpm/channel"
 )
 
@@ -52,7 +53,7 @@ var errStop = errors.New("closed")
 
 // newTPM serves QEMU on ctrl, one end of a stream socketpair, which it takes over.
 func newTPM(ctrl *os.File, transport Transport, before func() error, onFirst func()) (*TPM, error) {
-	c, err := streamConn(ctrl)
+	c, err := ipc.Socket(ctrl)
 	if err != nil {
 		return nil, err
 	}
@@ -64,20 +65,6 @@ func newTPM(ctrl *os.File, transport Transport, before func() error, onFirst fun
 		close(t.done)
 	}()
 	return t, nil
-}
-
-// streamConn takes over a connected Unix stream socket; f is closed in any case.
-func streamConn(f *os.File) (*net.UnixConn, error) {
-	defer f.Close()
-	nc, err := net.FileConn(f)
-	if err != nil {
-		return nil, fmt.Errorf("socket %s: %w", f.Name(), err)
-	}
-	c, ok := nc.(*net.UnixConn)
-	if !ok {
-		return nil, errors.Join(fmt.Errorf("socket %s is not a Unix socket", f.Name()), nc.Close())
-	}
-	return c, nil
 }
 
 // Done is closed when the TPM serves no more; Err then says why.
@@ -237,7 +224,7 @@ func (t *TPM) setData(fd **os.File) ([]byte, error) {
 	if f == nil {
 		return u32s(tpmResultFail), nil
 	}
-	c, err := streamConn(f)
+	c, err := ipc.Socket(f)
 	if err != nil {
 		return nil, err
 	}

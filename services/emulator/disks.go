@@ -4,12 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"sync"
 
 	"golang.org/x/sys/unix"
 
+	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/monitor"
 	"redoubt.dev/redoubt/pci/topology"
@@ -94,25 +94,12 @@ func (g *guest) regions() (all []vhostuser.Region) {
 
 // connect takes f over.
 func connect(front *vhostuser.Frontend, f *os.File) error {
-	c, err := unixConn(f)
+	c, err := ipc.Socket(f)
 	if err != nil {
 		return err
 	}
 	_, err = front.Connect(c)
 	return err
-}
-
-func unixConn(f *os.File) (*net.UnixConn, error) {
-	defer f.Close()
-	c, err := net.FileConn(f)
-	if err != nil {
-		return nil, err
-	}
-	u, ok := c.(*net.UnixConn)
-	if !ok {
-		return nil, errors.Join(errors.New("not a Unix socket"), c.Close())
-	}
-	return u, nil
 }
 
 func (g *guest) closeDevices() {
@@ -163,7 +150,7 @@ func (g *guest) relayDisks(ctx context.Context) (disks []qemu.Disk, ended func()
 			return disks, ended, fmt.Errorf("disks[%d]: %w", i, err)
 		}
 		disks = append(disks, qemu.Disk{Socket: os.NewFile(uintptr(fds[0]), "disk")})
-		c, err := unixConn(os.NewFile(uintptr(fds[1]), "disk"))
+		c, err := ipc.Socket(os.NewFile(uintptr(fds[1]), "disk"))
 		if err != nil {
 			return disks, ended, fmt.Errorf("disks[%d]: %w", i, err)
 		}

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"time"
 
+	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/services/protocol"
 )
@@ -27,31 +28,18 @@ func takeEnds(files []*os.File) (e ends, err error) {
 		closeFiles(files)
 		return e, fmt.Errorf("console: %d descriptors", len(files))
 	}
-	defer closeFiles(files[:2])
-	if e.console, err = stream(files[0]); err != nil {
-		closeFiles(files[2:])
+	if e.console, err = ipc.Socket(files[0]); err != nil {
+		closeFiles(files[1:])
 		return e, err
 	}
-	if e.spool, err = newSpool(e.console, files[2], [2]*os.File(files[3:])); err == nil {
-		e.channel, err = stream(files[1])
+	if e.channel, err = ipc.Socket(files[1]); err != nil {
+		closeFiles(files[2:])
+		return ends{}, errors.Join(err, e.close())
 	}
-	if err != nil {
+	if e.spool, err = newSpool(e.console, files[2], [2]*os.File(files[3:])); err != nil {
 		return ends{}, errors.Join(err, e.close())
 	}
 	return e, nil
-}
-
-// stream is a socket's descriptor as a connection of its own.
-func stream(f *os.File) (*net.UnixConn, error) {
-	c, err := net.FileConn(f)
-	if err != nil {
-		return nil, err
-	}
-	u, ok := c.(*net.UnixConn)
-	if !ok {
-		return nil, errors.Join(fmt.Errorf("%s is no Unix socket", f.Name()), c.Close())
-	}
-	return u, nil
 }
 
 func (e ends) close() error {

@@ -141,11 +141,10 @@ func spooled(t *testing.T, contents []byte, offset int64) (*spool, *os.File) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	conn, err := stream(far)
+	conn, err := ipc.Socket(far)
 	if err != nil {
 		t.Fatal(err)
 	}
-	far.Close()
 	r, w, err := ipc.OneWay()
 	if err != nil {
 		t.Fatal(err)

@@ -15,6 +15,7 @@ import (
 	"github.com/google/go-tpm/tpm2"
 	"golang.org/x/sys/unix"
 
+	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/programs"
 	"redoubt.dev/redoubt/vtpm/journal"
 )
@@ -63,8 +64,8 @@ func adopt(ctx context.Context, cfg Config, control, data *os.File, run func(io.
 		defer close(p.done)
 		_ = p.Wait() // Exit tells
 	}()
-	ctl, err := connOf(control)
-	dat, derr := connOf(data)
+	ctl, err := ipc.Socket(control)
+	dat, derr := ipc.Socket(data)
 	if err = errors.Join(err, derr); err == nil {
 		e := over(cfg, p, ctl, dat)
 		if err = e.settle(ctx); err == nil {
@@ -79,20 +80,6 @@ func adopt(ctx context.Context, cfg Config, control, data *os.File, run func(io.
 		}
 	}
 	return nil, err
-}
-
-// connOf takes f over.
-func connOf(f *os.File) (*net.UnixConn, error) {
-	defer f.Close()
-	c, err := net.FileConn(f)
-	if err != nil {
-		return nil, err
-	}
-	u, ok := c.(*net.UnixConn)
-	if !ok {
-		return nil, errors.Join(fmt.Errorf("%s is no Unix socket", f.Name()), c.Close())
-	}
-	return u, nil
 }
 
 // settle brings both channels to where nothing is under way.
