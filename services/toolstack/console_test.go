@@ -11,7 +11,6 @@ import (
 	"slices"
 	"sync"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -72,16 +71,11 @@ func TestConsoleKilled(t *testing.T) {
 		return cmd
 	}
 	var guest sync.WaitGroup
-	stop := make(chan struct{})
+	lines, stop := make(chan struct{}), make(chan struct{})
 	var printed bytes.Buffer
 	guest.Go(func() {
 		defer near.Close()
 		for n := 0; ; n++ {
-			select {
-			case <-stop:
-				return
-			default:
-			}
 			line := fmt.Appendf(nil, "line %d\n", n)
 			for i := range line { // as a serial port does
 				if _, err := near.Write(line[i : i+1]); err != nil {
@@ -90,11 +84,18 @@ func TestConsoleKilled(t *testing.T) {
 				}
 			}
 			printed.Write(line)
+			select {
+			case lines <- struct{}{}:
+			case <-stop:
+				return
+			}
 		}
 	})
 	for range 40 {
 		cmd := start()
-		time.Sleep(20*time.Millisecond + rand.N(20*time.Millisecond)) // a moment nobody chose
+		for range 200 + rand.N(200) { // more than the socket holds: it reads, and is killed over what nobody chose
+			<-lines
+		}
 		if err := cmd.Process.Signal(unix.SIGKILL); err != nil {
 			t.Error(err)
 		}
