@@ -92,7 +92,7 @@ func (a *app) examine() []finding {
 	} else {
 		tpm.OK, tpm.Mend = true, ""
 	}
-	all = append(all, tpm, hugePages(), sandboxes())
+	all = append(all, tpm, hugePages(), scheduling(a.autogroup()), sandboxes())
 	for _, d := range []struct{ what, dir string }{{"run directory", a.runDir}, {"state directory", a.stateDir}} {
 		all = append(all, directory(d.what, d.dir))
 	}

@@ -27,7 +27,7 @@ func (a *app) upCommand() *cobra.Command {
 	var hostTPM, pool, resets, storeReset, quarantine string
 	var uplinks []string
 	var users uint32
-	var foreground bool
+	var foreground, keepAutogroup bool
 	c := &cobra.Command{
 		Use:   "up",
 		Short: "Start Redoubt's services",
@@ -47,7 +47,10 @@ their tags: into the default tenant's, or with TENANT= into another's, as soon a
 tenant. It loses its addresses and comes back, down, when the tenant is removed or Redoubt ends.
 
 A guest in quarantine (` + "`redoubt quarantine`" + `, or by a verdict) is in the VLAN of --quarantine and reaches only the addresses
-that stand there, behind an uplink; without --quarantine it reaches nothing.`,
+that stand there, behind an uplink; without --quarantine it reaches nothing.
+
+The kernel's autogroup (sysctl kernel.sched_autogroup_enabled) is off until ` + "`redoubt down`" + `: with it a guest's devices may
+answer a second late while the host has more to do than processors, and a guest's TPM driver gives up sooner.`,
 		Example: `  redoubt up
   redoubt up --host-tpm none
   redoubt up --reset blkback=10s    # whoever took it over has it for ten seconds
@@ -88,7 +91,7 @@ that stand there, behind an uplink; without --quarantine it reaches nothing.`,
 			if err != nil {
 				return usagef("up: --pool: %v", err)
 			}
-			return a.up(c.Context(), foreground, "-host-tpm", hostTPM, "-pool", pool, "-reset", resets, "-users", strconv.Itoa(int(users)), "-store-reset", storeReset, "-uplink", uplink, "-quarantine", quarantine)
+			return a.up(c.Context(), foreground, keepAutogroup, "-host-tpm", hostTPM, "-pool", pool, "-reset", resets, "-users", strconv.Itoa(int(users)), "-store-reset", storeReset, "-uplink", uplink, "-quarantine", quarantine)
 		},
 	}
 	c.Flags().StringVar(&hostTPM, "host-tpm", "auto", "device or socket of the host's TPM, auto, or none")
@@ -98,6 +101,7 @@ that stand there, behind an uplink; without --quarantine it reaches nothing.`,
 	c.Flags().StringVar(&quarantine, "quarantine", "", "where guests in quarantine are and what they reach: VLAN[=ADDRESS,...]")
 	c.Flags().Uint32Var(&users, "users", services.DefaultUsers, "first of 65536 user ids for services, of nobody else")
 	c.Flags().StringVar(&storeReset, "store-reset", services.DefaultStoreReset, services.StoreResetUsage)
+	c.Flags().BoolVar(&keepAutogroup, "keep-autogroup", false, "leave the host's kernel.sched_autogroup_enabled as it is")
 	c.Flags().BoolVar(&foreground, "foreground", false, "stay; end the services at SIGTERM")
 	return c
 }
@@ -105,7 +109,7 @@ that stand there, behind an uplink; without --quarantine it reaches nothing.`,
 // upTimeout bounds the services' start.
 const upTimeout = 30 * time.Second
 
-func (a *app) up(ctx context.Context, foreground bool, options ...string) error {
+func (a *app) up(ctx context.Context, foreground, keepAutogroup bool, options ...string) error {
 	if os.Geteuid() != 0 {
 		return errors.New("up: not root: Redoubt makes guests and needs /dev/kvm: use sudo")
 	}
@@ -120,6 +124,9 @@ func (a *app) up(ctx context.Context, foreground bool, options ...string) error 
 	self, err := os.Executable()
 	if err != nil {
 		return fmt.Errorf("up: %w", err)
+	}
+	if !keepAutogroup {
+		a.scheduleApart(a.autogroup())
 	}
 	options = append([]string{"--", "-run-dir", a.runDir, "-state-dir", a.stateDir}, options...)
 	args := []string{"-lock", filepath.Join(a.runDir, services.LockFile)}
@@ -244,6 +251,9 @@ func (a *app) down(ctx context.Context, grace time.Duration) error {
 		return err
 	}
 	if pid == 0 {
+		if err := a.autogroup().turnBack(); err != nil {
+			return fmt.Errorf("down: %w", err)
+		}
 		return a.say(map[string]any{"running": false}, "Redoubt does not run\n")
 	}
 	fd, err := unix.PidfdOpen(pid, 0)
@@ -275,6 +285,9 @@ func (a *app) down(ctx context.Context, grace time.Duration) error {
 		break
 	}
 	a.progressEnd()
+	if err := a.autogroup().turnBack(); err != nil {
+		return fmt.Errorf("down: all is down, but the host's scheduling is not as it was: %w", err)
+	}
 	return a.say(map[string]any{"running": false}, "Redoubt is down\n")
 }
 

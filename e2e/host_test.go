@@ -55,8 +55,20 @@ func TestMain(m *testing.M) {
 				return 1
 			}
 		}
+		defer scheduleApart()()
 		return m.Run()
 	}())
+}
+
+// scheduleApart is what `redoubt up` does, for all that tests start, and what the function it returns undoes: tests run two
+// Redoubts at a time, and the one that goes down would turn it on under the other.
+func scheduleApart() (undo func()) {
+	const autogroup = "/proc/sys/kernel/sched_autogroup_enabled"
+	b, err := os.ReadFile(autogroup)
+	if err != nil || strings.TrimSpace(string(b)) != "1" || os.WriteFile(autogroup, []byte("0\n"), 0) != nil {
+		return func() {} // not there, off, or not ours to turn off, as `redoubt up` says
+	}
+	return func() { _ = os.WriteFile(autogroup, []byte("1\n"), 0) }
 }
 
 // host is one running Redoubt with directories of its own.
