@@ -26,6 +26,10 @@ var (
 )
 
 func TestMain(m *testing.M) {
+	if os.Getenv(busySession) != "" {
+		busy()
+		return
+	}
 	os.Exit(func() int {
 		dir, err := filepath.Abs("../bin")
 		if err != nil {
