@@ -78,7 +78,7 @@ func busyRound(b *testing.B) (latest []float64) {
 func busy() {
 	go func() {
 		runtime.LockOSThread()
-		for { //nolint:revive,staticcheck // it is to be busy
+		for { //nolint:staticcheck // it is to be busy
 		}
 	}()
 	runtime.LockOSThread()
