@@ -238,7 +238,15 @@ func (g *guest) bring(back *backend.Backend, device *manager.Device, in protocol
 	g.mu.Unlock()
 	g.journal.Now(journal.Ready)
 	g.s.event(protocol.Event{UUID: g.uuid, Kind: protocol.EventVTPMStarted, Instance: device.Instance()})
-	return g.up(back)
+	if err := g.up(back); err != nil {
+		return err
+	}
+	g.s.wg.Go(func() {
+		if err := device.SelfTest(g.ctx); err != nil && g.ctx.Err() == nil {
+			g.s.log.Warn("self-test", "guest", g.uuid, "err", err)
+		}
+	})
+	return nil
 }
 
 // up opens the gate's last two facts.
