@@ -50,7 +50,8 @@ A guest in quarantine (` + "`redoubt quarantine`" + `, or by a verdict) is in th
 that stand there, behind an uplink; without --quarantine it reaches nothing.
 
 The kernel's autogroup (sysctl kernel.sched_autogroup_enabled) is off until ` + "`redoubt down`" + `: with it a guest's devices may
-answer a second late while the host has more to do than processors, and a guest's TPM driver gives up sooner.`,
+answer a second late while the host has more to do than processors, and a guest's TPM driver gives up sooner. Of several Redoubts on a
+host the one that turned it off turns it on again.`,
 		Example: `  redoubt up
   redoubt up --host-tpm none
   redoubt up --reset blkback=10s    # whoever took it over has it for ten seconds
