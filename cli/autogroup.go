@@ -40,7 +40,11 @@ func (g autogroup) turnOff() (bool, error) {
 	if err := os.WriteFile(g.mark, nil, 0o600); err != nil {
 		return true, err
 	}
-	return true, os.WriteFile(g.setting, []byte("0\n"), 0) // it exists
+	err = os.WriteFile(g.setting, []byte("0\n"), 0) // it exists
+	if err != nil {
+		err = errors.Join(err, os.Remove(g.mark)) // nothing is to be turned back
+	}
+	return true, err
 }
 
 // turnBack turns it on where turnOff turned it off.

@@ -69,6 +69,14 @@ func TestAutogroupDenied(t *testing.T) {
 	if on, err := g.on(); err != nil || !on {
 		t.Errorf("on %v, %v", on, err)
 	}
+	// A file that is 1 and that even root cannot write: what a container has of /proc/sys.
+	fixed := autogroup{"/sys/class/net/lo/ifindex", filepath.Join(dir, "fixed")}
+	if was, err := fixed.turnOff(); err == nil || !was {
+		t.Errorf("turned off: was %v, %v", was, err)
+	}
+	if err := fixed.turnBack(); err != nil {
+		t.Errorf("turned back what was never off: %v", err)
+	}
 	var said bytes.Buffer
 	(&app{err: &said}).scheduleApart(g)
 	if !strings.Contains(said.String(), "mend: sysctl") {

@@ -21,18 +21,17 @@ const busySession = "REDOUBT_E2E_BUSY_SESSION"
 // of the sessions, where each of three sessions a processor has one thread that never sleeps, as a guest's vCPU, and this one,
 // as QEMU's main loop: with the kernel's autogroup and as `redoubt up` leaves the host.
 func BenchmarkBusyHost(b *testing.B) {
-	for _, c := range []struct{ name, autogroup string }{{"autogroup", "1\n"}, {"apart", "0\n"}} {
+	for _, c := range []struct{ name, setting string }{{"autogroup", "1\n"}, {"apart", "0\n"}} {
 		b.Run(c.name, func(b *testing.B) {
-			const setting = "/proc/sys/kernel/sched_autogroup_enabled"
-			was, err := os.ReadFile(setting)
+			was, err := os.ReadFile(autogroup)
 			if err != nil {
 				b.Fatal(err)
 			}
-			if err := os.WriteFile(setting, []byte(c.autogroup), 0); err != nil {
+			if err := os.WriteFile(autogroup, []byte(c.setting), 0); err != nil {
 				b.Fatal(err)
 			}
 			b.Cleanup(func() {
-				if err := os.WriteFile(setting, was, 0); err != nil {
+				if err := os.WriteFile(autogroup, was, 0); err != nil {
 					b.Error(err)
 				}
 			})

@@ -64,10 +64,12 @@ func TestMain(m *testing.M) {
 	}())
 }
 
+// autogroup is the host's setting that `redoubt up` turns off.
+const autogroup = "/proc/sys/kernel/sched_autogroup_enabled"
+
 // scheduleApart is what `redoubt up` does, for all that tests start, and what the function it returns undoes: tests run two
 // Redoubts at a time, and the one that goes down would turn it on under the other.
 func scheduleApart() (undo func()) {
-	const autogroup = "/proc/sys/kernel/sched_autogroup_enabled"
 	b, err := os.ReadFile(autogroup)
 	if err != nil || strings.TrimSpace(string(b)) != "1" || os.WriteFile(autogroup, []byte("0\n"), 0) != nil {
 		return func() {} // not there, off, or not ours to turn off, as `redoubt up` says
