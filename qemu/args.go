@@ -136,9 +136,8 @@ func Args(c Config, fd FDs, dataDirs ...string) ([]string, error) {
 	} else {
 		// Five-level page walks cost time under emulation and nobody needs them. Linux 6.12
 		// uses cmpxchg16b wherever the CPU offers it; with it, guests of several processors
-		// died of stray traps in about half of their boots under QEMU 7.2, without it none
-		// did. The cause was not looked for in QEMU.
-		add("-accel", "tcg,thread=multi", "-cpu", "max,la57=off,cx16=off")
+		// died of stray traps in about half of their boots under QEMU 7.2, whichever the threads.
+		add("-accel", "tcg,thread="+c.threads(), "-cpu", "max,la57=off,cx16=off")
 	}
 	add("-smp", strconv.Itoa(c.CPUs))
 	add("-m", fmt.Sprintf("%dM", c.Memory>>20))
@@ -340,4 +339,16 @@ func (c Config) check(fd FDs) error {
 		return bad("boot menu", "%v: must be 0 to 60 s", c.BootMenu)
 	}
 	return nil
+}
+
+// threads is how software emulation runs the guest's processors. One thread takes turns with them:
+// QEMU before 8.1 (Debian 12 has 7.2) may translate a page that another processor's thread is about
+// to write and keep the translation (mended by its commit deba78709a, "accel/tcg: Always lock pages
+// before translation"). Linux rewrites its own code while it runs (static keys, through int3), so its
+// guests died of "Oops: int3" or hung; that a newer QEMU could use a thread each is given up for it.
+func (c Config) threads() string {
+	if c.CPUs > 1 {
+		return "single"
+	}
+	return "multi"
 }

@@ -28,7 +28,7 @@ func TestArgs(t *testing.T) {
 	line := strings.Join(a, " ")
 	for _, want := range []string{
 		"-L /data -name guest=a,,b -nodefaults -no-user-config",
-		"spawn=deny", "reboot=shutdown", "-accel tcg,thread=multi", "-smp 2 -m 256M",
+		"spawn=deny", "reboot=shutdown", "-accel tcg,thread=single", "-smp 2 -m 256M",
 		"size=268435456,mem-path=/proc/self/fd/3,share=on",
 		"socket,id=qmp,fd=4", "socket,id=tpm,fd=5", "-device tpm-crb,tpmdev=tpm",
 		"-bios qboot.rom -kernel /proc/self/fd/6 -append console=ttyS0 a,b=c -initrd /proc/self/fd/7",

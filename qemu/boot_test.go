@@ -27,6 +27,7 @@ echo 4 > /proc/sys/kernel/printk
 dmesg | grep -i -e 'ima:' -e 'tpm' -e 'Command line'
 head -1 /sys/kernel/security/ima/ascii_runtime_measurements
 echo "uptime $(cat /proc/uptime)"
+log() { od -v -An -tx1 /sys/kernel/security/tpm0/binary_bios_measurements | tr -d ' \n'; echo; echo LOGEND; }
 what=$(sed -n 's/.*do=\([a-z]*\).*/\1/p' /proc/cmdline)
 echo "GUEST UP $what"
 case $what in
@@ -34,7 +35,11 @@ off) poweroff -f;;
 reset) reboot -f;;
 crash) echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger;;
 button) e=$(grep -l "Power Button" /sys/class/input/event*/device/name | head -1 | cut -d/ -f5); exec 3< /dev/input/$e; echo "WAIT $e"; dd bs=24 count=1 <&3 >/dev/null 2>&1; echo BUTTON; poweroff -f;;
-log) od -v -An -tx1 /sys/kernel/security/tpm0/binary_bios_measurements | tr -d ' \n'; echo; echo LOGEND; poweroff -f;;
+log) log; poweroff -f;;
+patch)
+  yes | while read l; do :; done &
+  i=0; while [ $i -lt 60 ]; do i=$((i+1)); echo 1 > /proc/sys/kernel/sched_schedstats; echo 0 > /proc/sys/kernel/sched_schedstats; done
+  echo PATCHED; log; poweroff -f;;
 channel) p=/dev/vport0p1; [ -e $p ] || p=$(ls /dev/vport*|head -1); read line < $p; echo "CHANNEL $line $(cat /sys/class/virtio-ports/*/name)"; echo "answer $line" > $p; poweroff -f;;
 ticks) i=0; while true; do i=$((i+1)); echo "TICK $i"; sleep 0.1; done;;
 firmware)

@@ -149,7 +149,7 @@ func TestGate(t *testing.T) {
 	}
 }
 
-// Several processors; the newer kernel with memory on both sides of the hole below 4 GiB.
+// Several processors, whose kernel rewrites its own code while they run it (static keys); the newer kernel with memory on both sides of the hole below 4 GiB.
 func TestShapes(t *testing.T) {
 	for _, shape := range []struct {
 		kernel string
@@ -158,7 +158,7 @@ func TestShapes(t *testing.T) {
 	}{{"6.1", 2, 256 << 20}, {"6.12-cloud", 2, 3 << 30}} {
 		t.Run(shape.kernel, func(t *testing.T) {
 			r := root(t)
-			m, files, con := newDirect(t, "log", func(c *Config, f *Files) {
+			m, files, con := newDirect(t, "patch", func(c *Config, f *Files) {
 				c.CPUs, c.Memory = shape.cpus, shape.memory
 				path, err := r.Vmlinuz(shape.kernel)
 				if err != nil {
@@ -176,6 +176,9 @@ func TestShapes(t *testing.T) {
 			wantOutcome(t, m, con, PowerOff)
 			if out := con.String(); strings.Contains(out, "TPM-bypass") || !strings.Contains(out, hexString(testLog())) {
 				t.Errorf("no TPM or no event log:\n%s", out)
+			}
+			if out := con.String(); !strings.Contains(out, "PATCHED") {
+				t.Errorf("the kernel's code was not rewritten:\n%s", out)
 			}
 		})
 	}
