@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os/exec"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -23,22 +24,25 @@ func TestGateNative(t *testing.T) {
 	gateDelays(t, "native", debian.Usual, "6.12-cloud")
 }
 
+// gateDelays tries each delay on each kernel: on one processor, on two (0 and 5 s, where one runs on
+// while the other waits) and on four (30 s, all of which are paused).
 func gateDelays(t *testing.T, emulator string, kernels ...string) {
 	h := newHost(t)
+	cpus := map[time.Duration]int{0: 2, 50 * time.Millisecond: 1, time.Second: 1, 5 * time.Second: 2, 30 * time.Second: 4}
 	name := func(kernel string, delay time.Duration) string {
 		return strings.ReplaceAll(fmt.Sprintf("g-%s-%d", kernel, delay.Milliseconds()), ".", "-")
 	}
 	// Those that wait for longest do so, asleep, while the others are tested.
 	longest := delays[len(delays)-1]
 	for _, kernel := range kernels {
-		h.late(name(kernel, longest), emulator, kernel, longest)
+		h.late(name(kernel, longest), emulator, kernel, longest, cpus[longest])
 	}
 	for _, delay := range delays {
 		for _, kernel := range kernels {
 			t.Run(fmt.Sprintf("%s/%v", kernel, delay), func(t *testing.T) {
 				h := &host{t, h.dir, h.cache}
 				if delay != longest {
-					h.late(name(kernel, delay), emulator, kernel, delay)
+					h.late(name(kernel, delay), emulator, kernel, delay, cpus[delay])
 				}
 				h.gated(name(kernel, delay), delay)
 			})
@@ -47,9 +51,9 @@ func gateDelays(t *testing.T, emulator string, kernels ...string) {
 }
 
 // late starts a guest whose vTPM is late.
-func (h *host) late(name, emulator, kernel string, delay time.Duration) {
+func (h *host) late(name, emulator, kernel string, delay time.Duration, cpus int) {
 	h.t.Helper()
-	h.start(start{name: name, emulator: emulator, kernel: kernel, what: "off", args: []string{"--unsafe-vtpm-delay", delay.String()}})
+	h.start(start{name: name, emulator: emulator, kernel: kernel, what: "off", args: []string{"--unsafe-vtpm-delay", delay.String(), "--cpus", strconv.Itoa(cpus)}})
 }
 
 // gated checks that a guest whose vTPM is late keeps its trust.
@@ -99,7 +103,7 @@ func gateUnderLoad(t *testing.T, emulator string) {
 		}
 		defer func() { cancel(); _ = c.Wait() }()
 	}
-	h.late("loaded", emulator, debian.Usual, 20*time.Second)
+	h.late("loaded", emulator, debian.Usual, 20*time.Second, 1)
 	h.gated("loaded", 20*time.Second)
 }
 

@@ -46,7 +46,7 @@ func TestSoakStarts(t *testing.T) {
 				defer func() { <-running }()
 				h := &host{t, h.dir, h.cache}
 				name := fmt.Sprintf("soak-%d", i)
-				h.late(name, emulator, kernel, delay)
+				h.late(name, emulator, kernel, delay, []int{1, 2, 4}[i/len(all)%3])
 				h.gated(name, delay)
 				h.must("rm", name)
 			})
