@@ -76,7 +76,7 @@ func (a *app) examine() []finding {
 	all = append(all, native, modules(native.OK))
 	qemuAt := program("qemu-system-x86_64", "QEMU back end", false, "install qemu-system-x86")
 	if qemuAt.OK && accel != qemu.KVM {
-		qemuAt.Detail += ", software emulation: about ten times slower than KVM"
+		qemuAt.Detail += ", software emulation: about ten times slower than KVM, and a guest's processors take turns on one"
 	}
 	if !native.OK {
 		qemuAt.Needed = true
