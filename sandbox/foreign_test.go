@@ -175,7 +175,7 @@ func startSwtpm(t *testing.T, r *debian.Root, dir string) (*running, *os.File, *
 			{Source: "/dev/null", Device: true, Writable: true},
 		},
 	}, "swtpm", []string{
-		"socket", "--tpm2", "--terminate", "--tpmstate", "dir=/state,mode=0600", "--ctrl", "type=unixio,clientfd=3",
+		"socket", "--tpm2", "--terminate", "--seccomp", "action=none", "--tpmstate", "dir=/state,mode=0600", "--ctrl", "type=unixio,clientfd=3",
 		"--key", "fd=4,mode=aes-256-cbc,format=binary", "--locality", "reject-locality-4,allow-set-locality",
 	}, []*os.File{theirs, key})
 	theirs.Close()

@@ -118,6 +118,9 @@ func spawn(cfg *Config, ctl *os.File) (*process, error) {
 		Args: func(dir string) []string {
 			return []string{
 				"socket", "--tpm2", "--terminate",
+				// Its sandbox's list of calls allows less than its own filter does, which takes it a
+				// millisecond to make.
+				"--seccomp", "action=none",
 				// Its group, the manager's, may read the file, which is encrypted, to sync it.
 				"--tpmstate", "dir=" + dir + ",mode=0640",
 				"--ctrl", "type=unixio,clientfd=3",

@@ -216,10 +216,8 @@ func (d *Device) provision(ctx context.Context, events func() ([]eventlog.Event,
 	if err != nil {
 		return fmt.Errorf("measurements: %w", err)
 	}
-	for _, e := range list {
-		if err := extend(tpm, e); err != nil {
-			return fmt.Errorf("extend PCR %d: %w", e.PCR, err)
-		}
+	if err := extend(tpm, list); err != nil {
+		return err
 	}
 	d.log = log
 	return nil
@@ -279,22 +277,6 @@ func forBanks(list []eventlog.Event, banks []tpm2.TPMAlgID) (extended, logged []
 		}
 	}
 	return extended, logged, nil
-}
-
-// extend puts an event into its register, in all its banks at once.
-func extend(tpm raw, e eventlog.Event) error {
-	if e.Type == eventlog.TypeNoAction {
-		return nil // logged only (PFP 1.05 §10.4.1)
-	}
-	var l tpm2.TPMLDigestValues
-	for _, d := range e.Digests {
-		l.Digests = append(l.Digests, tpm2.TPMTHA{HashAlg: d.Algorithm, Digest: d.Sum})
-	}
-	_, err := tpm2.PCRExtend{
-		PCRHandle: tpm2.AuthHandle{Handle: tpm2.TPMHandle(e.PCR), Auth: tpm2.PasswordAuth(nil)},
-		Digests:   l,
-	}.Execute(tpm)
-	return err
 }
 
 // take waits for the turn.
