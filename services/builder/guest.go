@@ -182,7 +182,7 @@ func (b *Builder) start(ctx context.Context, g *guest) (_ *run, err error) {
 		// The engine's work can begin before the emulator's: it does not wait for it.
 		err = b.vtpm.Attach(ctx, protocol.Attach{
 			UUID: g.Build.UUID, Domain: d, Deadline: time.Duration(g.Build.Spec.TPM.Timeout),
-			NoGate: g.Build.Options.NoGate, Poll: g.Build.Options.Poll,
+			NoGate: g.Build.Options.NoGate, Poll: g.Build.Options.Poll, Fresh: true,
 		}, back)
 		if err != nil {
 			return nil, err

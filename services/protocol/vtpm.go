@@ -61,6 +61,7 @@ type Attach struct {
 	Deadline time.Duration `json:"deadline"`
 	NoGate   bool          `json:"noGate"`
 	Poll     time.Duration `json:"poll"`
+	Fresh    bool          `json:"fresh"` // the domain is new and its emulator does not run yet
 	Files    Files         `json:"files"`
 }
 

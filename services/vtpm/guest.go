@@ -111,7 +111,7 @@ func (g *guest) serve(in protocol.Attach, files []*os.File, attach func(context.
 	}
 	g.measured, g.ready = make(chan measurement, 1), make(chan error, 1)
 	g.back, err = attach(g.ctx, backend.Options{
-		Domain: in.Domain, Channel: ch, Deadline: in.Deadline, NoGate: in.NoGate, Poll: in.Poll,
+		Domain: in.Domain, Channel: ch, Deadline: in.Deadline, NoGate: in.NoGate, Poll: in.Poll, Fresh: in.Fresh,
 		Opened: func() { g.journal.Now(journal.Open) }, NoIMA: g.journal.Is(journal.IMA),
 		Report: func(kind string) {
 			if kind == backend.ReportIMA {

@@ -120,7 +120,7 @@ func (g *guest) adopt(ctx context.Context, pid int, files map[string][]*os.File,
 func (g *guest) goOn(in protocol.Attach, ch []*os.File, ready bool) error {
 	if !ready || !g.journal.Is(journal.Open) {
 		again := func(ctx context.Context, opt backend.Options) (*backend.Backend, error) {
-			opt.Again = true
+			opt.Again, opt.Fresh = true, false
 			return g.s.hub.Attach(ctx, opt)
 		}
 		if err := g.serve(in, ch, again); err != nil || !ready {

@@ -48,6 +48,9 @@ type Options struct {
 	Poll time.Duration
 	// Report tells of the moments above; it must not block.
 	Report func(kind string)
+	// Fresh says that neither the front end's state nor the instance number is written before Attach
+	// returns, so that the hub's watch tells of both and nothing has to be looked for.
+	Fresh bool
 	// Again says that another back end had the guest before: it may have taken a command with it.
 	Again bool
 	NoIMA bool // ReportIMA was told

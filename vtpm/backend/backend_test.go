@@ -172,8 +172,14 @@ func await(t testing.TB, c <-chan error) error {
 }
 
 // TestEveryOrder: through the real store, in each of the 24 orders of the four facts, the
-// command waits until the last and is then answered.
+// command waits until the last and is then answered; whether what was there before is looked for or not.
 func TestEveryOrder(t *testing.T) {
+	for _, fresh := range []bool{false, true} {
+		t.Run(fmt.Sprintf("fresh=%t", fresh), func(t *testing.T) { everyOrder(t, fresh) })
+	}
+}
+
+func everyOrder(t *testing.T, fresh bool) {
 	var orders func(left []int, chosen []int)
 	orders = func(left, chosen []int) {
 		if len(left) > 0 {
@@ -184,7 +190,7 @@ func TestEveryOrder(t *testing.T) {
 			return
 		}
 		t.Run(strings.Trim(fmt.Sprint(chosen), "[]"), func(t *testing.T) {
-			w := newWorld(t, backend.Options{})
+			w := newWorld(t, backend.Options{Fresh: fresh})
 			out := w.execute()
 			for _, i := range chosen {
 				select {

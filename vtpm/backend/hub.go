@@ -214,8 +214,8 @@ func (h *Hub) lookReady(b *Backend, n int) {
 	}
 }
 
-// attach registers a back end and looks at what is there already, so that nothing that happened
-// before is missed.
+// attach registers a back end and looks at what may be there already, so that nothing that happened
+// before is missed. What a fresh guest misses while there is no watch is looked at when it is set.
 func (h *Hub) attach(b *Backend) error {
 	d := b.opt.Domain
 	h.mu.Lock()
@@ -225,7 +225,9 @@ func (h *Hub) attach(b *Backend) error {
 	}
 	h.guests[d] = b
 	h.mu.Unlock()
-	b.looks.Go(func() { h.look(b) })
+	if !b.opt.Fresh {
+		b.looks.Go(func() { h.look(b) })
+	}
 	return nil
 }
 

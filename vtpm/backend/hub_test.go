@@ -1,10 +1,54 @@
 package backend
 
 import (
+	"io"
+	"log/slog"
+	"slices"
 	"testing"
 
+	"redoubt.dev/redoubt/ipc"
+	"redoubt.dev/redoubt/store/client"
 	"redoubt.dev/redoubt/store/server"
+	"redoubt.dev/redoubt/store/tree"
+	"redoubt.dev/redoubt/vtpm/channel"
 )
+
+// noted is an empty store that notes what is read.
+type noted struct{ reads []string }
+
+func (s *noted) Events() <-chan client.Event  { return nil }
+func (s *noted) Watch(string, string) error   { return nil }
+func (s *noted) Unwatch(string, string) error { return nil }
+func (s *noted) Write(string, string) error   { return nil }
+func (s *noted) Read(path string) (string, error) {
+	s.reads = append(s.reads, path)
+	return "", tree.ENOENT
+}
+
+// TestFresh: what cannot be there yet is not looked for, which would cost the store a worker each.
+func TestFresh(t *testing.T) {
+	for _, c := range []struct {
+		fresh bool
+		reads []string
+	}{{true, nil}, {false, []string{frontState(16), instance(16)}}} {
+		a, b, err := ipc.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer b.Close()
+		var s noted
+		h := NewHub(&s, slog.New(slog.NewTextHandler(io.Discard, nil)))
+		back, err := h.Attach(t.Context(), Options{Domain: 16, Channel: channel.New(a), Fresh: c.fresh, Report: func(string) {}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		back.looks.Wait()
+		back.Close()
+		if !slices.Equal(s.reads, c.reads) {
+			t.Errorf("fresh %t: read %q, want %q", c.fresh, s.reads, c.reads)
+		}
+	}
+}
 
 // TestConcerns: which paths are looked at, and of whom. A guest chooses the names beneath its own
 // directory.
