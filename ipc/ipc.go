@@ -11,12 +11,14 @@
 package ipc
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"os"
 	"runtime"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -163,13 +165,20 @@ func (c *Conn) SendDescriptors(msg []byte, fds []int) error {
 // Receive waits for one message. The descriptors are the caller's, close-on-exec.
 // It returns io.EOF when the peer is gone.
 func (c *Conn) Receive() ([]byte, []*os.File, error) {
-	buf := make([]byte, MaxMessage)
-	n, files, err := c.ReceiveInto(buf)
+	buf := buffers.Get().(*[MaxMessage]byte)
+	defer buffers.Put(buf)
+	n, files, err := c.ReceiveInto(buf[:])
 	if err != nil {
 		return nil, nil, err
 	}
-	return buf[:n:n], files, nil
+	msg := bytes.Clone(buf[:n])
+	clear(buf[:n]) // it may be a secret
+	return msg, files, nil
 }
+
+// buffers are for what is received: messages are short. Memory that is new at each of them would be
+// what starting a process costs most, as after a fork each page costs a fault to be written again.
+var buffers = sync.Pool{New: func() any { return new([MaxMessage]byte) }}
 
 // ReceiveInto is Receive into the caller's buffer; a longer message is an error.
 func (c *Conn) ReceiveInto(buf []byte) (int, []*os.File, error) {

@@ -180,7 +180,8 @@ func (p *Process) follow(wait func() error, output, log *os.File) {
 	written := make(chan struct{})
 	go func() { // ends with output
 		defer close(written)
-		_, _ = io.Copy(io.MultiWriter(log, p.tail), output)
+		// Not by os.File's WriteTo, which takes 32 KiB for the little that most say.
+		_, _ = io.CopyBuffer(io.MultiWriter(log, p.tail), struct{ io.Reader }{output}, make([]byte, 2<<10))
 	}()
 	err := wait()
 	_ = output.SetReadDeadline(time.Now().Add(lastOutput)) // who else has the child's end is not waited for

@@ -8,19 +8,18 @@ import (
 	"runtime"
 	"unsafe"
 
-	"golang.org/x/net/bpf"
 	"golang.org/x/sys/unix"
 )
 
 // filterAndExec installs the filter on this thread and executes the program. It returns only if
 // that could not begin.
-func filterAndExec(base int, filter []bpf.RawInstruction, args, env []string) error {
-	if len(filter) == 0 || len(args) == 0 {
-		return errors.New("no filter or no arguments")
+func filterAndExec(base int, filter []byte, args, env []string) error {
+	raw, err := decodeFilter(filter)
+	if err != nil {
+		return err
 	}
-	raw := make([]unix.SockFilter, len(filter))
-	for i, f := range filter {
-		raw[i] = unix.SockFilter{Code: f.Op, Jt: f.Jt, Jf: f.Jf, K: f.K}
+	if len(args) == 0 {
+		return errors.New("no arguments")
 	}
 	prog := &unix.SockFprog{Len: uint16(len(raw)), Filter: &raw[0]}
 	argv, err := pointers(args)

@@ -5,6 +5,7 @@ package sandbox
 // virtual machine.
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"slices"
@@ -64,6 +65,30 @@ func compile(p *Policy, action uint32) ([]bpf.RawInstruction, error) {
 		return nil, fmt.Errorf("seccomp list %s: %d instructions, the kernel takes %d", p.Name, len(prog), maxFilter)
 	}
 	return bpf.Assemble(prog)
+}
+
+// instructionSize is that of a struct sock_filter (linux/filter.h): code, jt, jf, k.
+const instructionSize = 8
+
+func encodeFilter(filter []bpf.RawInstruction) []byte {
+	b := make([]byte, 0, instructionSize*len(filter))
+	for _, f := range filter {
+		b = append(binary.LittleEndian.AppendUint16(b, f.Op), f.Jt, f.Jf)
+		b = binary.LittleEndian.AppendUint32(b, f.K)
+	}
+	return b
+}
+
+func decodeFilter(b []byte) ([]unix.SockFilter, error) {
+	if len(b) == 0 || len(b)%instructionSize != 0 {
+		return nil, fmt.Errorf("seccomp: a filter of %d bytes", len(b))
+	}
+	filter := make([]unix.SockFilter, len(b)/instructionSize)
+	for i := range filter {
+		f := b[i*instructionSize:]
+		filter[i] = unix.SockFilter{Code: binary.LittleEndian.Uint16(f), Jt: f[2], Jf: f[3], K: binary.LittleEndian.Uint32(f[4:])}
+	}
+	return filter, nil
 }
 
 // compile makes a rule's code: the conditions, each of which skips the rest when it fails, and

@@ -96,7 +96,7 @@ func (g *Guard) prepare(h *Host) error {
 			return err
 		}
 	}
-	filter, err := compile(spec.Policy, unix.SECCOMP_RET_USER_NOTIF)
+	filter, err := spec.Policy.told()
 	if err != nil {
 		return err
 	}

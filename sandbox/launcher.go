@@ -14,15 +14,15 @@ import (
 	"strconv"
 	"strings"
 
-	"golang.org/x/net/bpf"
 	"golang.org/x/sys/unix"
 )
 
 // launcherName is argument 0 of a launcher.
 const launcherName = "redoubt-launcher"
 
-// launcherEnv keeps the Go runtime from interrupting the last steps, and from making threads.
-var launcherEnv = []string{"GODEBUG=asyncpreemptoff=1", "GOGC=off", "GOMAXPROCS=1"}
+// launcherEnv keeps the Go runtime from interrupting the last steps, from making threads, and from asking
+// for its control group's processors.
+var launcherEnv = []string{"GODEBUG=asyncpreemptoff=1,containermaxprocs=0,updatemaxprocs=0", "GOGC=off", "GOMAXPROCS=1"}
 
 // Descriptors of a launcher, counted from the first that is not the program's own.
 const (
@@ -35,7 +35,7 @@ const (
 // config is what the parent tells the launcher.
 type config struct {
 	Spec    *launchSpec
-	Filter  []bpf.RawInstruction
+	Filter  []byte // see encodeFilter
 	Args    []string
 	Env     []string
 	OwnUser bool // a user namespace of its own

@@ -9,7 +9,9 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 
+	"golang.org/x/net/bpf"
 	"golang.org/x/sys/unix"
 )
 
@@ -32,6 +34,22 @@ import (
 type Policy struct {
 	Name  string
 	rules []rule
+
+	once   sync.Once // over filter and err
+	filter []byte
+	err    error
+}
+
+// told is the filter whose unlisted calls are told to the parent, encoded. It is compiled once: the same
+// program is started again and again.
+func (p *Policy) told() ([]byte, error) {
+	p.once.Do(func() {
+		var raw []bpf.RawInstruction
+		if raw, p.err = compile(p, unix.SECCOMP_RET_USER_NOTIF); p.err == nil {
+			p.filter = encodeFilter(raw)
+		}
+	})
+	return p.filter, p.err
 }
 
 // A rule allows one call, or answers it with errno.
