@@ -166,18 +166,18 @@ func (c *Conn) SendDescriptors(msg []byte, fds []int) error {
 // It returns io.EOF when the peer is gone.
 func (c *Conn) Receive() ([]byte, []*os.File, error) {
 	buf := buffers.Get().(*[MaxMessage]byte)
-	defer buffers.Put(buf)
 	n, files, err := c.ReceiveInto(buf[:])
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, err // and the buffer, with whatever is in it, is not used again
 	}
 	msg := bytes.Clone(buf[:n])
 	clear(buf[:n]) // it may be a secret
+	buffers.Put(buf)
 	return msg, files, nil
 }
 
-// buffers are for what is received: messages are short. Memory that is new at each of them would be
-// what starting a process costs most, as after a fork each page costs a fault to be written again.
+// buffers are for what is received: messages are short. After a fork each page costs a fault to be
+// written again, so memory that is new at each message would make processes dear to start.
 var buffers = sync.Pool{New: func() any { return new([MaxMessage]byte) }}
 
 // ReceiveInto is Receive into the caller's buffer; a longer message is an error.

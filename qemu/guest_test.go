@@ -149,7 +149,8 @@ func TestGate(t *testing.T) {
 	}
 }
 
-// Several processors, whose kernel rewrites its own code while they run it (static keys); the newer kernel with memory on both sides of the hole below 4 GiB.
+// Several processors, whose kernel rewrites its own code while they run it (static keys); the newer
+// kernel with memory on both sides of the hole below 4 GiB.
 func TestShapes(t *testing.T) {
 	for _, shape := range []struct {
 		kernel string
