@@ -43,7 +43,7 @@ patch)
 channel) p=/dev/vport0p1; [ -e $p ] || p=$(ls /dev/vport*|head -1); read line < $p; echo "CHANNEL $line $(cat /sys/class/virtio-ports/*/name)"; echo "answer $line" > $p; poweroff -f;;
 ticks) i=0; while true; do i=$((i+1)); echo "TICK $i"; sleep 0.1; done;;
 firmware)
-  echo LOGBEGIN; od -v -An -tx1 /sys/kernel/security/tpm0/binary_bios_measurements | tr -d ' \n'; echo; echo LOGEND
+  echo LOGBEGIN; log
   for i in 0 1 2 3 4 5 6 7 8 9; do echo "PCR $i $(cat /sys/class/tpm/tpm0/pcr-sha256/$i)"; done
   echo DONE; poweroff -f;;
 esac

@@ -257,3 +257,33 @@ func TestMain(m *testing.M) {
 	}
 	os.Exit(status)
 }
+
+// What the launcher installs is what was compiled; less than whole instructions it refuses.
+func TestFilterEncoding(t *testing.T) {
+	p, err := BasePolicy("go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want, err := compile(p, unix.SECCOMP_RET_USER_NOTIF)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := p.told()
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := decodeFilter(b)
+	if err != nil || len(got) != len(want) {
+		t.Fatalf("%d instructions of %d, %v", len(got), len(want), err)
+	}
+	for i, w := range want {
+		if g := got[i]; g.Code != w.Op || g.Jt != w.Jt || g.Jf != w.Jf || g.K != w.K {
+			t.Errorf("instruction %d is %+v, was %+v", i, g, w)
+		}
+	}
+	for _, bad := range [][]byte{nil, b[:len(b)-1]} {
+		if _, err := decodeFilter(bad); err == nil {
+			t.Errorf("a filter of %d bytes was taken", len(bad))
+		}
+	}
+}
