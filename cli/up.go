@@ -17,7 +17,6 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
-	v1 "redoubt.dev/redoubt/api/redoubt/v1"
 	"redoubt.dev/redoubt/network"
 	"redoubt.dev/redoubt/process"
 	"redoubt.dev/redoubt/services"
@@ -107,8 +106,8 @@ host the one that turned it off turns it on again.`,
 	return c
 }
 
-// upTimeout bounds the services' start.
-const upTimeout = 30 * time.Second
+// servicesTimeout is how long the services may take to start, and unless the operator says otherwise to answer and to end.
+const servicesTimeout = 30 * time.Second
 
 func (a *app) up(ctx context.Context, foreground, keepAutogroup bool, options ...string) error {
 	if os.Geteuid() != 0 {
@@ -159,7 +158,7 @@ func (a *app) up(ctx context.Context, foreground, keepAutogroup bool, options ..
 	}
 	a.progress("starting Redoubt's services")
 	defer a.progressEnd()
-	if err := r.SetReadDeadline(time.Now().Add(upTimeout)); err != nil {
+	if err := r.SetReadDeadline(time.Now().Add(servicesTimeout)); err != nil {
 		return err
 	}
 	stop := context.AfterFunc(ctx, func() { r.Close() })
@@ -229,98 +228,4 @@ func (a *app) running() (int, error) {
 		return 0, fmt.Errorf("%s: holds no process id", f.Name())
 	}
 	return pid, nil
-}
-
-func (a *app) downCommand() *cobra.Command {
-	var grace time.Duration
-	c := &cobra.Command{
-		Use:   "down",
-		Short: "Stop all guests and Redoubt's services",
-		Long: `Stops every guest (the power button, then, after the grace period, without its help) and
-ends the services. It returns when all is down.`,
-		Example: "  redoubt down\n  redoubt down --grace 0s",
-		Args:    names(0, "no arguments"),
-		RunE:    func(c *cobra.Command, _ []string) error { return a.down(c.Context(), grace) },
-	}
-	c.Flags().DurationVar(&grace, "grace", defaultGrace, "how long guests may take to power off")
-	return c
-}
-
-func (a *app) down(ctx context.Context, grace time.Duration) error {
-	pid, err := a.running()
-	if err != nil {
-		return err
-	}
-	if pid == 0 {
-		if err := a.autogroup().turnBack(); err != nil {
-			return fmt.Errorf("down: %w", err)
-		}
-		return a.say(map[string]any{"running": false}, "Redoubt does not run\n")
-	}
-	fd, err := unix.PidfdOpen(pid, 0)
-	if err != nil {
-		return fmt.Errorf("down: process %d: %w", pid, err)
-	}
-	pidfd := os.NewFile(uintptr(fd), "builder")
-	defer pidfd.Close()
-	a.stopAll(ctx, grace)
-	a.progress("ending Redoubt's services")
-	defer a.progressEnd()
-	if err := unix.PidfdSendSignal(fd, unix.SIGTERM, nil, 0); err != nil {
-		return fmt.Errorf("down: process %d: %w", pid, err)
-	}
-	for {
-		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(upTimeout.Milliseconds()))
-		if errors.Is(err, unix.EINTR) {
-			if ctx.Err() != nil {
-				return ctx.Err()
-			}
-			continue
-		}
-		if err != nil {
-			return err
-		}
-		if n == 0 {
-			return fmt.Errorf("down: process %d has not ended in %v: see %s", pid, upTimeout, filepath.Join(a.runDir, services.LogDir))
-		}
-		break
-	}
-	a.progressEnd()
-	if err := a.autogroup().turnBack(); err != nil {
-		return fmt.Errorf("down: all is down, but the host's scheduling is not as it was: %w", err)
-	}
-	return a.say(map[string]any{"running": false}, "Redoubt is down\n")
-}
-
-// stopAll asks every guest to power off, all at once. What fails here, the Builder's own end
-// does without asking.
-func (a *app) stopAll(ctx context.Context, grace time.Duration) {
-	c := a.client()
-	list, err := c.List(ctx, &v1.ListRequest{})
-	if err != nil {
-		fmt.Fprintf(a.err, "redoubt: down: guests: %s\n", oneLine(a.explain(err)))
-		return
-	}
-	var names []string
-	for _, g := range list.Guests {
-		if g.State == v1.State_STATE_RUNNING || g.State == v1.State_STATE_STARTING {
-			names = append(names, g.Name)
-		}
-	}
-	if len(names) == 0 {
-		return
-	}
-	a.progress("stopping %s", strings.Join(names, ", "))
-	done := make(chan error, len(names))
-	for _, n := range names {
-		go func() {
-			_, err := c.Stop(ctx, &v1.StopRequest{Name: n, GraceMs: uint32(grace.Milliseconds())})
-			done <- err
-		}()
-	}
-	for range names {
-		if err := <-done; err != nil {
-			fmt.Fprintf(a.err, "redoubt: down: %s\n", oneLine(a.explain(err)))
-		}
-	}
 }

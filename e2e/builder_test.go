@@ -1,13 +1,14 @@
 package e2e
 
 import (
+	"context"
 	"strings"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
 	"redoubt.dev/redoubt/lab"
+	"redoubt.dev/redoubt/pidfd"
 	"redoubt.dev/redoubt/services"
 )
 
@@ -94,31 +95,24 @@ func TestNoBuilder(t *testing.T) {
 	if len(qemus) != 2 {
 		t.Fatalf("QEMUs %v", qemus)
 	}
-	var fds []unix.PollFd
+	ctx, cancel := context.WithTimeout(t.Context(), 2*bootTime)
+	defer cancel()
+	ended := make(chan error, len(qemus))
 	for _, pid := range qemus {
-		fd, err := unix.PidfdOpen(pid, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer unix.Close(fd)
-		fds = append(fds, unix.PollFd{Fd: int32(fd), Events: unix.POLLIN})
+		f := openPIDFD(t, pid)
+		go func() { ended <- pidfd.Await(ctx, f) }()
 	}
 	emulator := h.process("emulator-dying")
-	h.signal("Supervisor", "redoubt-supervisor", unix.SIGSTOP)
+	goOn := h.holdStill("redoubt-supervisor")
 	h.kill("Builder", "redoubt-builder")
 	if err := unix.Kill(emulator, unix.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
 	// The napping one's QEMU ends by itself; nobody is there to end the other's.
-	deadline := time.Now().Add(bootTime)
-	for ended := 0; ended == 0 && time.Now().Before(deadline); {
-		if n, err := unix.Poll(fds, int(time.Second.Milliseconds())); n > 0 {
-			ended = n
-		} else if err != nil {
-			t.Fatal(err)
-		}
+	if err := <-ended; err != nil {
+		t.Fatalf("no guest powers off: %v", err)
 	}
-	h.signal("Supervisor", "redoubt-supervisor", unix.SIGCONT)
+	goOn()
 	h.must("services")
 	for name, want := range map[string]string{"dying": "failed", "napping": "stopped"} {
 		g := h.awaitDown(name, bootTime)
@@ -126,10 +120,8 @@ func TestNoBuilder(t *testing.T) {
 			t.Errorf("%s is %s: %s", name, g.State, g.Reason)
 		}
 	}
-	for i := range fds {
-		if n, err := unix.Poll(fds[i:i+1], 20000); n != 1 {
-			t.Errorf("QEMU %d is left (%v)", qemus[i], err)
-		}
+	if err := <-ended; err != nil {
+		t.Errorf("one of the QEMUs %v is left: %v", qemus, err)
 	}
 	// It is known for good.
 	h.kill("Builder", "redoubt-builder")

@@ -161,17 +161,9 @@ func kills(t *testing.T, emulator string, length time.Duration) {
 // tells of it.
 func (h *host) stall(program string, length time.Duration) {
 	h.t.Helper()
-	pids := h.processes(program)
-	if len(pids) != 1 {
-		h.t.Fatalf("%s: processes %v", program, pids)
-	}
-	if err := unix.Kill(pids[0], unix.SIGSTOP); err != nil {
-		h.t.Fatal(err)
-	}
+	goOn := h.holdStill(program)
 	<-time.After(length)
-	if err := unix.Kill(pids[0], unix.SIGCONT); err != nil {
-		h.t.Fatal(err)
-	}
+	goOn()
 }
 
 // fire kills and resets at random moments until ctx ends, so many times rarer than once a second or so; it returns when it

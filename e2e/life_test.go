@@ -14,6 +14,7 @@ import (
 
 	"redoubt.dev/redoubt/lab"
 	"redoubt.dev/redoubt/lab/debian"
+	"redoubt.dev/redoubt/pidfd"
 )
 
 func (h *host) writeSpec(path, name, emulator, what, more string) {
@@ -125,7 +126,9 @@ func life(t *testing.T, emulator string) {
 		// The emulator ended from outside, first with a word, then without.
 		h.must("run", "deaf")
 		h.await("deaf", "READY", bootTime)
-		h.signal("emulator", "redoubt-emulator", unix.SIGTERM)
+		if err := unix.Kill(h.only("emulator", "redoubt-emulator"), unix.SIGTERM); err != nil {
+			t.Fatal(err)
+		}
 		if g := h.awaitDown("deaf", 20*time.Second); g.State != "failed" || !strings.Contains(g.Reason, "from outside") {
 			t.Fatalf("guest is %s: %s", g.State, g.Reason)
 		}
@@ -169,18 +172,42 @@ func write(t *testing.T, path, text string) {
 // kill ends the one process of this host's that runs a program, at once.
 func (h *host) kill(what, program string) {
 	h.t.Helper()
-	h.signal(what, program, unix.SIGKILL)
+	if err := unix.Kill(h.only(what, program), unix.SIGKILL); err != nil {
+		h.t.Fatal(err)
+	}
 }
 
-func (h *host) signal(what, program string, s unix.Signal) {
+// only is the one process of this host's that runs a program.
+func (h *host) only(what, program string) int {
 	h.t.Helper()
 	pids := h.processes(program)
 	if len(pids) != 1 {
 		h.t.Fatalf("%s: processes %v", what, pids)
 	}
-	if err := unix.Kill(pids[0], s); err != nil {
+	return pids[0]
+}
+
+// openPIDFD names a process until the test's end.
+func openPIDFD(t testing.TB, pid int) *os.File {
+	t.Helper()
+	f, err := pidfd.Open(pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return f
+}
+
+// holdStill stops the one process of this host's that runs a program, until goOn or the test's end.
+func (h *host) holdStill(program string) (goOn func()) {
+	h.t.Helper()
+	f := openPIDFD(h.t, h.only(program, program))
+	if err := pidfd.Signal(f, unix.SIGSTOP); err != nil {
 		h.t.Fatal(err)
 	}
+	goOn = func() { _ = pidfd.Signal(f, unix.SIGCONT) } // who was killed meanwhile does not go on
+	h.t.Cleanup(goOn)
+	return goOn
 }
 
 // processes lists the descendants of this host's Builder that run a program.
@@ -227,40 +254,6 @@ func (h *host) processes(program string) []int {
 	return out
 }
 
-// TestUpDown: both are idempotent, and nothing is left running.
-func TestUpDown(t *testing.T) {
-	h := newDownHost(t)
-	h.fails(1, "start it with `redoubt up`", "ps")
-	h.must("down")
-	h.fails(2, "--store-reset", "up", "--store-reset", "0")
-	h.must("up", "--store-reset", "off")
-	h.must("up")
-	h.start(start{emulator: "qemu", what: "deaf"})
-	builder, err := os.ReadFile(h.path("run", "lock"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	pid, err := strconv.Atoi(strings.TrimSpace(string(builder)))
-	if err != nil {
-		t.Fatal(err)
-	}
-	fd, err := unix.PidfdOpen(pid, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer unix.Close(fd)
-	h.must("down", "--grace", "0s")
-	if n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0); n != 1 {
-		t.Errorf("the Builder, process %d, outlives `redoubt down` (%v)", pid, err)
-	}
-	h.must("up")
-	if out := h.must("ps", "--all"); !strings.Contains(out, "stopped") {
-		t.Errorf("the guest is forgotten: %s", out)
-	}
-	h.must("rm", "guest")
-	h.must("down")
-}
-
 // TestSupervisorKilled: when the Supervisor is killed everything else ends, guests included, also where the
 // Builder is killed at the same moment, and the next ones start cleanly.
 func TestSupervisorKilled(t *testing.T) {
@@ -280,14 +273,9 @@ func TestSupervisorKilled(t *testing.T) {
 				}
 				left = append(left, pids...)
 			}
-			var fds []unix.PollFd
+			var ends []*os.File
 			for _, pid := range left {
-				fd, err := unix.PidfdOpen(pid, 0)
-				if err != nil {
-					t.Fatal(err)
-				}
-				defer unix.Close(fd)
-				fds = append(fds, unix.PollFd{Fd: int32(fd), Events: unix.POLLIN})
+				ends = append(ends, openPIDFD(t, pid))
 			}
 			var kill []int
 			for _, p := range programs {
@@ -301,8 +289,10 @@ func TestSupervisorKilled(t *testing.T) {
 					}
 				}
 			}
-			for i := range fds {
-				if n, err := unix.Poll(fds[i:i+1], 20000); n != 1 {
+			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+			defer cancel()
+			for i := range ends {
+				if err := pidfd.Await(ctx, ends[i]); err != nil {
 					name, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", left[i]))
 					t.Errorf("process %d outlives %v (%v): %s", left[i], programs, err, name)
 				}

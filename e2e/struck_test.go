@@ -30,19 +30,14 @@ func validateStruck(t *testing.T, emulator string) {
 	// strike has a validation begun that cannot hold the guest before what then happens: its disk does not answer.
 	strike := func(then ...func(blkback int)) result {
 		t.Helper()
-		pids := h.processes("redoubt-blkback")
-		if len(pids) != 1 {
-			t.Fatalf("BlkBacks %v", pids)
-		}
-		if err := unix.Kill(pids[0], unix.SIGSTOP); err != nil {
-			t.Fatal(err)
-		}
+		blkback := h.only("BlkBack", "redoubt-blkback")
+		h.holdStill("redoubt-blkback")
 		done := make(chan struct{})
 		go func() {
 			defer close(done)
 			<-time.After(500 * time.Millisecond) // whenever it comes, what is asked of all of them holds
 			for _, do := range then {
-				do(pids[0])
+				do(blkback)
 			}
 		}()
 		r := h.run("validate", name)

@@ -151,8 +151,13 @@ func (l *line) Pending() bool {
 		return false
 	}
 	p := []unix.PollFd{{Fd: int32(l.file.Fd()), Events: unix.POLLIN}}
-	n, err := unix.Poll(p, 0)
-	return err == nil && n == 1
+	for {
+		n, err := unix.Poll(p, 0)
+		if errors.Is(err, unix.EINTR) {
+			continue // of a signal, as the Go runtime sends itself
+		}
+		return err == nil && n == 1
+	}
 }
 
 func (l *line) Close() error {

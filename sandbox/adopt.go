@@ -4,12 +4,13 @@ package sandbox
 // given to another process, which then guards.
 
 import (
+	"context"
 	"errors"
-	"fmt"
 	"os"
-	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"redoubt.dev/redoubt/pidfd"
 )
 
 // Held is what it takes to guard a process that another one started. The files are not part of its
@@ -34,11 +35,11 @@ func (g *Guard) hold() error {
 		return nil
 	}
 	// One of its own: who has this one does not block, and package os must.
-	fd, err := unix.PidfdOpen(g.PID(), unix.PIDFD_NONBLOCK)
+	f, err := pidfd.Open(g.PID())
 	if err != nil {
-		return fmt.Errorf("pidfd: %w", err)
+		return err
 	}
-	h := Held{PID: g.PID(), Name: g.spec.Name, Memory: g.limit, PIDFD: os.NewFile(uintptr(fd), "pidfd"), Notes: g.notes}
+	h := Held{PID: g.PID(), Name: g.spec.Name, Memory: g.limit, PIDFD: f, Notes: g.notes}
 	defer h.PIDFD.Close()
 	if g.group != nil {
 		h.Group, h.Cgroup = g.group.dir, 1
@@ -68,10 +69,10 @@ func Adopt(h Held) *Guard {
 // End ends a process in place of who started it and returns when it is gone. It needs no Notes.
 func End(h Held) error {
 	defer h.PIDFD.Close()
-	if err := signal(h.PIDFD, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
+	if err := pidfd.Signal(h.PIDFD, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
 		return err
 	}
-	if err := awaitPIDFD(h.PIDFD); err != nil {
+	if err := pidfd.Await(context.Background(), h.PIDFD); err != nil {
 		return err
 	}
 	if h.Group != "" {
@@ -85,42 +86,10 @@ func (g *Guard) awaitEnd() error {
 	if g.held == nil {
 		return g.cmd.Wait()
 	}
-	err := awaitPIDFD(g.held.PIDFD)
+	err := pidfd.Await(context.Background(), g.held.PIDFD)
 	g.held.PIDFD.Close()
 	if err == nil {
 		err = ErrNotParent
-	}
-	return err
-}
-
-// awaitPIDFD waits until the process of a pidfd, which does not block, has ended.
-func awaitPIDFD(pidfd *os.File) error {
-	c, err := pidfd.SyscallConn()
-	if err != nil {
-		return err
-	}
-	var failed error
-	err = c.Read(func(fd uintptr) bool {
-		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-		for {
-			_, err := unix.Poll(p, 0)
-			if errors.Is(err, unix.EINTR) {
-				continue
-			}
-			failed = err
-			return err != nil || p[0].Revents != 0
-		}
-	})
-	return errors.Join(err, failed)
-}
-
-func signal(pidfd *os.File, s syscall.Signal) error {
-	c, err := pidfd.SyscallConn()
-	if err != nil {
-		return err
-	}
-	if cerr := c.Control(func(fd uintptr) { err = unix.PidfdSendSignal(int(fd), s, nil, 0) }); cerr != nil {
-		return cerr
 	}
 	return err
 }

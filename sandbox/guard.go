@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"redoubt.dev/redoubt/pidfd"
 )
 
 // A Host is what the parent contributes to sandboxes. The zero Host uses the running program as
@@ -446,7 +448,7 @@ func (g *Guard) PID() int {
 // Signal sends a signal; see the package's text on which ones process 1 obeys.
 func (g *Guard) Signal(s syscall.Signal) error {
 	if g.held != nil {
-		return signal(g.held.PIDFD, s)
+		return pidfd.Signal(g.held.PIDFD, s)
 	}
 	return g.cmd.Process.Signal(s)
 }

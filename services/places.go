@@ -30,3 +30,11 @@ func APIPath(runDir, tenant string) string {
 	}
 	return filepath.Join(runDir, TenantsDir, tenant+".sock")
 }
+
+// GuestName is what a tenant's guest is called on this host.
+func GuestName(tenant, guest string) string {
+	if tenant == DefaultTenant {
+		return guest
+	}
+	return tenant + "." + guest // no name has a dot
+}

@@ -261,7 +261,7 @@ func (b *Builder) build(ctx context.Context, t *tenancy, in protocol.Build, r *r
 	if err := in.Spec.Complete(); err != nil {
 		return nil, rpc.Errorf(rpc.Invalid, "%v", err)
 	}
-	in.Spec.Name = qualified(t.name, in.Spec.Name)
+	in.Spec.Name = services.GuestName(t.name, in.Spec.Name)
 	if g.Emulator, err = choose(&in.Spec); err != nil {
 		return nil, err
 	}

@@ -35,14 +35,6 @@ type tenancy struct {
 	ends     map[string]protocol.Ended // the last of each guest
 }
 
-// qualified is the name of a tenant's guest on this host.
-func qualified(tenant, guest string) string {
-	if tenant == services.DefaultTenant {
-		return guest
-	}
-	return tenant + "." + guest // no name has a dot
-}
-
 // listenEntry is what the socket of a tenant's API is kept as.
 func listenEntry(tenant string) string { return "listen/tenant/" + tenant }
 

@@ -10,6 +10,7 @@ import (
 
 	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/ipc/fdstore/fdstoretest"
+	"redoubt.dev/redoubt/pidfd"
 	"redoubt.dev/redoubt/sandbox"
 	"redoubt.dev/redoubt/services"
 )
@@ -20,11 +21,10 @@ func sleeper(t *testing.T) (*exec.Cmd, *os.File) {
 	c := exec.Command("sleep", "1000")
 	must(t, c.Start())
 	t.Cleanup(func() { _ = c.Process.Kill(); _ = c.Wait() })
-	fd, err := unix.PidfdOpen(c.Process.Pid, unix.PIDFD_NONBLOCK)
+	f, err := pidfd.Open(c.Process.Pid)
 	must(t, err)
-	pidfd := os.NewFile(uintptr(fd), "pidfd")
-	t.Cleanup(func() { pidfd.Close() })
-	return c, pidfd
+	t.Cleanup(func() { f.Close() })
+	return c, f
 }
 
 // TestInherit: of what a Builder that died has left the next one goes on with the processes that guests are made
@@ -39,8 +39,8 @@ func TestInherit(t *testing.T) {
 		must(t, err)
 		of, err := last.take(s)
 		must(t, err)
-		c, pidfd := sleeper(t)
-		h := sandbox.Held{PID: c.Process.Pid, Name: name + "-x", PIDFD: pidfd}
+		c, f := sleeper(t)
+		h := sandbox.Held{PID: c.Process.Pid, Name: name + "-x", PIDFD: f}
 		i := services.Instance{Label: h.Name, UID: of.user, Memory: 1 << 20}
 		must(t, last.hold(of, i, h)) // what it is held for at first is its end
 		if len(files) > 0 {

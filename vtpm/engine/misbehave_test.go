@@ -13,6 +13,8 @@ import (
 
 	"github.com/google/go-tpm/tpm2"
 	"golang.org/x/sys/unix"
+
+	"redoubt.dev/redoubt/pidfd"
 )
 
 // fake runs this test binary as the engine.
@@ -120,9 +122,9 @@ func TestEndsWithItsOwner(t *testing.T) {
 	}
 	var pid int
 	_, scanErr := fmt.Fscan(out, &pid)
-	fd := -1
+	var engine *os.File
 	if scanErr == nil {
-		fd, err = unix.PidfdOpen(pid, 0)
+		engine, err = pidfd.Open(pid)
 	}
 	if kerr := cmd.Process.Kill(); kerr != nil {
 		t.Error(kerr)
@@ -131,10 +133,11 @@ func TestEndsWithItsOwner(t *testing.T) {
 	if scanErr != nil || err != nil {
 		t.Fatalf("engine process %d: %v, %v", pid, scanErr, err)
 	}
-	defer func() { _ = unix.Close(fd) }()
-	n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 5000)
-	if err != nil || n != 1 {
-		t.Errorf("swtpm %d lives on 5 s after its owner's end (%v)", pid, err)
+	defer engine.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
+	if err := pidfd.Await(ctx, engine); err != nil {
+		t.Errorf("swtpm %d lives on 5 s after its owner's end: %v", pid, err)
 		_ = unix.Kill(pid, unix.SIGKILL)
 	}
 	if _, err := unix.Wait4(pid, nil, 0, nil); err != nil {

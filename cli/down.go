@@ -1,0 +1,129 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"redoubt.dev/redoubt/api"
+	v1 "redoubt.dev/redoubt/api/redoubt/v1"
+	"redoubt.dev/redoubt/pidfd"
+	"redoubt.dev/redoubt/services"
+	"redoubt.dev/redoubt/services/protocol"
+	"redoubt.dev/redoubt/services/trust"
+)
+
+func (a *app) downCommand() *cobra.Command {
+	var grace, limit time.Duration
+	c := &cobra.Command{
+		Use:   "down",
+		Short: "Stop all guests and Redoubt's services",
+		Long: `Stops every guest, all tenants' (the power button, then, after the grace period, without its help), and
+ends the services. It returns when all is down.`,
+		Example: "  redoubt down\n  redoubt down --grace 0s --timeout 5s",
+		Args:    names(0, "no arguments"),
+		RunE:    func(c *cobra.Command, _ []string) error { return a.down(c.Context(), grace, limit) },
+	}
+	c.Flags().DurationVar(&grace, "grace", defaultGrace, "how long guests may take to power off")
+	c.Flags().DurationVar(&limit, "timeout", servicesTimeout, "how long the services may take to answer, beside that, and to end")
+	return c
+}
+
+func (a *app) down(ctx context.Context, grace, limit time.Duration) error {
+	pid, err := a.running()
+	if err != nil {
+		return err
+	}
+	if pid == 0 {
+		if err := a.autogroup().turnBack(); err != nil {
+			return fmt.Errorf("down: %w", err)
+		}
+		return a.say(map[string]any{"running": false}, "Redoubt does not run\n")
+	}
+	supervisor, err := pidfd.Open(pid)
+	if err != nil {
+		return fmt.Errorf("down: %w", err)
+	}
+	defer supervisor.Close()
+	a.stopAll(ctx, grace, limit)
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	a.progress("ending Redoubt's services")
+	defer a.progressEnd()
+	if err := pidfd.Signal(supervisor, unix.SIGTERM); err != nil && !errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("down: process %d: %w", pid, err)
+	}
+	end, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	if err := pidfd.Await(end, supervisor); errors.Is(err, context.DeadlineExceeded) {
+		return fmt.Errorf("down: process %d has not ended in %v: see %s, or end all at once with `kill -KILL %d`", pid, limit, filepath.Join(a.runDir, services.LogDir), pid)
+	} else if err != nil {
+		return err
+	}
+	a.progressEnd()
+	if err := a.autogroup().turnBack(); err != nil {
+		return fmt.Errorf("down: all is down, but the host's scheduling is not as it was: %w", err)
+	}
+	return a.say(map[string]any{"running": false}, "Redoubt is down\n")
+}
+
+// stopAll asks all tenants' guests to power off, all at once. What fails here, the Builder's own end
+// does without asking; so does what nobody answers in time, as where there is no Builder.
+func (a *app) stopAll(ctx context.Context, grace, limit time.Duration) {
+	ctx, cancel := context.WithTimeout(ctx, grace+limit)
+	defer cancel()
+	failed := func(what string, err error) {
+		why := oneLine(a.explain(err))
+		switch {
+		case errors.Is(ctx.Err(), context.Canceled):
+			return // who interrupted it knows
+		case ctx.Err() != nil:
+			why = fmt.Sprintf("no answer in %v: what is left ends with the services", grace+limit)
+		}
+		fmt.Fprintf(a.err, "redoubt: down: %s: %s\n", what, why)
+	}
+	var tenants []trust.Tenant
+	if err := a.askBuilder(ctx, protocol.MethodTenants, struct{}{}, &tenants); err != nil {
+		failed("guests are not asked to power off", err)
+		return
+	}
+	type end struct {
+		guest string
+		err   error
+	}
+	done := make(chan end)
+	var guests []string
+	for _, t := range tenants {
+		c := api.Dial(services.APIPath(a.runDir, t.Name))
+		list, err := c.List(ctx, &v1.ListRequest{})
+		if err != nil {
+			failed(fmt.Sprintf("tenant %s's guests are not asked to power off", t.Name), err)
+			continue
+		}
+		for _, g := range list.Guests {
+			if g.State != v1.State_STATE_RUNNING && g.State != v1.State_STATE_STARTING {
+				continue
+			}
+			guests = append(guests, services.GuestName(t.Name, g.Name))
+			go func() {
+				_, err := c.Stop(ctx, &v1.StopRequest{Name: g.Name, GraceMs: uint32(grace.Milliseconds())})
+				done <- end{services.GuestName(t.Name, g.Name), err}
+			}()
+		}
+	}
+	if len(guests) > 0 {
+		a.progress("stopping %s", strings.Join(guests, ", "))
+	}
+	for range guests {
+		if e := <-done; e.err != nil {
+			failed(e.guest, e.err)
+		}
+	}
+}
