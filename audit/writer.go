@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"redoubt.dev/redoubt/eintr"
 )
 
 // Options of a Writer.
@@ -322,7 +324,7 @@ func (w *Writer) sync() error {
 	if w.opts.NoSync {
 		return nil
 	}
-	return unix.Fdatasync(int(w.file.Fd()))
+	return eintr.Call(func() error { return unix.Fdatasync(int(w.file.Fd())) })
 }
 
 // Head names the last record.

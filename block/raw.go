@@ -9,6 +9,8 @@ import (
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
+
+	"redoubt.dev/redoubt/eintr"
 )
 
 // ErrInUse says that another process, or another open of this one, uses the image.
@@ -136,7 +138,8 @@ func (r *Raw) lockAll() error {
 }
 
 func (r *Raw) lock(kind int16, start, n int64) error {
-	err := unix.FcntlFlock(r.f.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: kind, Whence: io.SeekStart, Start: start, Len: n})
+	l := unix.Flock_t{Type: kind, Whence: io.SeekStart, Start: start, Len: n}
+	err := eintr.Call(func() error { return unix.FcntlFlock(r.f.Fd(), unix.F_OFD_SETLK, &l) })
 	if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EACCES) {
 		return ErrInUse
 	}
@@ -189,7 +192,7 @@ func (r *Raw) WriteAt(p []byte, off int64) (int, error) {
 
 // Flush implements Image: fdatasync.
 func (r *Raw) Flush() error {
-	if err := unix.Fdatasync(int(r.f.Fd())); err != nil {
+	if err := eintr.Call(func() error { return unix.Fdatasync(int(r.f.Fd())) }); err != nil {
 		return fmt.Errorf("image %s: fdatasync: %w", r.f.Name(), err)
 	}
 	return nil
@@ -204,7 +207,9 @@ func (r *Raw) Discard(off, n int64) error {
 	solid := r.solid
 	r.mu.Unlock()
 	if !solid {
-		err := unix.Fallocate(int(r.f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
+		err := eintr.Call(func() error {
+			return unix.Fallocate(int(r.f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
+		})
 		if err == nil {
 			return nil
 		}

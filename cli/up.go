@@ -50,7 +50,9 @@ that stand there, behind an uplink; without --quarantine it reaches nothing.
 
 The kernel's autogroup (sysctl kernel.sched_autogroup_enabled) is off until ` + "`redoubt down`" + `: with it a guest's devices may
 answer a second late while the host has more to do than processors, and a guest's TPM driver gives up sooner. Of several Redoubts on a
-host the one that turned it off turns it on again.`,
+host the one that turned it off turns it on again.
+
+A service manager has --foreground and stops with ` + "`redoubt down`" + ` (systemd: ExecStop=): SIGTERM alone ends guests without powering them off.`,
 		Example: `  redoubt up
   redoubt up --host-tpm none
   redoubt up --reset blkback=10s    # whoever took it over has it for ten seconds
@@ -102,7 +104,7 @@ host the one that turned it off turns it on again.`,
 	c.Flags().Uint32Var(&users, "users", services.DefaultUsers, "first of 65536 user ids for services, of nobody else")
 	c.Flags().StringVar(&storeReset, "store-reset", services.DefaultStoreReset, services.StoreResetUsage)
 	c.Flags().BoolVar(&keepAutogroup, "keep-autogroup", false, "leave the host's kernel.sched_autogroup_enabled as it is")
-	c.Flags().BoolVar(&foreground, "foreground", false, "stay; end the services at SIGTERM")
+	c.Flags().BoolVar(&foreground, "foreground", false, "stay; end guests and services at SIGTERM")
 	return c
 }
 

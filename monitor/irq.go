@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"redoubt.dev/redoubt/eintr"
 	"redoubt.dev/redoubt/kvm"
 	"redoubt.dev/redoubt/pci"
 	"redoubt.dev/redoubt/pci/topology"
@@ -151,13 +152,8 @@ func (l *line) Pending() bool {
 		return false
 	}
 	p := []unix.PollFd{{Fd: int32(l.file.Fd()), Events: unix.POLLIN}}
-	for {
-		n, err := unix.Poll(p, 0)
-		if errors.Is(err, unix.EINTR) {
-			continue // of a signal, as the Go runtime sends itself
-		}
-		return err == nil && n == 1
-	}
+	n, err := eintr.Value(func() (int, error) { return unix.Poll(p, 0) })
+	return err == nil && n == 1
 }
 
 func (l *line) Close() error {

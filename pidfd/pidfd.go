@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"redoubt.dev/redoubt/eintr"
 )
 
 // Open names a running process, or one that has ended and was not waited for. The descriptor does not block. The error
@@ -56,15 +58,11 @@ func Await(ctx context.Context, f *os.File) error {
 	return errors.Join(err, failed)
 }
 
-// ended looks without waiting. A signal, as the Go runtime sends itself, ends any poll(2) early (signal(7)).
+// ended looks without waiting.
 func ended(fd int) (bool, error) {
 	p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-	for {
-		n, err := unix.Poll(p, 0)
-		if !errors.Is(err, unix.EINTR) {
-			return n == 1, os.NewSyscallError("poll", err)
-		}
-	}
+	n, err := eintr.Value(func() (int, error) { return unix.Poll(p, 0) })
+	return n == 1, os.NewSyscallError("poll", err)
 }
 
 // Signal sends a signal. The error wraps ESRCH where the process has ended and was waited for.

@@ -9,6 +9,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"redoubt.dev/redoubt/eintr"
 )
 
 // A note is struct seccomp_notif.
@@ -46,10 +48,7 @@ func awaitNote(f *os.File) (*note, error) {
 	err = c.Read(func(fd uintptr) bool {
 		for {
 			p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-			if _, err := unix.Poll(p, 0); err != nil {
-				if errors.Is(err, unix.EINTR) {
-					continue
-				}
+			if _, err := eintr.Value(func() (int, error) { return unix.Poll(p, 0) }); err != nil {
 				failed = err
 				return true
 			}

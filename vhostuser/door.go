@@ -7,6 +7,8 @@ import (
 	"os"
 
 	"golang.org/x/sys/unix"
+
+	"redoubt.dev/redoubt/eintr"
 )
 
 // Door makes a listener and the only way to it: a descriptor, through whose name beneath
@@ -35,7 +37,7 @@ func Door(dir string) (l *net.UnixListener, door *os.File, err error) {
 	if err := os.Chmod(name, 0o666); err != nil {
 		return nil, nil, errors.Join(err, l.Close())
 	}
-	fd, err := unix.Open(name, unix.O_PATH|unix.O_CLOEXEC, 0)
+	fd, err := eintr.Value(func() (int, error) { return unix.Open(name, unix.O_PATH|unix.O_CLOEXEC, 0) })
 	if err != nil {
 		return nil, nil, errors.Join(&os.PathError{Op: "open", Path: name, Err: err}, l.Close())
 	}

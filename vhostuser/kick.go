@@ -6,6 +6,8 @@ import (
 	"os"
 
 	"golang.org/x/sys/unix"
+
+	"redoubt.dev/redoubt/eintr"
 )
 
 // kicks waits for the kicks of a queue, in a thread of the queue's own. The runtime's poller is not asked: it watches for all that
@@ -37,14 +39,8 @@ func (k *kicks) close() error { return k.stop.Close() }
 // wait waits for a kick and takes it; false: the queue is to halt.
 func (k *kicks) wait() (bool, error) {
 	fds := []unix.PollFd{{Fd: int32(k.kick), Events: unix.POLLIN}, {Fd: int32(k.stop.Fd()), Events: unix.POLLIN}}
-	for {
-		_, err := unix.Poll(fds, -1)
-		if err == nil {
-			break
-		}
-		if !errors.Is(err, unix.EINTR) {
-			return false, fmt.Errorf("poll: %w", err)
-		}
+	if _, err := eintr.Value(func() (int, error) { return unix.Poll(fds, -1) }); err != nil {
+		return false, fmt.Errorf("poll: %w", err)
 	}
 	if fds[1].Revents != 0 {
 		return false, nil

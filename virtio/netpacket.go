@@ -7,6 +7,8 @@ import (
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
+
+	"redoubt.dev/redoubt/eintr"
 )
 
 // A network device's packets, one way and the other.
@@ -131,7 +133,7 @@ func (r *receiver) read(q *Queue) (bool, error) {
 	var got int
 	var failed error
 	err := r.n.raw.Read(func(fd uintptr) bool {
-		got, failed = again(func() (int, error) { return unix.Read(int(fd), r.packet[:header+maxFrame+1]) })
+		got, failed = eintr.Value(func() (int, error) { return unix.Read(int(fd), r.packet[:header+maxFrame+1]) })
 		if errors.Is(failed, unix.EAGAIN) {
 			r.batch.end(q)
 			return false
@@ -265,7 +267,7 @@ func (s *sender) send(q *Queue, c *Chain) (bool, error) {
 	frame = append([][]byte{header[:size]}, frame...)
 	var failed error
 	err := s.n.raw.Write(func(fd uintptr) bool {
-		_, failed = again(func() (int, error) { return unix.Writev(int(fd), frame) })
+		_, failed = eintr.Value(func() (int, error) { return unix.Writev(int(fd), frame) })
 		if errors.Is(failed, unix.EAGAIN) {
 			s.batch.end(q)
 			return false
@@ -299,13 +301,4 @@ func sendable(h *[netHeader]byte, features uint64) bool {
 		return false
 	}
 	return segments(h[:], features, NetFeatureHostTSO4, NetFeatureHostTSO6, NetFeatureHostECN)
-}
-
-// again repeats a call that a signal interrupted.
-func again(call func() (int, error)) (int, error) {
-	for {
-		if n, err := call(); !errors.Is(err, unix.EINTR) {
-			return n, err
-		}
-	}
 }

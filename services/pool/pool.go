@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"redoubt.dev/redoubt/eintr"
 	"redoubt.dev/redoubt/ipc/rpc"
 )
 
@@ -40,15 +41,16 @@ func OpenFile(pool, path string, write bool) (*os.File, error) {
 
 // OpenBeneath opens what lies beneath a directory and is reached without any link; flags are openat2's.
 func OpenBeneath(dir, name string, flags int) (*os.File, error) {
-	base, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	base, err := eintr.Value(func() (int, error) { return unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0) })
 	if err != nil {
 		return nil, err
 	}
 	defer unix.Close(base)
-	fd, err := unix.Openat2(base, name, &unix.OpenHow{
+	how := unix.OpenHow{
 		Flags:   uint64(flags | unix.O_CLOEXEC),
 		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_MAGICLINKS,
-	})
+	}
+	fd, err := eintr.Value(func() (int, error) { return unix.Openat2(base, name, &how) })
 	if err != nil {
 		return nil, err
 	}

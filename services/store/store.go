@@ -20,6 +20,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"redoubt.dev/redoubt/eintr"
 	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/store/disk"
@@ -177,7 +178,7 @@ func (s *service) configure(in Configure) error {
 		in.Workers = 8
 	}
 	t := tree.New(server.ReservedNames()...)
-	fd, err := unix.Open(in.Dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	fd, err := eintr.Value(func() (int, error) { return unix.Open(in.Dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0) })
 	if err != nil {
 		return fmt.Errorf("store: %s: %w", in.Dir, err)
 	}

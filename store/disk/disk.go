@@ -27,6 +27,7 @@ import (
 	bolt "go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
 
+	"redoubt.dev/redoubt/eintr"
 	"redoubt.dev/redoubt/store/tree"
 )
 
@@ -82,7 +83,7 @@ func Open(dir *os.File, t *tree.Tree) (_ *DB, err error) {
 	path := filepath.Join(dir.Name(), File)
 	fail := func(err error) error { return fmt.Errorf("store: %s: %w", path, err) }
 	// Locks belong to the open file, and dir's is shared with whoever handed it over.
-	fd, err := unix.Openat(int(dir.Fd()), ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	fd, err := openAt(dir, ".", unix.O_DIRECTORY, 0)
 	if err != nil {
 		return nil, fail(err)
 	}
@@ -160,7 +161,7 @@ func (d *DB) options(name string) *bolt.Options {
 		FreelistType:    bolt.FreelistMapType,
 		InitialMmapSize: 64 << 20, // room to grow without mapping anew
 		OpenFile: func(_ string, flag int, mode os.FileMode) (*os.File, error) {
-			fd, err := unix.Openat(int(d.lock.Fd()), name, flag|unix.O_CLOEXEC|unix.O_NOFOLLOW, uint32(mode))
+			fd, err := openAt(d.lock, name, flag|unix.O_NOFOLLOW, mode)
 			if err != nil {
 				return nil, err
 			}
@@ -169,12 +170,17 @@ func (d *DB) options(name string) *bolt.Options {
 	}
 }
 
+// openAt opens what lies in a directory.
+func openAt(dir *os.File, name string, flag int, mode os.FileMode) (fd int, err error) {
+	return eintr.Value(func() (int, error) { return unix.Openat(int(dir.Fd()), name, flag|unix.O_CLOEXEC, uint32(mode)) })
+}
+
 // maxSize bounds a file that is read: a hundred times what quotas let a host's guests fill.
 const maxSize = 1 << 30
 
 // load reads a file into t.
 func (d *DB) load(t *tree.Tree) error {
-	fd, err := unix.Openat(int(d.lock.Fd()), File, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
+	fd, err := openAt(d.lock, File, unix.O_NOFOLLOW, 0)
 	if err != nil {
 		return err
 	}

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"redoubt.dev/redoubt/eintr"
 	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/store/logic"
 )
@@ -251,7 +252,7 @@ func (w *served) shutdown() {
 func (w *served) ask(r logic.Request) (logic.Action, error) {
 	w.seq++
 	w.out = logic.AppendRequest(w.out[:0], w.seq, r)
-	if err := again(func() error { return unix.Send(w.fd, w.out, unix.MSG_NOSIGNAL) }); err != nil {
+	if err := inTime(func() error { return unix.Send(w.fd, w.out, unix.MSG_NOSIGNAL) }); err != nil {
 		if errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET) { // nobody will read it
 			err = fmt.Errorf("%w: %w", errAsleep, err)
 		}
@@ -259,7 +260,7 @@ func (w *served) ask(r logic.Request) (logic.Action, error) {
 	}
 	// Descriptors that a worker sends find no room and are gone.
 	var n, flags int
-	if err := again(func() (err error) {
+	if err := inTime(func() (err error) {
 		n, _, flags, _, err = unix.Recvmsg(w.fd, w.in, nil, 0)
 		return err
 	}); err != nil {
@@ -275,13 +276,11 @@ func (w *served) ask(r logic.Request) (logic.Action, error) {
 	return a, err
 }
 
-func again(f func() error) error {
-	for {
-		if err := f(); !errors.Is(err, unix.EINTR) {
-			if errors.Is(err, unix.EAGAIN) {
-				return os.ErrDeadlineExceeded
-			}
-			return err
-		}
+// inTime makes a call whose socket has a time limit.
+func inTime(f func() error) error {
+	err := eintr.Call(f)
+	if errors.Is(err, unix.EAGAIN) {
+		return os.ErrDeadlineExceeded
 	}
+	return err
 }

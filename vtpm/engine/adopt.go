@@ -15,6 +15,7 @@ import (
 	"github.com/google/go-tpm/tpm2"
 	"golang.org/x/sys/unix"
 
+	"redoubt.dev/redoubt/eintr"
 	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/programs"
 	"redoubt.dev/redoubt/vtpm/journal"
@@ -265,12 +266,11 @@ func peek(c *net.UnixConn, limit int) ([]byte, error) {
 	}
 	b, n := make([]byte, limit), 0
 	rerr := raw.Read(func(fd uintptr) bool {
-		for {
-			n, _, err = unix.Recvfrom(int(fd), b, unix.MSG_PEEK|unix.MSG_DONTWAIT)
-			if !errors.Is(err, unix.EINTR) {
-				return !errors.Is(err, unix.EAGAIN)
-			}
-		}
+		n, err = eintr.Value(func() (int, error) {
+			n, _, err := unix.Recvfrom(int(fd), b, unix.MSG_PEEK|unix.MSG_DONTWAIT)
+			return n, err
+		})
+		return !errors.Is(err, unix.EAGAIN)
 	})
 	switch {
 	case rerr != nil:
