@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -77,53 +78,70 @@ func (a *app) down(ctx context.Context, grace, limit time.Duration) error {
 // stopAll asks all tenants' guests to power off, all at once. What fails here, the Builder's own end
 // does without asking; so does what nobody answers in time, as where there is no Builder.
 func (a *app) stopAll(ctx context.Context, grace, limit time.Duration) {
-	ctx, cancel := context.WithTimeout(ctx, grace+limit)
+	s := stopping{a: a, grace: grace, limit: grace + limit}
+	ctx, cancel := context.WithTimeout(ctx, s.limit)
 	defer cancel()
-	failed := func(what string, err error) {
-		why := oneLine(a.explain(err))
-		switch {
-		case errors.Is(ctx.Err(), context.Canceled):
-			return // who interrupted it knows
-		case ctx.Err() != nil:
-			why = fmt.Sprintf("no answer in %v: what is left ends with the services", grace+limit)
-		}
-		fmt.Fprintf(a.err, "redoubt: down: %s: %s\n", what, why)
-	}
 	var tenants []trust.Tenant
 	if err := a.askBuilder(ctx, protocol.MethodTenants, struct{}{}, &tenants); err != nil {
-		failed("guests are not asked to power off", err)
+		s.failed(ctx, "guests are not asked to power off", err)
 		return
 	}
-	type end struct {
-		guest string
-		err   error
-	}
-	done := make(chan end)
-	var guests []string
+	var all sync.WaitGroup
 	for _, t := range tenants {
-		c := api.Dial(services.APIPath(a.runDir, t.Name))
-		list, err := c.List(ctx, &v1.ListRequest{})
-		if err != nil {
-			failed(fmt.Sprintf("tenant %s's guests are not asked to power off", t.Name), err)
+		all.Go(func() { s.tenant(ctx, t.Name) })
+	}
+	all.Wait()
+}
+
+// stopping is guests that are asked to power off: none waits for another one, nor for another one's tenant.
+type stopping struct {
+	a            *app
+	grace, limit time.Duration
+
+	mu     sync.Mutex // of what is said
+	guests []string
+}
+
+func (s *stopping) tenant(ctx context.Context, tenant string) {
+	c := api.Dial(services.APIPath(s.a.runDir, tenant))
+	list, err := c.List(ctx, &v1.ListRequest{})
+	if err != nil {
+		s.failed(ctx, fmt.Sprintf("tenant %s's guests are not asked to power off", tenant), err)
+		return
+	}
+	var all sync.WaitGroup
+	for _, g := range list.Guests {
+		if g.State == v1.State_STATE_STOPPED || g.State == v1.State_STATE_FAILED {
 			continue
 		}
-		for _, g := range list.Guests {
-			if g.State != v1.State_STATE_RUNNING && g.State != v1.State_STATE_STARTING {
-				continue
+		all.Go(func() {
+			name := services.GuestName(tenant, g.Name)
+			s.begun(name)
+			if _, err := c.Stop(ctx, &v1.StopRequest{Name: g.Name, GraceMs: uint32(s.grace.Milliseconds())}); err != nil {
+				s.failed(ctx, name, err)
 			}
-			guests = append(guests, services.GuestName(t.Name, g.Name))
-			go func() {
-				_, err := c.Stop(ctx, &v1.StopRequest{Name: g.Name, GraceMs: uint32(grace.Milliseconds())})
-				done <- end{services.GuestName(t.Name, g.Name), err}
-			}()
-		}
+		})
 	}
-	if len(guests) > 0 {
-		a.progress("stopping %s", strings.Join(guests, ", "))
+	all.Wait()
+}
+
+func (s *stopping) begun(guest string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.guests = append(s.guests, guest)
+	s.a.progress("stopping %s", strings.Join(s.guests, ", "))
+}
+
+func (s *stopping) failed(ctx context.Context, what string, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	why := oneLine(s.a.explain(err))
+	switch {
+	case errors.Is(ctx.Err(), context.Canceled):
+		return // who interrupted it knows
+	case ctx.Err() != nil:
+		why = fmt.Sprintf("no answer in %v: what is left ends with the services", s.limit)
 	}
-	for range guests {
-		if e := <-done; e.err != nil {
-			failed(e.guest, e.err)
-		}
-	}
+	s.a.progressEnd()
+	fmt.Fprintf(s.a.err, "redoubt: down: %s: %s\n", what, why)
 }
