@@ -273,7 +273,7 @@ func (h *host) awaitDown(name string, limit time.Duration) guest {
 func lastLines(s string, n int) string {
 	l := strings.Split(s, "\n")
 	for i := range l {
-		l[i] = l[i][:min(len(l[i]), 200)]
+		l[i] = l[i][:min(len(l[i]), 1000)]
 	}
 	return strings.Join(l[max(0, len(l)-n):], "\n")
 }

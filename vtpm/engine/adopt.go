@@ -119,7 +119,8 @@ func (e *Engine) settleControl() error {
 // settleData finds out what became of the command that was under way. The engine takes whatever it
 // reads at once for one command, so nothing is sent while it has something unread. Then a probe is
 // sent, a command whose response nothing else has: what comes before that response is the
-// answer to the command, and if nothing does it was never sent.
+// answer to the command, and if nothing does it was never sent. This may be cut short, too: a response is in the journal before
+// it is taken from the socket, and is taken by one call.
 func (e *Engine) settleData() error {
 	if err := e.data.SetDeadline(time.Now().Add(e.commandLimit)); err != nil {
 		return err
@@ -131,26 +132,33 @@ func (e *Engine) settleData() error {
 	if s.State() == journal.Split {
 		return errors.New("a response was split by the engine and by the end of who read it")
 	}
-	var found []byte
+	found := false
 	take := func() (probe uint32, err error) {
-		rsp, err := readResponse(e.data)
+		b, err := peek(e.data, MaxMessage)
+		if err != nil {
+			return 0, fmt.Errorf("response: %w", noEOF(err))
+		}
+		rsp, err := readResponse(bytes.NewReader(b))
 		if err != nil {
 			return 0, err
 		}
 		last := e.note.Probes()
 		for n := last; n > 0 && n+16 > last; n-- { // those of earlier settlings that were cut short
 			if bytes.Equal(rsp, e.probeResponse(n)) {
-				return n, nil
+				return n, e.discard(len(rsp))
 			}
 		}
 		switch {
 		case ResponseCode(rsp) == tpm2.TPMRCFailure: // it answers nothing else any more, the probe neither
 			return 0, errors.New("the TPM is in failure mode")
-		case found != nil:
+		case found:
 			return 0, fmt.Errorf("a response (code %#x) to nothing that was sent", uint32(ResponseCode(rsp)))
 		}
-		found = rsp
-		return 0, nil
+		found = true
+		if s.State() == journal.Executing {
+			s.Answer(rsp)
+		} // else the journal has it
+		return 0, e.discard(len(rsp))
 	}
 	for {
 		unread, err := e.unread()
@@ -178,10 +186,6 @@ func (e *Engine) settleData() error {
 		}
 	}
 	if s.State() != journal.Executing {
-		return nil // what was found is what the journal has
-	}
-	if found != nil {
-		s.Answer(found)
 		return nil
 	}
 	_, err := e.run(s, s.Seq(), s.Locality(), s.Command())
@@ -240,22 +244,30 @@ func (e *Engine) receive(s journal.Slot) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("response: %w", noEOF(err))
 	}
-	if len(b) < headerSize || int64(binary.BigEndian.Uint32(b[2:])) != int64(len(b)) {
-		// Not whole, or malformed: an engine writes a response at once, so this is no engine in
-		// order, but what it says is still taken.
-		s.Splits()
-		rsp, err := readResponse(e.data)
-		if err == nil {
-			s.Answer(rsp)
-		}
-		return rsp, err
+	if rsp, err := readResponse(bytes.NewReader(b)); err == nil && len(rsp) == len(b) {
+		s.Answer(rsp)
+		return rsp, e.discard(len(rsp))
 	}
-	rsp, err := readResponse(bytes.NewReader(b))
+	// Not whole, or malformed: an engine writes a response at once, so this is no engine in
+	// order, but what it says is still taken.
+	s.Splits()
+	rsp, err := readResponse(e.data)
+	if err == nil {
+		s.Answer(rsp)
+	}
+	return rsp, err
+}
+
+// discard takes n bytes that are there, by one call: whoever is killed over it leaves them all, or none.
+func (e *Engine) discard(n int) error {
+	got, err := e.data.Read(make([]byte, n))
+	if err == nil && got < n {
+		err = io.ErrUnexpectedEOF
+	}
 	if err != nil {
-		return nil, err
+		return fmt.Errorf("response of %d bytes ends at offset %d: %w", n, got, noEOF(err))
 	}
-	s.Answer(rsp)
-	return readResponse(e.data)
+	return nil
 }
 
 // peek waits for bytes and leaves them where they are; io.EOF at the end.

@@ -50,6 +50,7 @@ type left struct {
 	cfg     Config
 	control *os.File
 	data    *os.File
+	memory  *os.File // the journal's
 	process *kept
 	last    *Engine // only its channels are used
 }
@@ -68,7 +69,7 @@ func leave(t *testing.T) *left {
 	}
 	j.Begin(1, bytes.Repeat([]byte{7}, 32))
 	starter := &keptStarter{}
-	l := &left{t: t}
+	l := &left{t: t, memory: memory}
 	l.cfg = Config{
 		Dir: t.TempDir(), Key: testKey(1), Starter: starter, Journal: j,
 		Keep: func(k Kept) error {

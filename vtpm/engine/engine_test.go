@@ -19,8 +19,11 @@ import (
 
 func TestMain(m *testing.M) {
 	if mode := os.Getenv("REDOUBT_TEST_FAKE_ENGINE"); mode != "" {
-		if mode == "owner" {
+		switch mode {
+		case "owner":
 			owner()
+		case "passerby":
+			passerby()
 		}
 		fakeEngine(mode)
 		os.Exit(0)
