@@ -248,8 +248,13 @@ func FuzzPolicy(f *testing.F) {
 
 func TestMain(m *testing.M) {
 	LauncherMain()
-	if len(os.Args) == 2 && os.Args[1] == "as-program" {
-		os.Exit(7)
+	if len(os.Args) == 2 {
+		switch os.Args[1] {
+		case "as-program":
+			os.Exit(7)
+		case "as-parent":
+			parent()
+		}
 	}
 	status := m.Run()
 	if bin, err := buildProbe(); err == nil && bin != os.Getenv("REDOUBT_TEST_PROBE") {

@@ -15,14 +15,16 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"redoubt.dev/redoubt/eintr"
 )
 
 // launcherName is argument 0 of a launcher.
 const launcherName = "redoubt-launcher"
 
-// launcherEnv keeps the Go runtime from interrupting the last steps, from making threads, and from asking
-// for its control group's processors.
-var launcherEnv = []string{"GODEBUG=asyncpreemptoff=1,containermaxprocs=0,updatemaxprocs=0", "GOGC=off", "GOMAXPROCS=1"}
+// launcherEnv keeps the Go runtime from interrupting the last steps, from making more threads than endWithParent needs, and from
+// asking for its control group's processors.
+var launcherEnv = []string{"GODEBUG=asyncpreemptoff=1,containermaxprocs=0,updatemaxprocs=0", "GOGC=off", "GOMAXPROCS=2"}
 
 // Descriptors of a launcher, counted from the first that is not the program's own.
 const (
@@ -84,6 +86,20 @@ func LauncherMain() {
 	os.Exit(1)
 }
 
+// endWithParent ends this process when its parent's end of the socket is gone, for as long as it is a launcher. The last step, execve,
+// waits for the parent's word: the kernel would keep it waiting for ever, since this process itself has the listener open.
+// It is another thread that reads, without a filter; execve ends it.
+func endWithParent(sync int) {
+	begun := make(chan struct{})
+	go func() {
+		close(begun)
+		var b [1]byte
+		_, _ = eintr.Value(func() (int, error) { return unix.Read(sync, b[:]) }) // the parent says nothing more
+		os.Exit(1)
+	}()
+	<-begun
+}
+
 // launch does not return unless it fails.
 func launch(base int) error {
 	// Nothing but the program's own descriptors reaches the program, whatever the parent leaks.
@@ -103,6 +119,7 @@ func launch(base int) error {
 	if n, err := unix.Read(base+fdSync, b[:]); err != nil || n != 1 || b[0] != msgGo {
 		return errors.New("the parent has gone")
 	}
+	endWithParent(base + fdSync)
 	s := c.Spec
 	if err := makeRoot(s, base+fdBinds); err != nil {
 		return fmt.Errorf("root: %w", err)
