@@ -2,10 +2,12 @@ package e2e
 
 import (
 	"context"
-	"os"
-	"strconv"
+	"math/rand/v2"
 	"strings"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"redoubt.dev/redoubt/lab/debian"
 	"redoubt.dev/redoubt/pidfd"
@@ -20,14 +22,7 @@ func TestUpDown(t *testing.T) {
 	h.must("up", "--store-reset", "off")
 	h.must("up")
 	h.start(start{emulator: "qemu", what: "deaf"})
-	builder, err := os.ReadFile(h.path("run", "lock"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	pid, err := strconv.Atoi(strings.TrimSpace(string(builder)))
-	if err != nil {
-		t.Fatal(err)
-	}
+	pid := h.lockHolder()
 	supervisor := openPIDFD(t, pid)
 	h.must("down", "--grace", "0s")
 	ctx, cancel := context.WithCancel(t.Context())
@@ -74,4 +69,41 @@ func TestDownUnanswered(t *testing.T) {
 	goOn()
 	h.must("down", "--grace", "0s")
 	h.fails(1, "start it with `redoubt up`", "ps")
+}
+
+// TestDeafEmulator: an emulator that answers nothing and reads nothing is ended, when the guest's grace is over.
+func TestDeafEmulator(t *testing.T) {
+	h := newHost(t)
+	h.start(start{emulator: "qemu", what: "deaf", args: []string{"--no-tpm"}})
+	h.holdStill("redoubt-emulator")
+	h.must("stop", "guest", "--grace", "1s")
+	if g := h.show("guest"); g.State != "failed" && g.State != "stopped" {
+		t.Errorf("guest is %s: %s", g.State, g.Reason)
+	}
+	h.nothingInStore()
+}
+
+// TestDownTakenOver: the Builder that goes on with guests can be told to end before it has come so far.
+func TestDownTakenOver(t *testing.T) {
+	h := newDownHost(t)
+	for range 8 {
+		h.must("up")
+		h.start(start{emulator: "qemu", what: "deaf", args: []string{"--no-tpm"}})
+		supervisor := openPIDFD(t, h.lockHolder())
+		h.kill("Builder", "redoubt-builder")
+		<-time.After(rand.N(60 * time.Millisecond)) // any moment
+		if err := pidfd.Signal(supervisor, unix.SIGTERM); err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+		err := pidfd.Await(ctx, supervisor)
+		cancel()
+		if err != nil {
+			h.dumpLogs()
+			t.Fatalf("the Supervisor: %v", err)
+		}
+		h.must("up")
+		h.must("rm", "guest")
+		h.must("down")
+	}
 }

@@ -210,17 +210,24 @@ func (h *host) holdStill(program string) (goOn func()) {
 	return goOn
 }
 
-// processes lists the descendants of this host's Builder that run a program.
-func (h *host) processes(program string) []int {
+// lockHolder is the process that holds the host's lock: the Supervisor.
+func (h *host) lockHolder() int {
 	h.t.Helper()
 	b, err := os.ReadFile(h.path("run", "lock"))
 	if err != nil {
 		h.t.Fatal(err)
 	}
-	builder, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
 	if err != nil {
 		h.t.Fatal(err)
 	}
+	return pid
+}
+
+// processes lists the descendants of this host's Supervisor that run a program.
+func (h *host) processes(program string) []int {
+	h.t.Helper()
+	supervisor := h.lockHolder()
 	parent := map[int]int{}
 	name := map[int]string{}
 	all, _ := filepath.Glob("/proc/[0-9]*")
@@ -245,7 +252,7 @@ func (h *host) processes(program string) []int {
 			continue
 		}
 		for p := pid; p > 1; p = parent[p] {
-			if p == builder {
+			if p == supervisor {
 				out = append(out, pid)
 				break
 			}

@@ -17,7 +17,6 @@ import (
 	"io"
 	"net"
 	"os"
-	"runtime"
 	"sync"
 	"time"
 
@@ -81,14 +80,30 @@ func Streams(name string) (*os.File, *os.File, error) {
 // Duplicate makes other descriptors of open files, close-on-exec; none after an error.
 func Duplicate(files ...*os.File) (out []*os.File, err error) {
 	for _, f := range files {
-		fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+		fd, err := duplicate(f)
 		if err != nil {
 			CloseAll(out)
-			return nil, fmt.Errorf("%s: duplicate: %w", f.Name(), err)
+			return nil, err
 		}
 		out = append(out, os.NewFile(uintptr(fd), f.Name()))
 	}
 	return out, nil
+}
+
+// duplicate makes another descriptor, of a file that nobody closes meanwhile: else it could be another file's by then. The file blocks
+// from then on, as whoever is given it expects.
+func duplicate(f *os.File) (fd int, err error) {
+	f.Fd()
+	c, err := f.SyscallConn()
+	if err == nil {
+		if cerr := c.Control(func(own uintptr) { fd, err = unix.FcntlInt(own, unix.F_DUPFD_CLOEXEC, 0) }); cerr != nil {
+			err = os.ErrClosed
+		}
+	}
+	if err != nil {
+		return -1, fmt.Errorf("%s: duplicate: %w", f.Name(), err)
+	}
+	return fd, nil
 }
 
 // OneWay makes a pipe whose ends have deadlines in whatever process they come to: os.Pipe's lose theirs when they are sent.
@@ -139,14 +154,23 @@ func Socket(f *os.File) (*net.UnixConn, error) {
 	return u, nil
 }
 
-// Send sends one message with descriptors, which stay the caller's.
+// Send sends one message with descriptors, which stay the caller's: they may be closed meanwhile. The error wraps [os.ErrClosed] where one
+// was closed before.
 func (c *Conn) Send(msg []byte, files ...*os.File) error {
-	fds := make([]int, len(files))
-	for i, f := range files {
-		fds[i] = int(f.Fd())
+	own := make([]int, 0, len(files))
+	defer func() {
+		for _, fd := range own {
+			unix.Close(fd)
+		}
+	}()
+	for _, f := range files {
+		fd, err := duplicate(f)
+		if err != nil {
+			return err
+		}
+		own = append(own, fd)
 	}
-	defer runtime.KeepAlive(files)
-	return c.SendDescriptors(msg, fds)
+	return c.SendDescriptors(msg, own)
 }
 
 // SendDescriptors is Send for who has no use for files.

@@ -172,6 +172,14 @@ func Adopt(label, logDir string, h Held) (*Process, error) {
 	return p, nil
 }
 
+// lossy drops what cannot be written, as where the file system is full: a child that is not read would stand still.
+type lossy struct{ io.Writer }
+
+func (l lossy) Write(b []byte) (int, error) {
+	_, _ = l.Writer.Write(b)
+	return len(b), nil
+}
+
 // lastOutput is how long what a child said may take to be written down after its end.
 const lastOutput = 2 * time.Second
 
@@ -181,7 +189,7 @@ func (p *Process) follow(wait func() error, output, log *os.File) {
 	go func() { // ends with output
 		defer close(written)
 		// Not by os.File's WriteTo, which takes 32 KiB for the little that most say.
-		_, _ = io.CopyBuffer(io.MultiWriter(log, p.tail), struct{ io.Reader }{output}, make([]byte, 2<<10))
+		_, _ = io.CopyBuffer(io.MultiWriter(lossy{log}, p.tail), struct{ io.Reader }{output}, make([]byte, 2<<10))
 	}()
 	err := wait()
 	_ = output.SetReadDeadline(time.Now().Add(lastOutput)) // who else has the child's end is not waited for

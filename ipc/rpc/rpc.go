@@ -113,6 +113,8 @@ type Peer struct {
 
 	draining atomic.Bool
 	gone     func()
+	sending  sync.Mutex    // over one message's way out where that is bounded
+	room     time.Duration // see Bound
 }
 
 type answer struct {
@@ -141,6 +143,10 @@ func (p *Peer) Follow(generation uint64) { p.next = generation << 32 }
 // OnGone has f called when the other end is gone, before anything here follows from that. It must be called
 // before Run.
 func (p *Peer) OnGone(f func()) { p.gone = f }
+
+// Bound ends the connection when the other end makes no room for a message for so long: one that does not read keeps
+// nobody waiting for ever. It must be called before Run and any Call.
+func (p *Peer) Bound(limit time.Duration) { p.room = limit }
 
 // Run receives until the peer is gone or ctx ends, waits for its handlers, and closes the
 // connection. It returns nil when the peer went in an orderly way.
@@ -225,7 +231,19 @@ func (p *Peer) send(f frame, files []*os.File) error {
 	if err != nil {
 		return err
 	}
-	return p.c.Send(b, files...)
+	if p.room == 0 {
+		return p.c.Send(b, files...)
+	}
+	p.sending.Lock()
+	defer p.sending.Unlock()
+	if err := p.c.SetWriteDeadline(time.Now().Add(p.room)); err != nil {
+		return err
+	}
+	err = p.c.Send(b, files...)
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		p.c.Close() // Run returns
+	}
+	return err
 }
 
 func (p *Peer) deliver(f frame, files []*os.File) {
@@ -269,7 +287,7 @@ func (p *Peer) Call(ctx context.Context, method string, in, out any, files ...*o
 	p.mu.Unlock()
 	if err := p.send(frame{ID: id, Method: method, Body: body}, files); err != nil {
 		p.forget(id)
-		if errors.Is(err, ipc.ErrTooLarge) {
+		if errors.Is(err, ipc.ErrTooLarge) || errors.Is(err, os.ErrClosed) { // of a file, not of the connection
 			return nil, fmt.Errorf("%s: %w", method, err)
 		}
 		return nil, fmt.Errorf("%s: %w", method, ErrGone)

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/ipc/rpc"
@@ -109,5 +110,48 @@ func TestCallGivenUp(t *testing.T) {
 	cancel()
 	if _, err := a.Call(ctx, "wait", 0, nil); !errors.Is(err, context.Canceled) {
 		t.Fatal(err)
+	}
+}
+
+// TestBound: a peer that does not read keeps nobody waiting for longer than the bound, neither who has something to say nor who
+// waits for an answer.
+func TestBound(t *testing.T) {
+	ours, deaf, err := ipc.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer deaf.Close()
+	p := rpc.New(ours, nil)
+	p.Bound(50 * time.Millisecond)
+	ended := make(chan error, 1)
+	go func() { ended <- p.Run(context.Background()) }()
+	asked := make(chan error, 1)
+	go func() {
+		_, err := p.Call(context.Background(), "ask", 0, nil)
+		asked <- err
+	}()
+	for p.Notify("tell", strings.Repeat("x", 1<<10)) == nil {
+	}
+	if err := <-asked; !errors.Is(err, rpc.ErrGone) {
+		t.Errorf("a call: %v", err)
+	}
+	if err := <-ended; err != nil {
+		t.Errorf("Run: %v", err)
+	}
+}
+
+// TestClosedFile: a file that was closed is the caller's mistake, and nobody's end.
+func TestClosedFile(t *testing.T) {
+	a, _ := peers(t, nil, func(context.Context, *rpc.Request) (any, error) { return nil, nil })
+	f, err := os.Open("/dev/null")
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
+	if _, err := a.Call(context.Background(), "take", 0, nil, f); !errors.Is(err, os.ErrClosed) || errors.Is(err, rpc.ErrGone) {
+		t.Errorf("call with a closed file: %v", err)
+	}
+	if _, err := a.Call(context.Background(), "go on", 0, nil); err != nil {
+		t.Error(err)
 	}
 }

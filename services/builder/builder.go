@@ -78,6 +78,7 @@ type Builder struct {
 	pcibacks   *asked.Asker
 	inspectors *inspected.Asker
 	ledger     *trust.Ledger
+	followed   bool // the guests that were inherited are; Run's
 
 	validations *validator.Manager
 	store       *kept.Store
@@ -210,6 +211,7 @@ func Run(ctx context.Context, cfg Config) error {
 		return err
 	}
 	b.followInherited()
+	b.followed = true
 	b.kept.Discard(b.left)
 	b.resets(ctx)
 	close(b.ready)

@@ -13,39 +13,13 @@ import (
 	"redoubt.dev/redoubt/pci/topology"
 	"redoubt.dev/redoubt/qemu"
 	"redoubt.dev/redoubt/services"
+	"redoubt.dev/redoubt/services/emulator/choice"
 	"redoubt.dev/redoubt/services/emulator/kept"
 	"redoubt.dev/redoubt/services/foreign"
 	"redoubt.dev/redoubt/services/pciback/asked"
 	"redoubt.dev/redoubt/services/protocol"
 	"redoubt.dev/redoubt/spec"
 )
-
-// haveKVM reports whether KVM can run guests here: QEMU then uses it too.
-func haveKVM() bool {
-	accel, _ := qemu.ChooseAccel()
-	return accel == qemu.KVM
-}
-
-// choose settles which emulator runs a guest.
-func choose(g *spec.Guest) (spec.Emulator, error) {
-	accel, why := qemu.ChooseAccel()
-	if g.Modules != nil && accel != qemu.KVM {
-		return "", rpc.Errorf(rpc.Unavailable, "modules: only the native monitor isolates them, and it needs KVM, %s: leave modules out (see `redoubt doctor`)", why)
-	}
-	switch g.Emulator {
-	case spec.QEMU:
-		return spec.QEMU, nil
-	case spec.Native:
-		if accel != qemu.KVM {
-			return "", rpc.Errorf(rpc.Unavailable, "emulator: native needs KVM, %s: use emulator auto or qemu (see `redoubt doctor`)", why)
-		}
-		return spec.Native, nil
-	}
-	if accel == qemu.KVM && g.Boot.Firmware == "" {
-		return spec.Native, nil
-	}
-	return spec.QEMU, nil
-}
 
 // fromToolstack serves a tenant's toolstack. It acts on the guests of its own trust list only.
 func (b *Builder) fromToolstack(ctx context.Context, t *tenancy, r *rpc.Request) (any, error) {
@@ -262,7 +236,7 @@ func (b *Builder) build(ctx context.Context, t *tenancy, in protocol.Build, r *r
 		return nil, rpc.Errorf(rpc.Invalid, "%v", err)
 	}
 	in.Spec.Name = services.GuestName(t.name, in.Spec.Name)
-	if g.Emulator, err = choose(&in.Spec); err != nil {
+	if g.Emulator, err = choice.Of(&in.Spec); err != nil {
 		return nil, err
 	}
 	g.Build = in
@@ -338,7 +312,7 @@ func (b *Builder) build(ctx context.Context, t *tenancy, in protocol.Build, r *r
 func (b *Builder) assign(g *guest) *asked.Assignment {
 	machine, msix := topology.Native, true
 	if g.Emulator == spec.QEMU {
-		machine, msix = topology.QEMU, haveKVM()
+		machine, msix = topology.QEMU, choice.HaveKVM()
 	}
 	s := &g.Build.Spec
 	return b.pcibacks.Assign(g.name(), topology.Guest(machine, len(s.Disks), len(s.NICs), msix))

@@ -18,8 +18,10 @@ import (
 	"redoubt.dev/redoubt/services"
 	blkback "redoubt.dev/redoubt/services/blkback/kept"
 	"redoubt.dev/redoubt/services/calls"
+	"redoubt.dev/redoubt/services/emulator/choice"
 	"redoubt.dev/redoubt/services/emulator/kept"
 	inspected "redoubt.dev/redoubt/services/inspector/asked"
+	"redoubt.dev/redoubt/services/keeper"
 	"redoubt.dev/redoubt/services/launch"
 	"redoubt.dev/redoubt/services/measure"
 	"redoubt.dev/redoubt/services/pciback/asked"
@@ -45,6 +47,7 @@ type guest struct {
 	timeline  []protocol.Event
 	run       *run
 	asked     bool          // the operator asked for the end
+	insist    time.Time     // from when on that is not asked for any more
 	lost      string        // why the vTPM failed before run was there
 	down      chan struct{} // closed when the guest is down for good
 }
@@ -82,6 +85,11 @@ const pauseAfter = 10 * time.Second
 // guest's kernel is about to run; the vTPM's side goes on in a goroutine of its own.
 func (b *Builder) start(ctx context.Context, g *guest) (_ *run, err error) {
 	d, err := b.domain()
+	defer func() {
+		if err != nil {
+			b.forget(d)
+		}
+	}()
 	if err != nil {
 		return nil, err
 	}
@@ -89,7 +97,7 @@ func (b *Builder) start(ctx context.Context, g *guest) (_ *run, err error) {
 	msg := protocol.Start{
 		Name: g.name(), Emulator: g.Emulator, Domain: d, CPUs: g.Build.Spec.CPUs,
 		Memory: uint64(g.Build.Spec.Memory), Cmdline: g.Build.Spec.Boot.Cmdline,
-		Firmware: g.Build.Spec.Boot.Firmware, PauseAfter: pauseAfter, KVM: haveKVM(), Modules: g.Build.Spec.Modules.Policy(),
+		Firmware: g.Build.Spec.Boot.Firmware, PauseAfter: pauseAfter, KVM: choice.HaveKVM(), Modules: g.Build.Spec.Modules.Policy(),
 		Exits: g.Build.Spec.Validated().Exits / 8 / uint64(g.Build.Spec.CPUs), Status: g.Build.Spec.Validated().Status,
 	}
 	var give, own []*os.File
@@ -154,11 +162,6 @@ func (b *Builder) start(ctx context.Context, g *guest) (_ *run, err error) {
 		own = append(own, kvm)
 		add(protocol.FileKVM, kvm)
 	}
-	defer func() {
-		if err != nil {
-			b.forget(d)
-		}
-	}()
 	if err := b.depends(ctx, g, d); err != nil {
 		return nil, err
 	}
@@ -198,11 +201,8 @@ func (b *Builder) start(ctx context.Context, g *guest) (_ *run, err error) {
 		return nil, err
 	}
 	r.is = audit.NewInstance(services.Emulator, r.proc.PID())
-	r.peer = rpc.New(r.proc.Control, calls.Watched(b.journal, services.Emulator, g.name(), b.fromEmulator(g, r)))
-	b.wg.Go(func() {
-		defer close(r.heard)
-		_ = r.peer.Run(context.Background())
-	})
+	b.hear(g, r)
+	b.wg.Go(r.listen)
 	if tpm && !g.Build.Options.VTPMFirst {
 		b.wg.Go(func() {
 			if err := b.provision(context.Background(), g, d); err != nil {
@@ -241,7 +241,7 @@ func (r *run) startQEMU(b *Builder, g *guest, req *rpc.Request) (any, error) {
 		ipc.CloseAll(req.Files)
 		return nil, rpc.Errorf(rpc.Refused, "builder: an emulator has one QEMU")
 	}
-	i := services.Instance{Label: services.QEMU + "-" + g.name(), Memory: uint64(g.Build.Spec.Memory), KVM: haveKVM(), NICs: len(g.Build.Spec.NICs) > 0}
+	i := services.Instance{Label: services.QEMU + "-" + g.name(), Memory: uint64(g.Build.Spec.Memory), KVM: choice.HaveKVM(), NICs: len(g.Build.Spec.NICs) > 0}
 	if i.KVM {
 		st, err := os.Stat("/dev/kvm")
 		if err != nil {
@@ -375,10 +375,25 @@ func (r *run) fail(reason string) {
 	r.end()
 }
 
-// end tells the emulator to end, and makes sure that it does.
-func (r *run) end() {
-	_ = r.peer.Notify(protocol.MethodEnd, struct{}{})
+// hear has the emulator's connection served, when listen does.
+func (b *Builder) hear(g *guest, r *run) {
+	r.peer = rpc.New(r.proc.Control, calls.Watched(b.journal, services.Emulator, g.name(), b.fromEmulator(g, r)))
+	r.peer.Bound(keeper.Room)
+}
+
+// listen takes in what the emulator says. One that says nothing any more, or does not listen, ends.
+func (r *run) listen() {
+	_ = r.peer.Run(context.Background())
+	close(r.heard)
 	r.killLater()
+}
+
+// end makes sure that the emulator ends, and tells it to. It waits for nothing.
+func (r *run) end() {
+	r.killLater()
+	if r.peer != nil { // as one that was inherited and not heard yet
+		go func() { _ = r.peer.Notify(protocol.MethodEnd, struct{}{}) }() // ends with the emulator at the latest
+	}
 }
 
 // killLater makes sure that an emulator that was told to end does.
@@ -404,19 +419,5 @@ func (r *run) outcome(g *guest) protocol.Exit {
 func (r *run) lastWord(asked bool, err error) protocol.Exit {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	switch {
-	case r.failed != "":
-		return protocol.Exit{Outcome: protocol.Crashed, Reason: r.failed}
-	case r.exit != nil && r.exit.Outcome == protocol.Stopped && !asked:
-		return protocol.Exit{Outcome: protocol.Crashed, Reason: "the emulator was ended from outside"}
-	case r.exit != nil:
-		return *r.exit
-	case asked:
-		return protocol.Exit{Outcome: protocol.Stopped, Reason: "ended by the operator"}
-	}
-	reason := "the emulator ended without a word"
-	if err != nil {
-		reason = err.Error()
-	}
-	return protocol.Exit{Outcome: protocol.Crashed, Reason: reason}
+	return kept.LastWord(r.failed, r.exit, asked, err)
 }

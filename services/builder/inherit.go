@@ -10,9 +10,7 @@ import (
 	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/network"
-	"redoubt.dev/redoubt/services"
 	blkback "redoubt.dev/redoubt/services/blkback/kept"
-	"redoubt.dev/redoubt/services/calls"
 	"redoubt.dev/redoubt/services/emulator/kept"
 	"redoubt.dev/redoubt/services/pciback/asked"
 	"redoubt.dev/redoubt/services/protocol"
@@ -105,12 +103,9 @@ func (b *Builder) resume(ctx context.Context) {
 			close(r.heard)
 		} else {
 			with = r
-			r.peer = rpc.New(r.proc.Control, calls.Watched(b.journal, services.Emulator, g.name(), b.fromEmulator(g, r)))
+			b.hear(g, r)
 			r.peer.Follow(b.generation)
-			b.wg.Go(func() {
-				defer close(r.heard)
-				_ = r.peer.Run(context.Background())
-			})
+			b.wg.Go(r.listen)
 			failed := r.failed != ""
 			b.wg.Go(func() {
 				_ = r.peer.Notify(protocol.NoticeResumed, struct{}{}) // or it is gone

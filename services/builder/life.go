@@ -98,7 +98,14 @@ func (g *guest) isAsked() bool {
 	return g.asked
 }
 
-// stop presses the power button and insists when the grace is over.
+// patience is what is left of the grace, as who asked last for the end gave it.
+func (g *guest) patience() time.Duration {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return time.Until(g.insist)
+}
+
+// stop presses the power button and insists when the grace is over. One that comes later sets the grace anew.
 func (b *Builder) stop(ctx context.Context, in protocol.Stop) error {
 	g := b.guest(in.UUID)
 	if g == nil {
@@ -107,7 +114,7 @@ func (b *Builder) stop(ctx context.Context, in protocol.Stop) error {
 	g.mu.Lock()
 	run := g.run
 	if run != nil {
-		g.asked = true
+		g.asked, g.insist = true, time.Now().Add(in.Grace)
 	}
 	g.mu.Unlock()
 	if run == nil {
@@ -115,17 +122,21 @@ func (b *Builder) stop(ctx context.Context, in protocol.Stop) error {
 	}
 	run.changed()
 	if in.Grace > 0 {
-		if _, err := run.peer.Call(ctx, protocol.MethodPowerButton, struct{}{}, nil); err != nil && !errors.Is(err, rpc.ErrGone) {
+		press, cancel := context.WithTimeout(ctx, in.Grace)
+		_, err := run.peer.Call(press, protocol.MethodPowerButton, struct{}{}, nil)
+		cancel()
+		if err != nil && !errors.Is(err, rpc.ErrGone) {
 			b.log.Warn("power button", "guest", g.name(), "err", err)
 		}
-		t := time.NewTimer(in.Grace)
-		defer t.Stop()
-		select {
-		case <-g.down:
-			return nil
-		case <-t.C:
-		case <-ctx.Done():
-			return ctx.Err()
+		for left := g.patience(); left > 0; left = g.patience() {
+			t := time.NewTimer(left)
+			select {
+			case <-g.down:
+				return nil
+			case <-t.C:
+			case <-ctx.Done():
+				return ctx.Err()
+			}
 		}
 	}
 	g.mu.Lock()
@@ -150,9 +161,20 @@ func (b *Builder) endGuests() {
 	}
 	b.mu.Unlock()
 	for _, g := range all {
-		b.wg.Go(func() { _ = b.stop(context.Background(), protocol.Stop{UUID: g.Build.UUID}) })
+		if b.followed {
+			b.wg.Go(func() { _ = b.stop(context.Background(), protocol.Stop{UUID: g.Build.UUID}) })
+		} else if g.run.proc != nil { // this Builder has not come so far: nobody follows the emulator's end
+			g.run.end()
+		}
 	}
 	for _, g := range all {
-		<-g.down
+		if b.followed {
+			<-g.down
+			continue
+		}
+		if g.run.proc != nil {
+			<-g.run.proc.Done()
+		}
+		g.storage.End()
 	}
 }

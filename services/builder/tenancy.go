@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"redoubt.dev/redoubt/audit"
 	"redoubt.dev/redoubt/ipc"
@@ -96,8 +97,13 @@ func (b *Builder) tenancy(name string) *tenancy {
 	return b.tenancies[name]
 }
 
+// readyLimit bounds what a toolstack may take to be told.
+const readyLimit = time.Minute
+
 // ready gives a toolstack the guests that run.
 func (t *tenancy) ready(ctx context.Context, i *keeper.Instance) error {
+	ctx, cancel := context.WithTimeout(ctx, readyLimit)
+	defer cancel()
 	tenant, err := t.b.ledger.Tenant(t.name)
 	if err == nil {
 		_, err = i.Peer.Call(ctx, protocol.MethodConfigure, protocol.ConfigureToolstack{
@@ -145,6 +151,9 @@ func (t *tenancy) adopt(ctx context.Context, i *keeper.Instance, g *guest) error
 	}
 	in.Domain = run.domain
 	_, err := i.Peer.Call(ctx, protocol.MethodAdopt, in, nil, g.Ends...)
+	if errors.Is(err, os.ErrClosed) {
+		return nil // it has ended: that is told
+	}
 	return err
 }
 
@@ -154,16 +163,17 @@ func (t *tenancy) close() {
 	t.listener.Close()
 }
 
-// notify tells the toolstack, if there is one.
+// notify has the toolstack told, if there is one. Nobody waits for it: what is told of one tenant's guests is no other's affair.
 func (t *tenancy) notify(method string, v any) {
-	t.Lock()
-	defer t.Unlock()
-	if e, ok := v.(protocol.Ended); ok {
-		t.ends[e.UUID] = e
-	}
-	if i := t.Now(); i != nil {
-		_ = i.Peer.Notify(method, v) // one that is gone is told by the next adoption
-	}
+	e, last := v.(protocol.Ended)
+	t.Post(last, func(i *keeper.Instance) {
+		if last {
+			t.ends[e.UUID] = e
+		}
+		if i != nil {
+			_ = i.Peer.Notify(method, v) // one that is gone is told by the next adoption
+		}
+	})
 }
 
 // forget drops what is kept of a guest that is destroyed.

@@ -41,6 +41,9 @@ var errEnding = rpc.Errorf(rpc.Unavailable, "Redoubt is going down")
 // reason, before it is killed.
 const lastWords = 2 * time.Second
 
+// Room is how long a process may leave no room for what it is told: one that does not read is as good as gone.
+const Room = 10 * time.Second
+
 // A Process is what is kept: *process.Process.
 type Process interface {
 	PID() int
@@ -91,6 +94,11 @@ type Keeper struct {
 	deaths storm.Deaths
 	failed error // why there will be no other
 	ending bool
+
+	posts   sync.Mutex // taken for moments only; over what follows
+	posted  []func(*Instance)
+	posting bool // somebody calls them
+	closed  bool
 }
 
 // An Instance is one process.
@@ -216,6 +224,51 @@ func (k *Keeper) Serve(f func(*Instance) error) error {
 	}
 }
 
+// maxPosts bounds what waits to be told.
+const maxPosts = 1024
+
+// Post has f called with the process in force, nil for none, with the lock held, after what was posted before, and does not
+// wait for that. It does nothing after Close, nor where too much waits already, unless it must be.
+func (k *Keeper) Post(must bool, f func(*Instance)) {
+	k.posts.Lock()
+	defer k.posts.Unlock()
+	if k.closed || len(k.posted) >= maxPosts && !must {
+		return
+	}
+	k.posted = append(k.posted, f)
+	if !k.posting {
+		k.posting = true
+		k.wg.Go(k.post)
+	}
+}
+
+// post calls what was posted until nothing is left.
+func (k *Keeper) post() {
+	for {
+		k.Lock()
+		more := k.postNext()
+		k.Unlock()
+		if !more {
+			return
+		}
+	}
+}
+
+// postNext calls what was posted first. The lock is held.
+func (k *Keeper) postNext() bool {
+	k.posts.Lock()
+	if len(k.posted) == 0 {
+		k.posting = false
+		k.posts.Unlock()
+		return false
+	}
+	f := k.posted[0]
+	k.posted = k.posted[1:]
+	k.posts.Unlock()
+	f(k.now)
+	return true
+}
+
 // Reset replaces a process that runs well, and reports whether it did. The lock is not held.
 func (k *Keeper) Reset() bool {
 	if k.o.Settle != nil {
@@ -245,6 +298,11 @@ func (k *Keeper) Reset() bool {
 func (k *Keeper) Close(grace time.Duration) {
 	k.cancel() // whoever holds the lock and waits for answers gives up
 	k.Lock()
+	k.posts.Lock()
+	k.closed = true
+	k.posts.Unlock()
+	for k.postNext() {
+	}
 	k.ending = true
 	last := k.now
 	k.now = nil
@@ -267,6 +325,7 @@ func (k *Keeper) spawn() (*Instance, error) {
 	k.number++
 	i := &Instance{Process: p, Number: k.number, Name: audit.NewInstance(k.o.Service, p.PID()), heard: make(chan struct{})}
 	i.Peer = rpc.New(p.Conn(), k.o.Handler(i))
+	i.Peer.Bound(Room)
 	k.wg.Go(func() {
 		defer close(i.heard)
 		if err := i.Peer.Run(context.Background()); err != nil {

@@ -432,3 +432,35 @@ func TestUnrecorded(t *testing.T) {
 	}
 	<-s.last.Load().Done()
 }
+
+// TestPost: what is posted is called in order, for the process that is in force then, and nobody who posts waits: neither for a
+// process that is being told nor for one that does not read.
+func TestPost(t *testing.T) {
+	s := open(t, nil)
+	var got []int
+	note := func(n int) func(*Instance) {
+		return func(i *Instance) { got = append(got, n+i.PID()) }
+	}
+	s.Lock()
+	if err := s.Begin(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for n := range 2 * maxPosts {
+		s.Post(false, note(10*n))
+	}
+	s.Post(true, note(-1))
+	s.Unlock()
+	s.Close(time.Second)
+	if len(got) != maxPosts+1 {
+		t.Fatalf("%d of at most %d, and one that had to be", len(got), maxPosts)
+	}
+	for n := range maxPosts {
+		if got[n] != 10*n+1 {
+			t.Fatalf("%d at %d", got[n], n)
+		}
+	}
+	if got[maxPosts] != 0 {
+		t.Errorf("the last one: %d", got[maxPosts])
+	}
+	s.Post(true, func(*Instance) { t.Error("called after Close") })
+}

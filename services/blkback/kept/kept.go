@@ -4,6 +4,7 @@ package kept
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -225,6 +226,9 @@ func (s *Storage) release() {
 	}
 }
 
+// tellLimit bounds what an emulator may take to take a new BlkBack; its guest is failed then.
+const tellLimit = 20 * time.Second
+
 // ready connects a new BlkBack with the emulator, if that runs.
 func (s *Storage) ready(ctx context.Context, i *keeper.Instance) error {
 	s.stale = s.run == nil && s.memory != nil
@@ -235,9 +239,15 @@ func (s *Storage) ready(ctx context.Context, i *keeper.Instance) error {
 	for d := range s.o.Disks {
 		front, err := s.connect(ctx, i, d, s.run.Domain(), s.memory)
 		if err == nil {
-			_, err = s.run.Call(ctx, protocol.MethodDisk,
+			told, cancel := context.WithTimeout(ctx, tellLimit)
+			_, err = s.run.Call(told, protocol.MethodDisk,
 				protocol.Disk{Index: d, Files: protocol.Files{protocol.FileBlock}}, nil, front)
+			cancel()
 			front.Close()
+			if told.Err() != nil && ctx.Err() == nil && errors.Is(err, context.DeadlineExceeded) {
+				s.run.Fail(fmt.Sprintf("disks[%d]: its emulator was told of a new BlkBack and has not answered in %v", d, tellLimit))
+				return nil
+			}
 		}
 		if err != nil {
 			// Either of the two is gone or sick. The emulator's end is the guest's; a BlkBack

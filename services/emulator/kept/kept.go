@@ -243,3 +243,21 @@ func TakeNICs(left *fdstore.Left, uuid string) (config []network.NIC, tuns []*os
 	ipc.CloseAll(e.Files)
 	return nil, nil, errors.New("the network devices are not all kept")
 }
+
+// LastWord is how an emulator's run ended of which all that was said was heard: failed is why the Builder ended it, if it did,
+// exit the emulator's own word, if it left one, asked whether the operator asked for the end, err its process's end.
+func LastWord(failed string, exit *protocol.Exit, asked bool, err error) protocol.Exit {
+	switch {
+	case failed != "":
+		return protocol.Exit{Outcome: protocol.Crashed, Reason: failed}
+	case exit != nil && exit.Outcome == protocol.Stopped && !asked:
+		return protocol.Exit{Outcome: protocol.Crashed, Reason: "the emulator was ended from outside"}
+	case exit != nil:
+		return *exit
+	case asked:
+		return protocol.Exit{Outcome: protocol.Stopped, Reason: "ended by the operator"}
+	case err != nil:
+		return protocol.Exit{Outcome: protocol.Crashed, Reason: err.Error()}
+	}
+	return protocol.Exit{Outcome: protocol.Crashed, Reason: "the emulator ended without a word"}
+}

@@ -177,7 +177,9 @@ func (p process) Stop(ctx context.Context) error {
 	closing := p.m.closing
 	p.m.mu.Unlock()
 	if closing {
-		_ = rpc.New(p.Conn(), nil).Notify(protocol.NoticeShutdown, struct{}{}) // or it is gone
+		told := rpc.New(p.Conn(), nil)
+		told.Bound(time.Second)
+		_ = told.Notify(protocol.NoticeShutdown, struct{}{}) // or it is gone
 		return p.Process.Stop(ctx)
 	}
 	p.Kill()
