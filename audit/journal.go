@@ -238,6 +238,14 @@ func (j *Journal) anchor(h Head) error {
 // Note is Record where there is nothing that could be left undone.
 func (j *Journal) Note(entries ...Entry) { _ = j.Record(entries...) }
 
+// Failed is why nothing is recorded any more, nil while it is: what needs a record had better not begin.
+func (j *Journal) Failed() error {
+	if j == nil {
+		return nil
+	}
+	return j.w.Err()
+}
+
 // Close ends it.
 func (j *Journal) Close() {
 	if j == nil {

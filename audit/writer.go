@@ -334,6 +334,13 @@ func (w *Writer) Head() Head {
 	return w.head
 }
 
+// Err is why the writer takes no more, nil while it does.
+func (w *Writer) Err() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.err
+}
+
 // Close ends the writer; the log is whole at any time, so there is nothing to finish.
 func (w *Writer) Close() {
 	w.mu.Lock()

@@ -23,17 +23,21 @@ func (b *Builder) resets(ctx context.Context) {
 		defer t.Stop()
 		select {
 		case <-t.C:
-			b.replace()
+			b.log.Error("the Builder is not replaced", "err", b.replace())
 		case <-ctx.Done():
 		}
 	})
 }
 
-// replace has another Builder follow this one, between two starts of guests. It does not return.
-func (b *Builder) replace() {
+// replace has another Builder follow this one, between two starts of guests. It returns only where that cannot be recorded.
+func (b *Builder) replace() error {
 	b.starts.Lock()
-	b.journal.Note(b.journal.Entry(ActReplace, services.Builder, audit.Done))
+	defer b.starts.Unlock()
+	if err := b.journal.Record(b.journal.Entry(ActReplace, services.Builder, audit.Done)); err != nil {
+		return err
+	}
 	b.cfg.Reset()
+	return nil
 }
 
 // ActReplace ends a Builder that runs well, to be followed by another one.
@@ -69,7 +73,7 @@ func (b *Builder) reset(in protocol.Reset) (done protocol.ResetDone, err error) 
 		if in.Guest != "" {
 			return done, rpc.Errorf(rpc.Invalid, "there is one Builder for all guests: leave the guest out")
 		}
-		b.replace()
+		return done, b.replace()
 	}
 	if in.Service == services.VTPM {
 		if in.Guest != "" {

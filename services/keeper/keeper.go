@@ -279,6 +279,10 @@ func (k *Keeper) Reset() bool {
 	if k.ending || k.now == nil || k.o.Idle != nil && k.o.Idle() {
 		return false
 	}
+	if err := k.o.Journal.Failed(); err != nil { // the next one's start could not be recorded
+		k.o.Log.Warn("service is not replaced", k.about(err)...)
+		return false
+	}
 	var next *Instance
 	if k.o.Overlap {
 		var err error

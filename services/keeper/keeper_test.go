@@ -464,3 +464,17 @@ func TestPost(t *testing.T) {
 	}
 	s.Post(true, func(*Instance) { t.Error("called after Close") })
 }
+
+// TestNotReplacedUnrecorded: a process that runs well is not replaced where the next one's start could not be recorded.
+func TestNotReplacedUnrecorded(t *testing.T) {
+	s := open(t, nil)
+	s.begin()
+	first := s.last.Load()
+	s.o.Journal.Close()
+	if s.Reset() {
+		t.Error("replaced")
+	}
+	if pid, err := s.ask(t.Context()); err != nil || pid != first.pid {
+		t.Errorf("process %d serves in place of %d: %v", pid, first.pid, err)
+	}
+}

@@ -29,7 +29,14 @@ func (m *Manager) respond(g Guest, r *verdict.Report) error {
 		if what == spec.Log {
 			continue
 		}
-		err := calls.Act(m.Journal, ActRespond, g.Name(), func() error { return m.enforce(g, what, reason, "validation") })
+		begun := false
+		err := calls.Act(m.Journal, ActRespond, g.Name(), func() error {
+			begun = true
+			return m.enforce(g, what, reason, "validation")
+		})
+		if !begun {
+			g.Fail(fmt.Sprintf("%s could not be recorded: %v", what, err))
+		}
 		if err != nil {
 			err = fmt.Errorf("%s: %w", what, err)
 		}

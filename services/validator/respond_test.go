@@ -69,3 +69,18 @@ func TestUnrecorded(t *testing.T) {
 		t.Errorf("the guest goes on: %q", f.failed)
 	}
 }
+
+// TestVerdictUnrecorded: the same where the audit log takes nothing, for each response that keeps a guest from anything.
+func TestVerdictUnrecorded(t *testing.T) {
+	for _, what := range spec.Responses {
+		f := newFake(t, &spec.Validation{Respond: spec.Respond{Critical: []spec.Response{what}}})
+		f.scans = append(f.scans, finds("/a"), finds("/a"))
+		f.m.Journal.Close()
+		if _, err := f.validate(protocol.Validate{}); err == nil {
+			t.Errorf("%s: a verdict that is not recorded is no error", what)
+		}
+		if ended := strings.Contains(f.failed, "could not be recorded"); ended != (what != spec.Log) {
+			t.Errorf("%s: %q", what, f.failed)
+		}
+	}
+}

@@ -50,6 +50,9 @@ func (m *Manager) conclude(g Guest, v spec.Validation, r *verdict.Report, failed
 		outcome, detail = audit.Failed, append(detail, "reason", failed.Error())
 	}
 	if err := m.Journal.Record(m.Journal.Entry(ActValidate, g.Name(), outcome, detail...)); err != nil {
+		if slices.ContainsFunc(r.Responses, func(what spec.Response) bool { return what != spec.Log }) {
+			g.Fail(fmt.Sprintf("validation: %s, which could not be recorded: %v", clip(r.Findings[0].String()), err))
+		}
 		return errors.Join(failed, err)
 	}
 	err := m.respond(g, r)
