@@ -33,6 +33,8 @@ type tenancy struct {
 	listener *os.File                  // of its API; callers wait in its queue while there is no toolstack
 	network  *networking               // of its guests
 	denied   calls.Refusals            // callers turned away
+	gone     context.Context           // ends with close
+	leave    context.CancelFunc
 	ends     map[string]protocol.Ended // the last of each guest
 }
 
@@ -64,12 +66,15 @@ func (b *Builder) openTenant(ctx context.Context, name string) error {
 		return fmt.Errorf("network of %s: %w", name, err)
 	}
 	t := &tenancy{b: b, name: name, listener: l, network: network, ends: kept.TakeEnds(b.left, name)}
+	t.gone, t.leave = context.WithCancel(context.Background())
 	t.Keeper = keeper.New(keeper.Options{
 		Service: services.Toolstack, About: name, Log: b.log, Journal: b.journal, Detail: []string{"tenant", name},
 		Start: func() (keeper.Process, error) {
 			return b.procs.Start(services.Toolstack, launch.Order{Whose: whose, StateDir: dir})
 		},
 		Handler: t.handler, Ready: t.ready,
+		// Nobody is to wait for a toolstack that will not come.
+		Lost: func(error) { b.wg.Go(func() { _ = ipc.Refuse(t.gone, t.listener) }) },
 		Final: true, Drain: stopGrace, Every: b.cfg.Resets[services.Toolstack],
 	})
 	t.Lock()
@@ -160,6 +165,7 @@ func (t *tenancy) adopt(ctx context.Context, i *keeper.Instance, g *guest) error
 // close ends it for good: nothing is asked for any more when it returns.
 func (t *tenancy) close() {
 	t.Close(stopGrace)
+	t.leave()
 	t.listener.Close()
 }
 
@@ -235,7 +241,9 @@ func (b *Builder) setTenant(ctx context.Context, in trust.Tenant) error {
 		return err
 	}
 	if t := b.tenancy(in.Name); t != nil {
-		t.Reset()
+		if !t.Reset() {
+			return rpc.Errorf(rpc.Unavailable, "tenant %s is changed, but its toolstack could not be replaced: see the services' log", in.Name)
+		}
 		return nil
 	}
 	return b.openTenant(ctx, in.Name)
