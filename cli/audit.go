@@ -25,8 +25,6 @@ what comes of it, services started, killed and replaced, what is handed to whom,
 The log is <state-dir>/audit; its head is kept apart, in <state-dir>/audit-head. These commands
 read the files and need no running Redoubt.`,
 		Example: "  redoubt audit verify\n  redoubt audit exposed --service blkback --from 2026-01-02T03:04:05Z --to now",
-		Args:    names(0, "verify or exposed"),
-		RunE:    func(c *cobra.Command, _ []string) error { return usagef("audit: give verify or exposed") },
 	}
 	c.AddCommand(a.auditVerifyCommand(), a.auditExposedCommand())
 	return c

@@ -10,6 +10,7 @@ import (
 	"text/tabwriter"
 
 	"github.com/spf13/cobra"
+	"go.yaml.in/yaml/v3"
 
 	v1 "redoubt.dev/redoubt/api/redoubt/v1"
 	"redoubt.dev/redoubt/validation/baseline"
@@ -252,7 +253,15 @@ func (a *app) baselineRules() *cobra.Command {
 		Example: `  redoubt baseline rules > rules.yaml`,
 		Args:    names(0, "nothing more"),
 		RunE: func(*cobra.Command, []string) error {
-			_, err := a.out.Write(baseline.DefaultRulesFile())
+			text := baseline.DefaultRulesFile()
+			if a.json {
+				var rules any
+				if err := yaml.Unmarshal(text, &rules); err != nil {
+					return fmt.Errorf("baseline rules: %w", err)
+				}
+				return a.printJSON(rules)
+			}
+			_, err := a.out.Write(text)
 			return err
 		},
 	}

@@ -32,28 +32,34 @@ type app struct {
 	stateDir string
 	tenant   string
 	json     bool
+	in       io.Reader
 	out      io.Writer
 	err      io.Writer
 }
-
-// usageError is the caller's mistake: exit status 2.
-type usageError struct{ error }
-
-func usagef(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
 
 // exitError ends the program with a status and no further word.
 type exitError int
 
 func (e exitError) Error() string { return fmt.Sprintf("exit status %d", int(e)) }
 
-// Main runs the command line and returns the exit status.
+// Main runs the command line and returns the exit status. The first signal has a command end in order, the next one ends the
+// process: not all that a command waits for can be told of the first.
 func Main(args []string) int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	defer stop()
-	a := &app{out: os.Stdout, err: os.Stderr}
+	defer context.AfterFunc(ctx, stop)()
+	a := &app{in: os.Stdin, out: os.Stdout, err: os.Stderr}
+	return a.main(ctx, args)
+}
+
+func (a *app) main(ctx context.Context, args []string) int {
 	root := a.root()
 	root.SetArgs(args)
-	err := root.ExecuteContext(ctx)
+	return a.end(ctx, root.ExecuteContext(ctx))
+}
+
+// end says an error, and is the exit status.
+func (a *app) end(ctx context.Context, err error) int {
 	var exit exitError
 	var usage usageError
 	switch {
@@ -71,7 +77,8 @@ func Main(args []string) int {
 	return 1
 }
 
-func oneLine(s string) string { return strings.Join(strings.Fields(s), " ") }
+// oneLine is text as one line, which says nothing to the terminal: an error may hold what an emulator or a guest has said.
+func oneLine(s string) string { return printable(strings.Join(strings.Fields(s), " ")) }
 
 // explain says an API error as a person would.
 func (a *app) explain(err error) string {
@@ -80,15 +87,20 @@ func (a *app) explain(err error) string {
 		return err.Error()
 	}
 	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ECONNREFUSED) {
-		if pid, err := a.running(); err == nil && pid != 0 && a.tenant != services.DefaultTenant {
-			return fmt.Sprintf("there is no tenant %q: make it with `redoubt tenant set %s`", a.tenant, a.tenant)
+		if a.tenant != services.DefaultTenant {
+			switch pid, err := a.running(); {
+			case err == nil && pid != 0:
+				return fmt.Sprintf("there is no tenant %q: make it with `redoubt tenant set %s`", a.tenant, a.tenant)
+			case errors.Is(err, os.ErrPermission): // only root can tell
+				return fmt.Sprintf("there is no tenant %q, or Redoubt does not run on %s: ask root", a.tenant, a.runDir)
+			}
 		}
 		return fmt.Sprintf("Redoubt does not run on %s: start it with `redoubt up`", a.runDir)
 	}
 	if errors.Is(err, unix.EACCES) {
 		return fmt.Sprintf("%s: permission denied: run as root", services.APIPath(a.runDir, a.tenant))
 	}
-	if api.Replaced(err) {
+	if replaced(err) {
 		return "Redoubt's services were replaced over this: see `redoubt ps --all`, and ask again"
 	}
 	return ce.Message()
@@ -106,7 +118,15 @@ func (a *app) root() *cobra.Command {
   redoubt attest web-1
   redoubt console web-1`,
 	}
+	root.SetIn(a.in)
+	root.SetOut(a.out)
+	root.SetErr(a.err)
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
+		if args := c.Flags().Args(); c.HasSubCommands() && len(args) > 0 {
+			if err := c.ValidateArgs(args); err != nil { // the flag is that of a command that was mistyped
+				return err
+			}
+		}
 		return usagef("%v: see `%s --help`", err, c.CommandPath())
 	})
 	f := root.PersistentFlags()
@@ -118,6 +138,9 @@ func (a *app) root() *cobra.Command {
 		a.showCommand(), a.consoleCommand(), a.logsCommand(), a.stopCommand(), a.rmCommand(),
 		a.attestCommand(), a.inspectCommand(), a.modulesCommand(), a.validateCommand(), a.baselineCommand(), a.eventsCommand(), a.diskCommand(), a.imageCommand(), a.auditCommand(), a.tenantCommand())
 	root.AddCommand(a.controlCommands()...)
+	root.InitDefaultHelpCmd()
+	root.InitDefaultCompletionCmd()
+	usages(root)
 	return root
 }
 
@@ -126,16 +149,6 @@ func env(key, fallback string) string {
 		return v
 	}
 	return fallback
-}
-
-// names checks the number of arguments; cobra's own messages do not say the mend.
-func names(n int, what string) cobra.PositionalArgs {
-	return func(c *cobra.Command, args []string) error {
-		if len(args) != n {
-			return usagef("%s: give %s: see `%s --help`", c.CommandPath(), what, c.CommandPath())
-		}
-		return nil
-	}
 }
 
 func (a *app) client() redoubtv1connect.GuestServiceClient {

@@ -98,7 +98,7 @@ func (a *app) examine() []finding {
 	}
 	running := finding{What: "services running", Mend: "redoubt up"}
 	if pid, err := a.running(); err != nil {
-		running.Detail = err.Error()
+		running.Detail, running.Mend = err.Error(), ""
 	} else if pid != 0 {
 		running.OK, running.Detail, running.Mend = true, fmt.Sprintf("process %d", pid), ""
 	} else {

@@ -29,14 +29,26 @@ func (a *app) downCommand() *cobra.Command {
 ends the services. It returns when all is down.`,
 		Example: "  redoubt down\n  redoubt down --grace 0s --timeout 5s",
 		Args:    names(0, "no arguments"),
-		RunE:    func(c *cobra.Command, _ []string) error { return a.down(c.Context(), grace, limit) },
+		RunE: func(c *cobra.Command, _ []string) error {
+			ms, err := milliseconds("grace", grace)
+			if err == nil {
+				_, err = milliseconds("timeout", limit)
+			}
+			if err == nil && limit == 0 {
+				err = usagef("--timeout 0s: nothing ends in no time: use more")
+			}
+			if err != nil {
+				return err
+			}
+			return a.down(c.Context(), ms, limit)
+		},
 	}
 	c.Flags().DurationVar(&grace, "grace", defaultGrace, "how long guests may take to power off")
 	c.Flags().DurationVar(&limit, "timeout", servicesTimeout, "how long the services may take to answer, beside that, and to end")
 	return c
 }
 
-func (a *app) down(ctx context.Context, grace, limit time.Duration) error {
+func (a *app) down(ctx context.Context, graceMs uint32, limit time.Duration) error {
 	pid, err := a.running()
 	if err != nil {
 		return err
@@ -52,7 +64,7 @@ func (a *app) down(ctx context.Context, grace, limit time.Duration) error {
 		return fmt.Errorf("down: %w", err)
 	}
 	defer supervisor.Close()
-	a.stopAll(ctx, grace, limit)
+	a.stopAll(ctx, graceMs, limit)
 	if err := ctx.Err(); err != nil {
 		return err
 	}
@@ -77,8 +89,8 @@ func (a *app) down(ctx context.Context, grace, limit time.Duration) error {
 
 // stopAll asks all tenants' guests to power off, all at once. What fails here, the Builder's own end
 // does without asking; so does what nobody answers in time, as where there is no Builder.
-func (a *app) stopAll(ctx context.Context, grace, limit time.Duration) {
-	s := stopping{a: a, grace: grace, limit: grace + limit}
+func (a *app) stopAll(ctx context.Context, graceMs uint32, limit time.Duration) {
+	s := stopping{a: a, graceMs: graceMs, limit: time.Duration(graceMs)*time.Millisecond + limit}
 	ctx, cancel := context.WithTimeout(ctx, s.limit)
 	defer cancel()
 	var tenants []trust.Tenant
@@ -95,8 +107,9 @@ func (a *app) stopAll(ctx context.Context, grace, limit time.Duration) {
 
 // stopping is guests that are asked to power off: none waits for another one, nor for another one's tenant.
 type stopping struct {
-	a            *app
-	grace, limit time.Duration
+	a       *app
+	graceMs uint32
+	limit   time.Duration
 
 	mu     sync.Mutex // of what is said
 	guests []string
@@ -111,13 +124,13 @@ func (s *stopping) tenant(ctx context.Context, tenant string) {
 	}
 	var all sync.WaitGroup
 	for _, g := range list.Guests {
-		if g.State == v1.State_STATE_STOPPED || g.State == v1.State_STATE_FAILED {
+		if down(g) {
 			continue
 		}
 		all.Go(func() {
 			name := services.GuestName(tenant, g.Name)
 			s.begun(name)
-			if _, err := c.Stop(ctx, &v1.StopRequest{Name: g.Name, GraceMs: uint32(s.grace.Milliseconds())}); err != nil {
+			if _, err := c.Stop(ctx, &v1.StopRequest{Name: g.Name, GraceMs: s.graceMs}); err != nil {
 				s.failed(ctx, name, err)
 			}
 		})

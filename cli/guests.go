@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -47,6 +48,11 @@ The spec's schema is docs/guest.schema.json.`,
   redoubt run web-1 --wait`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
+			if len(args) == 1 {
+				if err := specFlags(c); err != nil {
+					return err
+				}
+			}
 			g.Emulator, g.Boot.Firmware = spec.Emulator(emulator), spec.Firmware(firmware)
 			for _, text := range disks {
 				d, err := parseDisk(text)
@@ -76,8 +82,14 @@ The spec's schema is docs/guest.schema.json.`,
 					g.Modules = &modules
 				}
 			}
-			req.UnsafeVtpmDelayMs, req.UnsafePollMs = uint32(delay.Milliseconds()), uint32(poll.Milliseconds())
-			if err := a.fillRequest(&req, args, &g); err != nil {
+			var err error
+			if req.UnsafeVtpmDelayMs, err = milliseconds("unsafe-vtpm-delay", delay); err != nil {
+				return err
+			}
+			if req.UnsafePollMs, err = milliseconds("unsafe-poll", poll); err != nil {
+				return err
+			}
+			if err := a.fillRequest(&req, args, &g, input{c.Context(), c.InOrStdin()}); err != nil {
 				return err
 			}
 			return a.run(c.Context(), &req, wait)
@@ -111,6 +123,25 @@ The spec's schema is docs/guest.schema.json.`,
 	return c
 }
 
+// guestFlags are those flags of run that say what a guest is.
+var guestFlags = []string{
+	"name", "emulator", "cpus", "memory", "kernel", "initrd", "cmdline", "firmware", "disk", "nic", "no-tpm",
+	"modules", "modules-mode", "modules-response", "modules-trusted", "modules-profile",
+}
+
+// specFlags refuses them beside a spec or a guest that is there: passed over, the guest would run without what they say.
+func specFlags(c *cobra.Command) error {
+	if c.Flags().Changed("name") {
+		return usagef("run: give a spec or --name, not both")
+	}
+	for _, name := range guestFlags {
+		if c.Flags().Changed(name) {
+			return usagef("run: --%s goes with --name: beside a spec or a guest's name, say it in the spec", name)
+		}
+	}
+	return nil
+}
+
 // parseDisk reads --disk: PATH, PATH:ro, or path=PATH,base=PATH[,ro], whose paths hold no comma.
 func parseDisk(text string) (d spec.Disk, err error) {
 	if !strings.HasPrefix(text, "path=") {
@@ -135,12 +166,8 @@ func parseDisk(text string) (d spec.Disk, err error) {
 
 // fillRequest makes the request from a spec file, a name, or the flags' guest. Paths in it
 // are made absolute: they are the caller's, not the service's.
-func (a *app) fillRequest(req *v1.RunRequest, args []string, flags *spec.Guest) error {
+func (a *app) fillRequest(req *v1.RunRequest, args []string, flags *spec.Guest, stdin io.Reader) error {
 	switch {
-	case len(args) == 1 && flags.Name != "":
-		return usagef("run: give a spec or --name, not both")
-	case len(args) == 1 && flags.Modules != nil: // not passed over: the guest would run without
-		return usagef("run: --modules goes with --name: a spec has the section modules")
 	case len(args) == 0 && flags.Name == "":
 		return usagef("run: give a spec file, a guest's name, or --name and --kernel: see `redoubt run --help`")
 	case len(args) == 0:
@@ -152,7 +179,7 @@ func (a *app) fillRequest(req *v1.RunRequest, args []string, flags *spec.Guest) 
 		req.Name = arg
 		return nil
 	}
-	in := io.Reader(os.Stdin)
+	in := stdin
 	base := ""
 	if arg != "-" {
 		f, err := os.Open(arg)
@@ -224,8 +251,19 @@ func (a *app) run(ctx context.Context, req *v1.RunRequest, wait bool) error {
 	return err
 }
 
-// waitReady follows a guest's events until it runs or is down.
+// waitReady follows a guest's events until it runs or is down, whoever serves them.
 func (a *app) waitReady(ctx context.Context, name string) (*v1.Guest, error) {
+	for {
+		g, err := a.waitOnce(ctx, name)
+		if g != nil || !ended(ctx, err) {
+			return g, err
+		}
+	}
+}
+
+// waitOnce is one stream of waitReady's: it asks what the guest is before it waits for the next event, so that none is missed.
+// There is neither a guest nor an error where the stream ended in order.
+func (a *app) waitOnce(ctx context.Context, name string) (*v1.Guest, error) {
 	c := a.client()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -239,17 +277,22 @@ func (a *app) waitReady(ctx context.Context, name string) (*v1.Guest, error) {
 		if err != nil {
 			return nil, err
 		}
-		switch res.Guest.State {
-		case v1.State_STATE_RUNNING:
+		switch {
+		case res.Guest.State == v1.State_STATE_RUNNING:
 			return res.Guest, nil
-		case v1.State_STATE_FAILED, v1.State_STATE_STOPPED:
+		case down(res.Guest):
 			return nil, fmt.Errorf("guest %s is %s: %s", name, stateName(res.Guest.State), res.Guest.Reason)
 		}
 		if !events.Receive() {
-			return nil, events.Err()
+			return nil, cmp.Or(events.Err(), ctx.Err())
 		}
-		a.progress("%s: %s", name, events.Msg().Event.Kind)
+		a.progress("%s: %s", name, printable(events.Msg().Event.Kind))
 	}
+}
+
+// down says of a guest that it does not run.
+func down(g *v1.Guest) bool {
+	return g.State == v1.State_STATE_STOPPED || g.State == v1.State_STATE_FAILED
 }
 
 func stateName(s v1.State) string {
@@ -310,8 +353,7 @@ func (a *app) psCommand() *cobra.Command {
 			}
 			list := []guestJSON{}
 			for _, g := range res.Guests {
-				down := g.State == v1.State_STATE_STOPPED || g.State == v1.State_STATE_FAILED
-				if all || !down {
+				if all || !down(g) {
 					list = append(list, toJSON(g))
 				}
 			}
@@ -321,7 +363,7 @@ func (a *app) psCommand() *cobra.Command {
 			w := tabwriter.NewWriter(a.out, 0, 0, 3, ' ', 0)
 			fmt.Fprintln(w, "NAME\tSTATE\tEMULATOR\tDOMAIN\tREASON")
 			for _, g := range list {
-				fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%s\n", g.Name, g.State, g.Emulator, g.Domain, g.Reason)
+				fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%s\n", g.Name, g.State, g.Emulator, g.Domain, printable(g.Reason))
 			}
 			return w.Flush()
 		},
@@ -350,7 +392,7 @@ func (a *app) showCommand() *cobra.Command {
 	}
 }
 
-// moments says an event in a timeline's words.
+// moments are what events are called in a timeline.
 var moments = map[string]string{
 	"requested": "requested", "kernel-started": "kernel started", "vtpm-asked": "vTPM asked for",
 	"vtpm-started": "vTPM answered INIT", "vtpm-ready": "vTPM ready: gate open", "tpm-first-access": "first TPM access",
@@ -359,13 +401,25 @@ var moments = map[string]string{
 	"reboot": "reboot", "module": "module", "ended": "ended",
 }
 
+// moment says an event in a timeline's words.
+func moment(e *v1.Event) string {
+	what := moments[e.Kind]
+	if what == "" {
+		what = printable(e.Kind)
+	}
+	if e.Text != "" {
+		what += " (" + printable(e.Text) + ")"
+	}
+	return what
+}
+
 func (a *app) show(g *v1.Guest) error {
 	w := tabwriter.NewWriter(a.out, 0, 0, 2, ' ', 0)
 	row := func(k, format string, v ...any) { fmt.Fprintf(w, "%s\t%s\n", k, fmt.Sprintf(format, v...)) }
 	row("name", "%s", g.Name)
 	row("state", "%s", stateName(g.State))
 	if g.Reason != "" {
-		row("reason", "%s", g.Reason)
+		row("reason", "%s", printable(g.Reason))
 	}
 	row("uuid", "%s", g.Uuid)
 	if g.Emulator != "" {
@@ -378,14 +432,7 @@ func (a *app) show(g *v1.Guest) error {
 		fmt.Fprintln(w, "start\t")
 		t0 := g.Timeline[0].TimeUnixNano
 		for _, e := range g.Timeline {
-			what := moments[e.Kind]
-			if what == "" {
-				what = e.Kind
-			}
-			if e.Text != "" {
-				what += " (" + printable(e.Text) + ")"
-			}
-			row("", "%9.3f s  %s", float64(e.TimeUnixNano-t0)/1e9, what)
+			row("", "%9.3f s  %s", float64(e.TimeUnixNano-t0)/1e9, moment(e))
 		}
 	}
 	return w.Flush()
@@ -400,9 +447,13 @@ func (a *app) stopCommand() *cobra.Command {
 		Example: "  redoubt stop web-1\n  redoubt stop web-1 --grace 2m\n  redoubt stop web-1 --grace 0s",
 		Args:    names(1, "a guest's name"),
 		RunE: func(c *cobra.Command, args []string) error {
+			ms, err := milliseconds("grace", grace)
+			if err != nil {
+				return err
+			}
 			a.progress("stopping %s", args[0])
 			defer a.progressEnd()
-			res, err := a.client().Stop(c.Context(), &v1.StopRequest{Name: args[0], GraceMs: uint32(grace.Milliseconds())})
+			res, err := a.client().Stop(c.Context(), &v1.StopRequest{Name: args[0], GraceMs: ms})
 			if err != nil {
 				return err
 			}
@@ -410,7 +461,7 @@ func (a *app) stopCommand() *cobra.Command {
 			if a.json {
 				return a.printGuest(res.Guest)
 			}
-			_, err = fmt.Fprintf(a.out, "guest %s is %s: %s\n", args[0], stateName(res.Guest.State), res.Guest.Reason)
+			_, err = fmt.Fprintf(a.out, "guest %s is %s: %s\n", args[0], stateName(res.Guest.State), printable(res.Guest.Reason))
 			return err
 		},
 	}

@@ -33,8 +33,6 @@ not be in use by a running guest.`,
   redoubt image cat web-1.img:1 /etc/passwd
   redoubt image hash --base debian.img web-2.img:1 /usr/bin
   redoubt image check web-1.img:1`,
-		Args: names(0, "ls, stat, cat, hash or check"),
-		RunE: func(*cobra.Command, []string) error { return usagef("image: give ls, stat, cat, hash or check") },
 	}
 	image.PersistentFlags().StringVar(&o.base, "base", "", "raw image that IMAGE is an overlay over")
 	image.AddCommand(a.imageLs(&o), a.imageStat(&o), a.imageCat(&o), a.imageHash(&o), a.imageCheck(&o))

@@ -40,11 +40,11 @@ func (s *server) Modules(_ context.Context, r *v1.ModulesRequest) (*v1.ModulesRe
 
 func (s *server) Run(_ context.Context, r *v1.RunRequest) (*v1.RunResponse, error) {
 	s.spec = r.Spec
-	return &v1.RunResponse{Guest: &v1.Guest{Name: "web"}}, nil
+	return &v1.RunResponse{Guest: &v1.Guest{Name: "web", SpecJson: "{}"}}, nil
 }
 
 // command runs a command line against a server.
-func command(t *testing.T, s *server, args ...string) (string, error) {
+func command(t *testing.T, s redoubtv1connect.GuestServiceHandler, args ...string) (string, error) {
 	t.Helper()
 	dir := t.TempDir()
 	path := services.APIPath(dir, services.DefaultTenant)

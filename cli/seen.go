@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"os"
@@ -22,8 +23,8 @@ const pipeMargin = time.Minute
 // started is when this command was.
 var started = time.Now()
 
-// into reads the listing and puts it into a request.
-func (s seen) into(r *v1.ValidateRequest, stdin io.Reader) error {
+// into reads the listing, until ctx ends, and puts it into a request.
+func (s seen) into(ctx context.Context, r *v1.ValidateRequest, stdin io.Reader) error {
 	if s.file == "" {
 		if s.at != "" || s.of != "" {
 			return usagef("--seen-at and --seen-of say something of --seen: give a listing")
@@ -49,7 +50,7 @@ func (s seen) into(r *v1.ValidateRequest, stdin io.Reader) error {
 	case ok && regular(f):
 		return usagef("--seen: nobody knows when the listing in a file was begun: give --seen-at, by the guest's clock (`date +@%%s` in it, before)")
 	}
-	b, err := io.ReadAll(io.LimitReader(from, crossview.MaxListing+1))
+	b, err := io.ReadAll(io.LimitReader(input{ctx, from}, crossview.MaxListing+1))
 	if err == nil {
 		_, err = crossview.Parse(b)
 	}

@@ -34,7 +34,7 @@ func TestSeen(t *testing.T) {
 		{s: seen{file: "-"}, stdin: "/\n/etc", err: "cut off"},
 	} {
 		var r v1.ValidateRequest
-		err := c.s.into(&r, strings.NewReader(c.stdin))
+		err := c.s.into(t.Context(), &r, strings.NewReader(c.stdin))
 		switch {
 		case c.err != "":
 			if err == nil || !strings.Contains(err.Error(), c.err) {

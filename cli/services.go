@@ -67,11 +67,13 @@ func (a *app) resetCommand() *cobra.Command {
 		Long: `Replaces the processes of a service, those of all guests or of one, as the timer of
 ` + "`redoubt up --reset`" + ` does. Guests see a pause of milliseconds. A toolstack and a
 netback are those of all guests of a tenant. With the builder all services are replaced but
-emulators and TPMs; consoles that are attached end, and commands that are under way are made again.`,
-		Example: "  sudo redoubt reset blkback\n  sudo redoubt reset blkback web1\n  sudo redoubt reset netback\n  sudo redoubt reset builder",
+emulators and TPMs; consoles that are attached end, and commands that are under way are made again.
+
+GUEST is one of --tenant's; TENANT.GUEST, as ` + "`redoubt services`" + ` names it, is one of that tenant's.`,
+		Example: "  sudo redoubt reset blkback\n  sudo redoubt reset blkback web1\n  sudo redoubt --tenant acme reset blkback web1    # the same as acme.web1\n  sudo redoubt reset netback\n  sudo redoubt reset builder",
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) < 1 || len(args) > 2 {
-				return usagef("reset: give a service and at most one guest")
+				return usagef("reset: give a service and at most one guest: see `redoubt reset --help`")
 			}
 			return nil
 		},
@@ -79,6 +81,9 @@ emulators and TPMs; consoles that are attached end, and commands that are under 
 			in := protocol.Reset{Service: args[0]}
 			if len(args) == 2 {
 				in.Guest = args[1]
+				if !strings.Contains(in.Guest, ".") { // the Builder knows guests by their names on this host
+					in.Guest = services.GuestName(a.tenant, in.Guest)
+				}
 			}
 			var done protocol.ResetDone
 			if err := a.askBuilder(c.Context(), protocol.MethodReset, in, &done); err != nil {

@@ -163,5 +163,5 @@ func (a *app) removeTenant(ctx context.Context, name string) error {
 	if err := a.askBuilder(ctx, protocol.MethodRemoveTenant, trust.Tenant{Name: name}, nil); err != nil {
 		return fmt.Errorf("tenant rm: %w", err)
 	}
-	return nil
+	return a.say(map[string]any{"removed": name}, "tenant %s is removed\n", name)
 }

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -20,6 +19,7 @@ import (
 	"redoubt.dev/redoubt/network"
 	"redoubt.dev/redoubt/process"
 	"redoubt.dev/redoubt/services"
+	"redoubt.dev/redoubt/services/supervisor"
 )
 
 func (a *app) upCommand() *cobra.Command {
@@ -204,30 +204,11 @@ func lastLogLine(path string) string {
 }
 
 // running is the process id of the Supervisor that holds the run directory's lock, 0 where
-// there is none.
+// there is none. Only root can tell.
 func (a *app) running() (int, error) {
-	f, err := os.Open(filepath.Join(a.runDir, services.LockFile))
-	if errors.Is(err, os.ErrNotExist) {
-		return 0, nil
+	pid, err := supervisor.Holder(filepath.Join(a.runDir, services.LockFile))
+	if errors.Is(err, os.ErrPermission) {
+		err = fmt.Errorf("whether Redoubt runs only root can tell: use sudo: %w", err)
 	}
-	if err != nil {
-		return 0, err
-	}
-	defer f.Close()
-	err = unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB)
-	if err == nil {
-		return 0, nil // nobody holds it; ours goes with f
-	}
-	if !errors.Is(err, unix.EWOULDBLOCK) {
-		return 0, fmt.Errorf("%s: %w", f.Name(), err)
-	}
-	b, err := io.ReadAll(io.LimitReader(f, 32))
-	if err != nil {
-		return 0, err
-	}
-	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
-	if err != nil || pid <= 1 {
-		return 0, fmt.Errorf("%s: holds no process id", f.Name())
-	}
-	return pid, nil
+	return pid, err
 }

@@ -48,7 +48,7 @@ through a pipe while it is made.`,
 				return a.validation(c.Context(), args[0])
 			}
 			r := &v1.ValidateRequest{Name: args[0], Full: full, Force: force}
-			if err := s.into(r, c.InOrStdin()); err != nil {
+			if err := s.into(c.Context(), r, c.InOrStdin()); err != nil {
 				return err
 			}
 			return a.validate(c.Context(), r)

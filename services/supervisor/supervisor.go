@@ -15,7 +15,6 @@ import (
 	"log/slog"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strconv"
 	"syscall"
 	"time"
@@ -155,29 +154,4 @@ func describe(end unix.WaitStatus) string {
 		return "signal: " + end.Signal().String()
 	}
 	return "exit status " + strconv.Itoa(end.ExitStatus())
-}
-
-// Lock makes this the only Supervisor that has a file, in which its process id is. The lock goes with the
-// process.
-func Lock(path string) (unlock func(), err error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o711); err != nil {
-		return nil, err
-	}
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o644)
-	if err != nil {
-		return nil, err
-	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("%s: Redoubt runs already on this run directory", path)
-	}
-	if err := f.Truncate(0); err != nil {
-		f.Close()
-		return nil, err
-	}
-	if _, err := fmt.Fprintf(f, "%d\n", os.Getpid()); err != nil {
-		f.Close()
-		return nil, err
-	}
-	return func() { _ = f.Truncate(0); f.Close() }, nil
 }

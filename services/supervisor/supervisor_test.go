@@ -183,23 +183,3 @@ func TestStop(t *testing.T) {
 	}
 	w.Close()
 }
-
-func TestLock(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "new", "lock")
-	unlock, err := Lock(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := Lock(path); err == nil || !strings.Contains(err.Error(), "runs already") {
-		t.Errorf("%v", err)
-	}
-	if b, err := os.ReadFile(path); err != nil || string(b) != fmt.Sprintln(os.Getpid()) {
-		t.Errorf("%q, %v", b, err)
-	}
-	unlock()
-	again, err := Lock(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	again()
-}
