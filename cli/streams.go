@@ -200,7 +200,7 @@ func replaced(err error) bool {
 // streamEnd: leaving a stream with Ctrl-C is no failure.
 func streamEnd(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
-		return nil
+		return nil //nolint:nilerr // who leaves knows
 	}
 	return err
 }

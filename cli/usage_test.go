@@ -54,7 +54,7 @@ func TestMistyped(t *testing.T) {
 	for line, want := range map[string]string{
 		"frobnicate":             `redoubt: no command "frobnicate": see ` + "`redoubt --help`",
 		"frobnicate --memory 5":  `redoubt: no command "frobnicate"`,
-		"stpo web":               `did you mean stop?`,
+		"sotp web":               `did you mean stop?`,
 		"tenant remove acme":     `redoubt tenant: no command "remove": give list, rm or set: see ` + "`redoubt tenant --help`",
 		"disk craete x 10GiB":    `redoubt disk: no command "craete": did you mean create? see`,
 		"audit":                  "redoubt audit: give exposed or verify",

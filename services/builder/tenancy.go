@@ -30,10 +30,10 @@ type tenancy struct {
 	*keeper.Keeper
 	b        *Builder
 	name     string
-	listener *os.File                  // of its API; callers wait in its queue while there is no toolstack
-	network  *networking               // of its guests
-	denied   calls.Refusals            // callers turned away
-	gone     context.Context           // ends with close
+	listener *os.File        // of its API; callers wait in its queue while there is no toolstack
+	network  *networking     // of its guests
+	denied   calls.Refusals  // callers turned away
+	gone     context.Context // ends with close
 	leave    context.CancelFunc
 	ends     map[string]protocol.Ended // the last of each guest
 }
@@ -74,7 +74,7 @@ func (b *Builder) openTenant(ctx context.Context, name string) error {
 		},
 		Handler: t.handler, Ready: t.ready,
 		// Nobody is to wait for a toolstack that will not come.
-		Lost: func(error) { b.wg.Go(func() { _ = ipc.Refuse(t.gone, t.listener) }) },
+		Lost:  func(error) { b.wg.Go(func() { _ = ipc.Refuse(t.gone, t.listener) }) },
 		Final: true, Drain: stopGrace, Every: b.cfg.Resets[services.Toolstack],
 	})
 	t.Lock()
