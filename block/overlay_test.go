@@ -2,6 +2,7 @@ package block
 
 import (
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
@@ -359,7 +360,7 @@ func TestOverlayCopied(t *testing.T) {
 		}
 		copy(model[b*OverlayBlock:], p)
 	}
-	if _, err := CopyOverlay(path+"2", path, false); !errors.Is(err, ErrInUse) {
+	if _, err := CopyOverlay(t.Context(), path+"2", path, false); !errors.Is(err, ErrInUse) {
 		t.Errorf("one that is written: %v", err)
 	}
 	if err := o.Close(); err != nil {
@@ -373,12 +374,20 @@ func TestOverlayCopied(t *testing.T) {
 	if _, err := tryOverlay(path+"cp", base, false); !errors.Is(err, ErrCopied) {
 		t.Errorf("a copy of cp's: %v", err)
 	}
-	if _, err := CopyOverlay(path+"2", path+"cp", false); !errors.Is(err, ErrCopied) {
+	if _, err := CopyOverlay(t.Context(), path+"2", path+"cp", false); !errors.Is(err, ErrCopied) {
 		t.Errorf("a copy of that: %v", err)
+	}
+	ended, end := context.WithCancel(t.Context())
+	end()
+	if _, err := CopyOverlay(ended, path+"2", path, false); !errors.Is(err, context.Canceled) {
+		t.Errorf("one that is called off: %v", err)
+	}
+	if _, err := os.Stat(path + "2"); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("it is left: %v", err)
 	}
 	for i, from := range []string{path, path + "cp"} {
 		to := fmt.Sprintf("%s%d", path, i)
-		if n, err := CopyOverlay(to, from, i == 1); err != nil || n != oddSize {
+		if n, err := CopyOverlay(t.Context(), to, from, i == 1); err != nil || n != oddSize {
 			t.Fatal(n, err)
 		}
 		o = openOverlay(t, to, base+"2")

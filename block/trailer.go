@@ -1,6 +1,7 @@
 package block
 
 import (
+	"context"
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
@@ -199,7 +200,7 @@ func CreateOverlay(path, base string) (size int64, err error) {
 	if err != nil {
 		return 0, err
 	}
-	err = errors.Join(writeOverlay(f, recordOf(st), nil), f.Close())
+	err = errors.Join(writeOverlay(context.Background(), f, recordOf(st), nil), f.Close())
 	if err != nil {
 		return 0, errors.Join(fmt.Errorf("create %s: %w", path, err), os.Remove(path))
 	}
@@ -208,8 +209,8 @@ func CreateOverlay(path, base string) (size int64, err error) {
 
 // CopyOverlay makes a copy of an overlay that nobody writes, over the same base; an existing file is
 // refused. With adopt the overlay may itself be a copy that something else made: whoever says so
-// knows that it kept zeros and holes apart.
-func CopyOverlay(path, from string, adopt bool) (size int64, err error) {
+// knows that it kept zeros and holes apart. Nothing is left of a copy that ctx ended.
+func CopyOverlay(ctx context.Context, path, from string, adopt bool) (size int64, err error) {
 	top, err := Open(from, true)
 	if err != nil {
 		return 0, err
@@ -223,7 +224,7 @@ func CopyOverlay(path, from string, adopt bool) (size int64, err error) {
 	if err != nil {
 		return 0, err
 	}
-	err = errors.Join(writeOverlay(f, r.base, top.f), f.Close())
+	err = errors.Join(writeOverlay(ctx, f, r.base, top.f), f.Close())
 	if err != nil {
 		return 0, errors.Join(fmt.Errorf("create %s: %w", path, err), os.Remove(path))
 	}
@@ -231,7 +232,7 @@ func CopyOverlay(path, from string, adopt bool) (size int64, err error) {
 }
 
 // writeOverlay makes an overlay of an empty file, with the blocks of another one if there is one.
-func writeOverlay(f *os.File, base baseRecord, from *os.File) error {
+func writeOverlay(ctx context.Context, f *os.File, base baseRecord, from *os.File) error {
 	inode, err := inodeOf(f)
 	if err != nil {
 		return err
@@ -247,6 +248,9 @@ func writeOverlay(f *os.File, base baseRecord, from *os.File) error {
 		buf := make([]byte, 1<<20)
 		err := extents(from, end, func(at, to int64) error {
 			for ; at < to; at += int64(len(buf)) {
+				if err := ctx.Err(); err != nil {
+					return err
+				}
 				p := buf[:min(int64(len(buf)), to-at)]
 				if _, err := from.ReadAt(p, at); err != nil {
 					return err

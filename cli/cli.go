@@ -13,6 +13,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"strings"
 
 	"connectrpc.com/connect"
@@ -99,6 +100,9 @@ func (a *app) explain(err error) string {
 	}
 	if errors.Is(err, unix.EACCES) {
 		return fmt.Sprintf("%s: permission denied: run as root", services.APIPath(a.runDir, a.tenant))
+	}
+	if errors.Is(err, unix.EPIPE) { // nobody took the request
+		return fmt.Sprintf("tenant %s's toolstack does not serve: see the log in %s", a.tenant, filepath.Join(a.runDir, services.LogDir))
 	}
 	if replaced(err) {
 		return "Redoubt's services were replaced over this: see `redoubt ps --all`, and ask again"

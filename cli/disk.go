@@ -53,8 +53,8 @@ uncover the base there, so that their copies are refused by ` + "`redoubt run`" 
 copy for somebody who knows better, such as of a backup that kept zeros and holes apart.`,
 		Example: "  redoubt disk copy web-1.img web-2.img",
 		Args:    names(2, "an overlay and a path"),
-		RunE: func(_ *cobra.Command, args []string) error {
-			size, err := block.CopyOverlay(args[1], args[0], adopt)
+		RunE: func(c *cobra.Command, args []string) error {
+			size, err := block.CopyOverlay(c.Context(), args[1], args[0], adopt)
 			if err != nil {
 				return err
 			}
