@@ -1,6 +1,7 @@
 package builder
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"os"
@@ -199,11 +200,10 @@ const maxTimeline = 256
 // event tells the toolstack; the time is now where the event has none.
 func (b *Builder) event(g *guest, e protocol.Event) {
 	e.UUID = g.Build.UUID
-	if e.Time.IsZero() {
-		e.Time = time.Now()
-	}
+	e.Time = cmp.Or(e.Time, time.Now())
 	g.mu.Lock()
 	if n := len(g.timeline); n < maxTimeline {
+		e.Number = n + 1
 		g.timeline = append(g.timeline, e)
 		kept.KeepMoment(b.kept, n, e)
 	}

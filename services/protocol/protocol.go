@@ -301,6 +301,8 @@ type Event struct {
 	// Instance and EKSHA256 come with EventManufactured and EventVTPMStarted.
 	Instance int    `json:"instance,omitempty"`
 	EKSHA256 string `json:"ekSHA256,omitempty"`
+	// Number is the event's place among those that [Adopt] tells of this start, from 1 on; 0: it is not among them.
+	Number int `json:"number,omitempty"`
 }
 
 // Ended says that a guest is down.

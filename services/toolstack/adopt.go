@@ -89,7 +89,7 @@ func (t *Toolstack) adopt(r *rpc.Request) error {
 		closeFiles(r.Files)
 		return nil
 	}
-	g.timeline, g.starts = nil, 0
+	g.timeline, g.starts, g.told = nil, 0, 0
 	g.domain, g.emulator = uint32(in.Domain), in.Emulator
 	g.set(Starting, "")
 	g.mu.Unlock()

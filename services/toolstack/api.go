@@ -72,7 +72,7 @@ func (g *guest) proto(timeline bool) *v1.Guest {
 	}
 	if timeline {
 		for _, e := range g.timeline {
-			out.Timeline = append(out.Timeline, event(g.saved.Spec.Name, e))
+			out.Timeline = append(out.Timeline, event(g.saved.Spec.Name, e.Event))
 		}
 	}
 	return out
@@ -244,24 +244,23 @@ func (a *api) Events(ctx context.Context, r *v1.EventsRequest, s *connect.Server
 	}
 	sub := a.t.events.subscribe()
 	defer sub.close()
-	// What happened before the subscription is in the timelines; what happened in between is
-	// in both and told apart by time.
-	var last time.Time
+	// What happened before the subscription is in the timelines; what happened in between is in both.
+	told := map[uint64]bool{}
 	for _, e := range a.t.history(r.Name) {
-		if err := s.Send(&v1.EventsResponse{Event: event(a.t.nameOf(e.UUID), e)}); err != nil {
+		if err := s.Send(&v1.EventsResponse{Event: event(a.t.nameOf(e.UUID), e.Event)}); err != nil {
 			return err
 		}
-		last = e.Time
+		told[e.seq] = true
 	}
 	if !r.Follow {
 		return nil
 	}
-	err := sub.each(ctx, func(e protocol.Event) error {
+	err := sub.each(ctx, func(e moment) error {
 		name := a.t.nameOf(e.UUID)
-		if (r.Name != "" && name != r.Name) || !e.Time.After(last) {
+		if (r.Name != "" && name != r.Name) || told[e.seq] {
 			return nil
 		}
-		return s.Send(&v1.EventsResponse{Event: event(name, e)})
+		return s.Send(&v1.EventsResponse{Event: event(name, e.Event)})
 	})
 	if errors.Is(err, context.Canceled) {
 		return nil

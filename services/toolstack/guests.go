@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/google/renameio/v2"
@@ -57,15 +58,16 @@ type guest struct {
 	reason   string
 	domain   uint32
 	emulator spec.Emulator
-	timeline []protocol.Event
+	before   State // while it is stopping: what it was
+	removing bool
+	launched chan struct{} // while this toolstack starts it: closed when that is over
+	timeline []moment
+	told     int // number of the last event of the Builder's
 	starts   uint32
 	console  *console
 	channel  *console      // the byte channel, used as a console is
 	changed  chan struct{} // closed and replaced at every change of state
 }
-
-// maxTimeline bounds the events kept of one start.
-const maxTimeline = 256
 
 func (g *guest) up() bool { return g.state == Starting || g.state == Running || g.state == Stopping }
 
@@ -75,7 +77,8 @@ type Toolstack struct {
 	dir     string
 	roles   *roles
 	builder *rpc.Peer
-	events  *broadcast[protocol.Event]
+	events  *broadcast[moment]
+	seq     atomic.Uint64 // of the last moment
 
 	mu     sync.Mutex
 	guests map[string]*guest // by name
@@ -179,14 +182,17 @@ func (t *Toolstack) run(ctx context.Context, s *spec.Guest, name string, opt pro
 	}
 	// A caller that hangs up does not leave half a start behind: it is finished without them.
 	if err := t.launch(context.WithoutCancel(ctx), g, opt); err != nil {
-		g.mu.Lock()
-		g.set(Failed, err.Error())
-		g.mu.Unlock()
+		t.mu.Lock()
+		defer t.mu.Unlock() // nobody takes it up in between
+		g.end(Failed, err.Error())
 		if fresh {
 			t.forget(g)
 		}
 		return nil, err
 	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.launches(false)
 	return g, nil
 }
 
@@ -210,7 +216,10 @@ func (t *Toolstack) claim(s *spec.Guest, name string) (g *guest, fresh bool, err
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.up() {
+	switch {
+	case g.removing:
+		return nil, false, errRemoved(name)
+	case g.up():
 		if s == nil || reflect.DeepEqual(*s, g.saved.Spec) {
 			return g, false, errSame
 		}
@@ -227,9 +236,9 @@ func (t *Toolstack) claim(s *spec.Guest, name string) (g *guest, fresh bool, err
 	if fresh {
 		t.add(g)
 	}
-	g.timeline = nil
-	g.starts = 0
+	g.timeline, g.starts, g.told = nil, 0, 0
 	g.set(Starting, "")
+	g.launches(true)
 	return g, fresh, nil
 }
 
@@ -237,12 +246,37 @@ func newGuest(s saved, reason string) *guest {
 	return &guest{saved: s, state: Stopped, reason: reason, changed: make(chan struct{}), console: newConsole(), channel: newConsole()}
 }
 
-// forget removes a guest's record; it was never started.
+// errRemoved says what is done of a guest meanwhile.
+func errRemoved(name string) error {
+	return rpc.Errorf(rpc.Unavailable, "guest %q is being removed: try again", name)
+}
+
+// launches says that this toolstack starts the guest, or no more. mu is held.
+func (g *guest) launches(is bool) {
+	switch {
+	case is:
+		g.launched = make(chan struct{})
+	case g.launched != nil:
+		close(g.launched)
+		g.launched = nil
+	}
+}
+
+// end is that of a start that came to nothing.
+func (g *guest) end(s State, reason string) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.set(s, reason)
+	g.launches(false)
+}
+
+// forget removes a guest's record: it does not run, and nobody takes it up. t.mu is held.
 func (t *Toolstack) forget(g *guest) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	delete(t.guests, g.saved.Spec.Name)
 	delete(t.byUUID, g.saved.UUID)
+	if t.guests[g.saved.Spec.Name] != g {
+		return // the name is another one's by now
+	}
+	delete(t.guests, g.saved.Spec.Name)
 	if err := os.Remove(filepath.Join(t.dir, g.saved.Spec.Name+".json")); err != nil {
 		t.log.Warn("guest record", "err", err)
 	}
@@ -367,63 +401,12 @@ func (t *Toolstack) makeVars(ctx context.Context, path string) error {
 	return renameio.WriteFile(path, fresh, 0o600)
 }
 
-// event records one moment of a guest and tells those who follow.
-func (t *Toolstack) event(e protocol.Event) {
-	t.mu.Lock()
-	g := t.byUUID[e.UUID]
-	t.mu.Unlock()
-	if g == nil {
-		return
-	}
-	g.mu.Lock()
-	switch e.Kind {
-	case protocol.EventVTPMReady:
-		if g.state == Starting {
-			g.set(Running, "")
-		}
-	case protocol.EventKernelStarted:
-		g.starts++
-	case protocol.EventVTPMStarted, protocol.EventManufactured:
-		if e.Instance != g.saved.Instance || (e.EKSHA256 != "" && e.EKSHA256 != g.saved.EKSHA256) {
-			g.saved.Instance = e.Instance
-			if e.EKSHA256 != "" {
-				g.saved.EKSHA256 = e.EKSHA256
-			}
-			if err := t.save(g.saved); err != nil {
-				t.log.Warn("guest record", "guest", g.saved.Spec.Name, "err", err)
-			}
-		}
-	}
-	if len(g.timeline) < maxTimeline {
-		g.timeline = append(g.timeline, e)
-	}
-	g.mu.Unlock()
-	t.events.send(e)
-}
-
-// ended records that a guest is down.
-func (t *Toolstack) ended(e protocol.Ended) {
-	t.mu.Lock()
-	g := t.byUUID[e.UUID]
-	t.mu.Unlock()
-	if g == nil {
-		return
-	}
-	g.console.detach()
-	g.channel.detach()
-	t.event(protocol.Event{UUID: e.UUID, Kind: protocol.EventEnded, Text: string(e.Outcome) + ": " + e.Reason, Time: time.Now()})
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	state := Stopped
-	if e.Outcome == protocol.Crashed {
-		state = Failed
-	}
-	g.set(state, e.Reason)
-}
-
 func (t *Toolstack) stop(ctx context.Context, name string, grace time.Duration) (*guest, error) {
 	g, err := t.find(name)
 	if err != nil {
+		return nil, err
+	}
+	if err := g.awaitLaunch(ctx); err != nil {
 		return nil, err
 	}
 	g.mu.Lock()
@@ -431,12 +414,36 @@ func (t *Toolstack) stop(ctx context.Context, name string, grace time.Duration) 
 		g.mu.Unlock()
 		return g, nil
 	}
-	g.set(Stopping, "")
+	if g.state != Stopping {
+		g.before = g.state
+		g.set(Stopping, "")
+	}
 	g.mu.Unlock()
 	if _, err := t.builder.Call(ctx, protocol.MethodStop, protocol.Stop{UUID: g.saved.UUID, Name: name, Grace: grace, Caller: caller(ctx)}, nil); err != nil {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		if g.state == Stopping && ctx.Err() == nil { // else it may be, unheard
+			g.set(g.before, "")
+		}
 		return nil, err
 	}
 	return g, g.await(ctx, func() bool { return !g.up() })
+}
+
+// awaitLaunch waits until a start that is under way here is over: the Builder stops no guest that it does not know yet.
+func (g *guest) awaitLaunch(ctx context.Context) error {
+	g.mu.Lock()
+	launched := g.launched
+	g.mu.Unlock()
+	if launched == nil {
+		return nil
+	}
+	select {
+	case <-launched:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 func (t *Toolstack) remove(ctx context.Context, name string) error {
@@ -444,16 +451,32 @@ func (t *Toolstack) remove(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	g.mu.Lock()
-	up := g.up()
-	g.mu.Unlock()
-	if up {
-		return rpc.Errorf(rpc.Exists, "guest %q is running: stop it first (`redoubt stop %s`)", name, name)
-	}
-	// The vTPM first: a record without a vTPM can be removed again, a vTPM without a record not.
-	if _, err := t.builder.Call(ctx, protocol.MethodDestroy, protocol.Destroy{UUID: g.saved.UUID, Name: name, Caller: caller(ctx)}, nil); err != nil {
+	if err := g.remove(name); err != nil {
 		return err
 	}
-	t.forget(g)
+	// The vTPM first: a record without a vTPM can be removed again, a vTPM without a record not.
+	_, err = t.builder.Call(ctx, protocol.MethodDestroy, protocol.Destroy{UUID: g.saved.UUID, Name: name, Caller: caller(ctx)}, nil)
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if err == nil {
+		t.forget(g)
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.removing = false
+	return err
+}
+
+// remove has nobody take the guest up while it is removed.
+func (g *guest) remove(name string) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	switch {
+	case g.up():
+		return rpc.Errorf(rpc.Exists, "guest %q is running: stop it first (`redoubt stop %s`)", name, name)
+	case g.removing:
+		return errRemoved(name)
+	}
+	g.removing = true
 	return nil
 }

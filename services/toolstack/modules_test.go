@@ -27,7 +27,7 @@ func withBuilder(t *testing.T, builder rpc.Handler) *Toolstack {
 	}
 	ts := &Toolstack{
 		log: slog.New(slog.DiscardHandler), dir: t.TempDir(), guests: map[string]*guest{}, byUUID: map[string]*guest{},
-		events: newBroadcast[protocol.Event](), builder: rpc.New(ours, nil),
+		events: newBroadcast[moment](), builder: rpc.New(ours, nil),
 	}
 	b := rpc.New(its, builder)
 	var wg sync.WaitGroup

@@ -3,6 +3,7 @@ package toolstack
 import (
 	"context"
 	"fmt"
+	"net/http"
 	"path"
 	"slices"
 
@@ -39,27 +40,7 @@ func (r *roles) check(ctx context.Context, procedure string) error {
 	return connect.NewError(connect.CodePermissionDenied, fmt.Errorf("%s: %s", call, reason))
 }
 
-// WrapUnary implements connect.Interceptor.
-func (r *roles) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
-	return func(ctx context.Context, q connect.AnyRequest) (connect.AnyResponse, error) {
-		if err := r.check(ctx, q.Spec().Procedure); err != nil {
-			return nil, err
-		}
-		return next(ctx, q)
-	}
-}
-
-// WrapStreamingClient implements connect.Interceptor; there is no client here.
-func (r *roles) WrapStreamingClient(next connect.StreamingClientFunc) connect.StreamingClientFunc {
-	return next
-}
-
-// WrapStreamingHandler implements connect.Interceptor.
-func (r *roles) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.StreamingHandlerFunc {
-	return func(ctx context.Context, c connect.StreamingHandlerConn) error {
-		if err := r.check(ctx, c.Spec().Procedure); err != nil {
-			return err
-		}
-		return next(ctx, c)
-	}
+// gate is check before anything of a request is unpacked or decoded: that costs memory, whoever asks for it.
+func (r *roles) gate(ctx context.Context, of connect.Spec, _ connect.Peer, _ http.Header) (context.Context, error) {
+	return ctx, r.check(ctx, of.Procedure)
 }

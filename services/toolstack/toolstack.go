@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"slices"
 	"sync"
 	"time"
 
@@ -23,7 +22,7 @@ import (
 func Serve(ctx context.Context, log *slog.Logger, control *ipc.Conn) error {
 	t := &Toolstack{
 		log: log, guests: map[string]*guest{}, byUUID: map[string]*guest{},
-		events: newBroadcast[protocol.Event](),
+		events: newBroadcast[moment](),
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -103,16 +102,16 @@ func (t *Toolstack) listener(r *rpc.Request) (net.Listener, error) {
 // come. HTTP/2 without TLS is for the console's two-way stream.
 func (t *Toolstack) serve(ctx context.Context, l net.Listener) error {
 	mux := http.NewServeMux()
-	mux.Handle(redoubtv1connect.NewGuestServiceHandler(&api{t}, connect.WithInterceptors(t.roles), connect.WithReadMaxBytes(maxRequest)))
+	mux.Handle(redoubtv1connect.NewGuestServiceHandler(&api{t}, connect.WithRequestGate(t.roles.gate), connect.WithReadMaxBytes(maxRequest)))
 	var p http.Protocols
 	p.SetHTTP1(true)
 	p.SetUnencryptedHTTP2(true)
 	base, abandon := context.WithCancel(context.Background())
 	defer abandon()
 	s := &http.Server{
-		Handler: mux, Protocols: &p, ReadHeaderTimeout: 10 * time.Second, MaxHeaderBytes: 64 << 10,
+		Handler: mux, Protocols: &p, ReadHeaderTimeout: 10 * time.Second, MaxHeaderBytes: 64 << 10, IdleTimeout: time.Minute,
 		BaseContext: func(net.Listener) context.Context { return base },
-		ConnContext: withCaller,
+		ConnContext: withCaller, ConnState: newCrowd().state,
 	}
 	var closing sync.WaitGroup
 	stop := context.AfterFunc(ctx, func() {
@@ -159,19 +158,4 @@ func (t *Toolstack) nameOf(uuid string) string {
 		return g.saved.Spec.Name
 	}
 	return ""
-}
-
-// history is what the timelines hold of one guest or all, in order of time.
-func (t *Toolstack) history(name string) []protocol.Event {
-	var all []protocol.Event
-	for _, g := range t.list() {
-		if name != "" && g.saved.Spec.Name != name {
-			continue
-		}
-		g.mu.Lock()
-		all = append(all, g.timeline...)
-		g.mu.Unlock()
-	}
-	slices.SortStableFunc(all, func(a, b protocol.Event) int { return a.Time.Compare(b.Time) })
-	return all
 }
