@@ -59,7 +59,7 @@ func (m *Manager) startDevice(ctx context.Context, rec *record, fresh bool, boot
 		}
 		defer func() {
 			if err != nil { // this call made it, nothing can depend on it
-				err = errors.Join(err, os.RemoveAll(dir))
+				err = errors.Join(err, m.discard(rec.Guest))
 			}
 		}()
 	}
@@ -116,30 +116,6 @@ func (m *Manager) device(rec *record, note *journal.Journal) *Device {
 	return &Device{m: m, rec: rec, note: note, turn: make(chan struct{}, 1), manufactured: make(chan struct{})}
 }
 
-// newMarker lies in the directory of a guest whose record is not yet written. No command has run
-// in such a vTPM, so a crash at that point costs nothing but the directory.
-const newMarker = "new"
-
-// makeGuestDir makes the directory of a new guest.
-func (m *Manager) makeGuestDir(guest string) error {
-	dir := m.guestDir(guest)
-	if err := os.Mkdir(dir, 0o700); err != nil {
-		return err
-	}
-	err := os.WriteFile(filepath.Join(dir, newMarker), nil, 0o600)
-	if err == nil {
-		err = os.Mkdir(filepath.Join(dir, tpmDir), 0o770)
-	}
-	if err == nil {
-		// Where the engine has a user of its own, the two of them share the group.
-		err = os.Chmod(filepath.Join(dir, tpmDir), 0o770) // whatever the umask
-	}
-	if err != nil {
-		err = errors.Join(err, os.RemoveAll(dir))
-	}
-	return err
-}
-
 // saveNew writes the record of a new guest; if it cannot, the vTPM ends and is gone. The engine
 // does not sync its state: here that is done once, so that a record never lacks its TPM.
 func (d *Device) saveNew() error {
@@ -156,7 +132,7 @@ func (d *Device) saveNew() error {
 	d.failure.Store(&err)
 	d.eng.Kill()
 	d.m.forget(d.rec.Guest)
-	return errors.Join(err, os.RemoveAll(d.m.guestDir(d.rec.Guest)))
+	return errors.Join(err, d.m.discard(d.rec.Guest))
 }
 
 // syncFile makes a file that another process wrote durable, with its name.

@@ -26,6 +26,7 @@ import (
 	"os"
 	"path/filepath"
 	"sort"
+	"strings"
 	"sync"
 	"syscall"
 
@@ -199,11 +200,18 @@ func (m *Manager) loadRecords() error {
 	}
 	for _, e := range entries {
 		guest := e.Name()
+		for _, suffix := range []string{makingSuffix, removedSuffix} {
+			if of, ok := strings.CutSuffix(guest, suffix); ok && checkGuest(of) == nil {
+				if err := os.RemoveAll(m.guestDir(guest)); err != nil {
+					return err
+				}
+			}
+		}
 		if checkGuest(guest) != nil {
-			continue // such as an unfinished removal: never looked up by a guest's name
+			continue // never looked up by a guest's name
 		}
 		if m.unfinished(guest) {
-			if err := os.RemoveAll(m.guestDir(guest)); err != nil {
+			if err := m.discard(guest); err != nil {
 				return err
 			}
 			continue
@@ -217,16 +225,6 @@ func (m *Manager) loadRecords() error {
 		m.nextInstance = max(m.nextInstance, r.Instance+1)
 	}
 	return nil
-}
-
-// unfinished says that a crash came before a new guest's record was written.
-func (m *Manager) unfinished(guest string) bool {
-	_, err := os.Lstat(filepath.Join(m.guestDir(guest), recordFile))
-	if !errors.Is(err, os.ErrNotExist) {
-		return false
-	}
-	_, err = os.Lstat(filepath.Join(m.guestDir(guest), newMarker))
-	return err == nil
 }
 
 func (m *Manager) loadRecord(guest string) (*record, error) {
@@ -412,21 +410,18 @@ func (m *Manager) Remove(guest string) error {
 	if _, ok := m.running[guest]; ok {
 		return fmt.Errorf("vTPM of guest %s: %w", guest, ErrRunning)
 	}
-	dir := m.guestDir(guest)
-	// Renamed first: an interrupted removal leaves no half of a guest.
-	gone := dir + ".removed"
-	if err := os.Rename(dir, gone); err != nil {
-		if errors.Is(err, os.ErrNotExist) {
-			return fmt.Errorf("guest %s: %w", guest, ErrUnknown)
-		}
+	err := m.discard(guest)
+	if _, serr := os.Lstat(m.guestDir(guest)); errors.Is(serr, os.ErrNotExist) {
+		delete(m.records, guest)
+		delete(m.broken, guest)
+	}
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return fmt.Errorf("guest %s: %w", guest, ErrUnknown)
+	case err != nil:
 		return fmt.Errorf("vTPM of guest %s: %w", guest, err)
 	}
-	delete(m.records, guest)
-	delete(m.broken, guest)
-	if err := os.RemoveAll(gone); err != nil {
-		return fmt.Errorf("vTPM of guest %s: %w", guest, err)
-	}
-	return keys.SyncDir(dir)
+	return nil
 }
 
 // An Entry is a line of the inventory.

@@ -34,12 +34,7 @@ func TestForeignManagerState(t *testing.T) {
 		}
 		return dir
 	}
-	must := func(t *testing.T, err error) {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
+
 	for name, c := range map[string]struct {
 		spoil func(t *testing.T, dir string)
 		want  string
@@ -348,4 +343,66 @@ func FuzzRecord(f *testing.F) {
 			t.Fatalf("an altered record was accepted: %s", b)
 		}
 	})
+}
+
+// TestKilledOverDirectories: what a manager leaves that is killed over making or removing a guest's directory is gone when the next
+// one opens the state, and the guest can be made; what may be a vTPM that was given out is never removed.
+func TestKilledOverDirectories(t *testing.T) {
+	tools(t)
+	state := func(dir string) {
+		must(t, os.MkdirAll(filepath.Join(dir, tpmDir), 0o700))
+		must(t, os.WriteFile(filepath.Join(dir, tpmDir, engine.StateFile), []byte("state"), 0o600))
+	}
+	for name, leave := range map[string]func(dir string){
+		"made":                 func(d string) { must(t, os.Mkdir(d+makingSuffix, 0o700)) },
+		"made and marked":      func(d string) { must(t, os.Mkdir(d+makingSuffix, 0o700)); mark(t, d+makingSuffix) },
+		"made whole":           func(d string) { state(d + makingSuffix); mark(t, d+makingSuffix) },
+		"named":                func(d string) { state(d); mark(t, d) },
+		"to be removed":        func(d string) { state(d + removedSuffix); mark(t, d+removedSuffix) },
+		"removed in part":      func(d string) { state(d + removedSuffix) },
+		"removed and another":  func(d string) { state(d + removedSuffix); state(d); mark(t, d) },
+		"removed and one made": func(d string) { state(d + removedSuffix); state(d + makingSuffix) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := stateDir(t)
+			m := newManager(t, dir)
+			leave(m.guestDir(guestA))
+			must(t, m.Close(t.Context()))
+			m = newManager(t, dir)
+			left, err := os.ReadDir(filepath.Join(dir, guestsDir))
+			if err != nil || len(left) > 0 {
+				t.Errorf("left: %v, %v", left, err)
+			}
+			stop(t, start(t, m, guestA, ""))
+			must(t, m.Remove(guestA))
+			if err := m.Remove(guestA); !errors.Is(err, ErrUnknown) {
+				t.Errorf("removed twice: %v", err)
+			}
+		})
+	}
+	t.Run("given out", func(t *testing.T) {
+		dir := stateDir(t)
+		m := newManager(t, dir)
+		state(m.guestDir(guestA))
+		must(t, m.Close(t.Context()))
+		m = newManager(t, dir)
+		if _, err := m.Start(t.Context(), guestA, Fixed(boot(t, ""))); !errors.Is(err, ErrState) {
+			t.Errorf("a directory with state, without record and mark: %v", err)
+		}
+		if b, err := os.ReadFile(filepath.Join(m.guestDir(guestA), tpmDir, engine.StateFile)); string(b) != "state" {
+			t.Errorf("%q, %v", b, err)
+		}
+	})
+}
+
+func mark(t *testing.T, dir string) {
+	t.Helper()
+	must(t, os.WriteFile(filepath.Join(dir, newMarker), nil, 0o600))
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
 }
