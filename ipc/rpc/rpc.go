@@ -1,7 +1,7 @@
 // Package rpc is calls and notices between two of Redoubt's processes, over one ipc.Conn.
 //
 // Both ends may call. A call has one answer or one error; a notice has none. Messages are
-// JSON of at most ipc.MaxMessage bytes, descriptors travel beside them. An error keeps its
+// JSON of at most ipc.MaxMessage bytes, descriptors travel beside calls and answers. An error keeps its
 // kind across the socket (see [Error]). When the peer goes, every open call fails with
 // [ErrGone] and Run returns.
 package rpc
@@ -186,7 +186,8 @@ func (p *Peer) Run(ctx context.Context) error {
 		case f.Method == "":
 			p.deliver(f, files)
 		case f.ID == 0:
-			_, _ = p.handler(ctx, &Request{f.Method, f.Body, files})
+			closeAll(files) // a notice has none
+			_, _ = p.handler(ctx, &Request{f.Method, f.Body, nil})
 		default:
 			select {
 			case slots <- struct{}{}:
@@ -325,13 +326,13 @@ func (p *Peer) forget(id uint64) {
 	delete(p.calls, id)
 }
 
-// Notify sends a notice.
-func (p *Peer) Notify(method string, in any, files ...*os.File) error {
+// Notify sends a notice, which has no descriptors.
+func (p *Peer) Notify(method string, in any) error {
 	body, err := json.Marshal(in)
 	if err != nil {
 		return fmt.Errorf("%s: %w", method, err)
 	}
-	return p.send(frame{Method: method, Body: body}, files)
+	return p.send(frame{Method: method, Body: body}, nil)
 }
 
 // Drain makes Run take nothing more, let the handlers under way end and their answers go out,

@@ -3,6 +3,7 @@ package rpc_test
 import (
 	"context"
 	"errors"
+	"io"
 	"os"
 	"strings"
 	"sync"
@@ -153,5 +154,36 @@ func TestClosedFile(t *testing.T) {
 	}
 	if _, err := a.Call(context.Background(), "go on", 0, nil); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestNoticeFiles: descriptors beside a notice, which has none, are closed.
+func TestNoticeFiles(t *testing.T) {
+	ours, raw, err := ipc.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer raw.Close()
+	noticed := make(chan int, 1)
+	p := rpc.New(ours, func(_ context.Context, r *rpc.Request) (any, error) {
+		noticed <- len(r.Files)
+		return nil, nil
+	})
+	go func() { _ = p.Run(context.Background()) }()
+	defer p.Close()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	if err := raw.Send([]byte(`{"method":"tell","body":0}`), w); err != nil {
+		t.Fatal(err)
+	}
+	w.Close()
+	if n := <-noticed; n != 0 {
+		t.Errorf("the handler has %d", n)
+	}
+	if _, err := r.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
+		t.Errorf("the other end of what was sent: %v", err)
 	}
 }
