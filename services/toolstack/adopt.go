@@ -105,6 +105,7 @@ func (t *Toolstack) adopt(r *rpc.Request) error {
 	defer g.mu.Unlock()
 	switch {
 	case in.Stopping:
+		g.before = ""
 		g.set(Stopping, "")
 	case g.saved.Spec.TPM.Disabled && g.state == Starting:
 		g.set(Running, "")

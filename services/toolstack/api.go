@@ -144,7 +144,7 @@ func (a *api) Console(ctx context.Context, s *connect.BidiStream[v1.ConsoleReque
 	if err != nil {
 		return err
 	}
-	g, err := a.t.find(first.Name)
+	g, err := a.t.of(first.Name, false, "")
 	if err != nil {
 		return status(err)
 	}

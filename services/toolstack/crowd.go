@@ -6,18 +6,26 @@ import (
 	"sync"
 )
 
-// maxConnections is how many connections of one user the API has at a time: each costs a descriptor, whether the user has any part
-// in the tenant or not. Root has what there is.
-const maxConnections = 64
+// How many connections the API has at a time: each costs a descriptor. Root has what there is.
+const (
+	maxConnections = 64 // of one user
+	// maxStrangers is for all together who have no part in the tenant: one user may have 65536 more (subuid(5)).
+	maxStrangers = 128
+)
 
 // crowd counts users' connections. It is http.Server's ConnState.
 type crowd struct {
-	mu   sync.Mutex
-	of   map[net.Conn]uint32
-	many map[uint32]int
+	knows func(uid uint32) bool // that the user has a part in the tenant
+
+	mu        sync.Mutex
+	of        map[net.Conn]uint32
+	many      map[uint32]int
+	strangers int
 }
 
-func newCrowd() *crowd { return &crowd{of: map[net.Conn]uint32{}, many: map[uint32]int{}} }
+func newCrowd(knows func(uid uint32) bool) *crowd {
+	return &crowd{knows: knows, of: map[net.Conn]uint32{}, many: map[uint32]int{}}
+}
 
 func (c *crowd) state(conn net.Conn, s http.ConnState) {
 	c.mu.Lock()
@@ -27,7 +35,11 @@ func (c *crowd) state(conn net.Conn, s http.ConnState) {
 		uid := credentials(conn).UID
 		c.of[conn] = uid
 		c.many[uid]++
-		if uid != 0 && c.many[uid] > maxConnections {
+		stranger := !c.knows(uid)
+		if stranger {
+			c.strangers++
+		}
+		if uid != 0 && (c.many[uid] > maxConnections || stranger && c.strangers > maxStrangers) {
 			conn.Close() // the server finds it closed, and says so here
 		}
 	case http.StateClosed, http.StateHijacked:
@@ -38,6 +50,9 @@ func (c *crowd) state(conn net.Conn, s http.ConnState) {
 		delete(c.of, conn)
 		if c.many[uid]--; c.many[uid] == 0 {
 			delete(c.many, uid)
+		}
+		if !c.knows(uid) {
+			c.strangers--
 		}
 	}
 }

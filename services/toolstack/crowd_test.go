@@ -13,8 +13,10 @@ import (
 	"testing"
 	"time"
 
+	"connectrpc.com/connect"
 	"golang.org/x/sys/unix"
 
+	v1 "redoubt.dev/redoubt/api/redoubt/v1"
 	"redoubt.dev/redoubt/api/redoubt/v1/redoubtv1connect"
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/services/protocol"
@@ -22,12 +24,16 @@ import (
 
 const stranger = 0x52450201
 
-// served is a toolstack's API for operator stranger+1, on a socket for all, and whom it turned away.
+// served is a toolstack's API for operator stranger+1 and viewer stranger+2, on a socket for all, and whom it turned away.
 func served(t *testing.T) (path string, denied chan protocol.Denied) {
 	t.Helper()
-	ts := withBuilder(t, func(context.Context, *rpc.Request) (any, error) { return struct{}{}, nil })
+	return serve(t, withBuilder(t, func(context.Context, *rpc.Request) (any, error) { return struct{}{}, nil }))
+}
+
+func serve(t *testing.T, ts *Toolstack) (path string, denied chan protocol.Denied) {
+	t.Helper()
 	denied = make(chan protocol.Denied, 1<<10)
-	ts.roles = &roles{"acme", []uint32{stranger + 1}, nil, func(d protocol.Denied) { denied <- d }}
+	ts.roles = &roles{"acme", []uint32{stranger + 1}, []uint32{stranger + 2}, func(d protocol.Denied) { denied <- d }}
 	dir := t.TempDir()
 	for _, d := range []string{dir, filepath.Dir(dir)} {
 		if err := os.Chmod(d, 0o711); err != nil {
@@ -128,26 +134,28 @@ func TestGate(t *testing.T) {
 	}
 }
 
+// closed tells whether the server has closed a connection: it says nothing by itself.
+func closed(t *testing.T, c net.Conn) bool {
+	t.Helper()
+	if err := c.SetReadDeadline(time.Now().Add(100 * time.Millisecond)); err != nil {
+		t.Fatal(err)
+	}
+	_, err := c.Read(make([]byte, 1))
+	return !errors.Is(err, os.ErrDeadlineExceeded)
+}
+
 // TestCrowd: a user has so many connections at a time and no more; others have theirs.
 func TestCrowd(t *testing.T) {
 	path, _ := served(t)
-	// closed tells whether the server has closed a connection: it says nothing by itself.
-	closed := func(c net.Conn) bool {
-		if err := c.SetReadDeadline(time.Now().Add(100 * time.Millisecond)); err != nil {
-			t.Fatal(err)
-		}
-		_, err := c.Read(make([]byte, 1))
-		return !errors.Is(err, os.ErrDeadlineExceeded)
-	}
 	var all []net.Conn
 	for range maxConnections + 1 {
 		all = append(all, dialAs(t, stranger, path))
 	}
-	if !closed(all[maxConnections]) {
+	if !closed(t, all[maxConnections]) {
 		t.Errorf("connection %d of one user is served", maxConnections+1)
 	}
 	for _, c := range []net.Conn{all[0], dialAs(t, stranger+1, path), dialAs(t, 0, path)} {
-		if closed(c) {
+		if closed(t, c) {
 			t.Error("another one is closed")
 		}
 	}
@@ -155,10 +163,38 @@ func TestCrowd(t *testing.T) {
 		t.Fatal(err)
 	}
 	for try := 0; ; try++ { // the server sees the end some time
-		if c := dialAs(t, stranger, path); !closed(c) {
+		if c := dialAs(t, stranger, path); !closed(t, c) {
 			break
 		} else if try == 100 {
 			t.Fatal("there is no room for another one")
 		}
+	}
+}
+
+// TestStrangers: a user who has others' numbers to use, too, does not take the place of those who have a part in the tenant.
+func TestStrangers(t *testing.T) {
+	path, _ := served(t)
+	for n := range maxStrangers {
+		dialAs(t, stranger+10+n/maxConnections, path)
+	}
+	if !closed(t, dialAs(t, stranger+100, path)) {
+		t.Errorf("connection %d of strangers is served", maxStrangers+1)
+	}
+	for _, uid := range []int{0, stranger + 1, stranger + 2} {
+		if closed(t, dialAs(t, uid, path)) {
+			t.Errorf("user %d has none", uid)
+		}
+	}
+}
+
+// TestCrowdLeaves: connections that ended are not counted, whatever was spoken on them.
+func TestCrowdLeaves(t *testing.T) {
+	path, _ := served(t)
+	for range 2 * maxStrangers {
+		client := http2(dialAs(t, stranger, path))
+		if _, err := client.List(t.Context(), &v1.ListRequest{}); connect.CodeOf(err) != connect.CodePermissionDenied {
+			t.Fatal(err)
+		}
+		client.close()
 	}
 }

@@ -17,7 +17,11 @@ type moment struct {
 const maxTimeline = 256
 
 // event records one moment of a guest and tells those who follow.
-func (t *Toolstack) event(e protocol.Event) {
+func (t *Toolstack) event(e protocol.Event) { t.tell(e, nil) }
+
+// tell is event of what also changes the guest, if change is not nil: who hears of it finds the guest so, and who finds it so
+// finds the event in its timeline. g.mu is held over the change.
+func (t *Toolstack) tell(e protocol.Event, change func(*guest)) {
 	t.mu.Lock()
 	g := t.byUUID[e.UUID]
 	t.mu.Unlock()
@@ -25,7 +29,7 @@ func (t *Toolstack) event(e protocol.Event) {
 		return
 	}
 	g.mu.Lock()
-	if e.Number > 0 && e.Number <= g.told { // its adoption told it
+	if g.gone || (e.Number > 0 && e.Number <= g.told) { // its record is not written anew; its adoption told it
 		g.mu.Unlock()
 		return
 	}
@@ -36,7 +40,9 @@ func (t *Toolstack) event(e protocol.Event) {
 		case Starting:
 			g.set(Running, "")
 		case Stopping:
-			g.before = Running
+			if g.before != "" {
+				g.before = Running
+			}
 		}
 	case protocol.EventKernelStarted:
 		g.starts++
@@ -50,6 +56,9 @@ func (t *Toolstack) event(e protocol.Event) {
 				t.log.Warn("guest record", "guest", g.saved.Spec.Name, "err", err)
 			}
 		}
+	}
+	if change != nil {
+		change(g)
 	}
 	m := moment{e, t.seq.Add(1)}
 	if len(g.timeline) < maxTimeline {
@@ -73,10 +82,8 @@ func (t *Toolstack) ended(e protocol.Ended) {
 	if e.Outcome == protocol.Crashed {
 		state = Failed
 	}
-	g.mu.Lock()
-	g.set(state, e.Reason) // first: who hears of it finds it so
-	g.mu.Unlock()
-	t.event(protocol.Event{UUID: e.UUID, Kind: protocol.EventEnded, Text: string(e.Outcome) + ": " + e.Reason, Time: time.Now()})
+	end := protocol.Event{UUID: e.UUID, Kind: protocol.EventEnded, Text: string(e.Outcome) + ": " + e.Reason, Time: time.Now()}
+	t.tell(end, func(g *guest) { g.set(state, e.Reason) })
 }
 
 // history is what the timelines hold of one guest or all, in order of time.

@@ -52,21 +52,23 @@ const savedVersion = 1
 
 // guest is one guest, running or not.
 type guest struct {
-	mu       sync.Mutex
-	saved    saved
-	state    State
-	reason   string
-	domain   uint32
-	emulator spec.Emulator
-	before   State // while it is stopping: what it was
-	removing bool
-	launched chan struct{} // while this toolstack starts it: closed when that is over
-	timeline []moment
-	told     int // number of the last event of the Builder's
-	starts   uint32
-	console  *console
-	channel  *console      // the byte channel, used as a console is
-	changed  chan struct{} // closed and replaced at every change of state
+	mu        sync.Mutex
+	saved     saved
+	state     State
+	reason    string
+	domain    uint32
+	emulator  spec.Emulator
+	launching bool  // this toolstack has it started
+	stops     int   // how many calls of this toolstack's stop it
+	before    State // while it is stopping: what it is if the Builder refuses; "" where an earlier toolstack was told that it does not
+	removing  bool
+	gone      bool // it was forgotten: there is no record that could be written
+	timeline  []moment
+	told      int // number of the last event of the Builder's
+	starts    uint32
+	console   *console
+	channel   *console      // the byte channel, used as a console is
+	changed   chan struct{} // closed and replaced at every change of state, and when a start is over
 }
 
 func (g *guest) up() bool { return g.state == Starting || g.state == Running || g.state == Stopping }
@@ -149,11 +151,16 @@ func (t *Toolstack) list() []*guest {
 // set changes a guest's state and wakes whoever waits for that. mu is held.
 func (g *guest) set(s State, reason string) {
 	g.state, g.reason = s, reason
+	g.wake()
+}
+
+// wake wakes whoever waits for a change. mu is held.
+func (g *guest) wake() {
 	close(g.changed)
 	g.changed = make(chan struct{})
 }
 
-// await waits until cond holds of the guest.
+// await waits until cond, which may change what it finds, holds of the guest.
 func (g *guest) await(ctx context.Context, cond func() bool) error {
 	for {
 		g.mu.Lock()
@@ -181,19 +188,21 @@ func (t *Toolstack) run(ctx context.Context, s *spec.Guest, name string, opt pro
 		return nil, err
 	}
 	// A caller that hangs up does not leave half a start behind: it is finished without them.
-	if err := t.launch(context.WithoutCancel(ctx), g, opt); err != nil {
-		t.mu.Lock()
-		defer t.mu.Unlock() // nobody takes it up in between
-		g.end(Failed, err.Error())
-		if fresh {
-			t.forget(g)
-		}
-		return nil, err
-	}
+	err = t.launch(context.WithoutCancel(ctx), g, opt)
+	t.mu.Lock()
+	defer t.mu.Unlock() // nobody takes it up in between
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.launches(false)
-	return g, nil
+	g.launching = false
+	if err == nil {
+		g.wake()
+		return g, nil
+	}
+	g.set(Failed, err.Error())
+	if fresh {
+		t.forget(g)
+	}
+	return nil, err
 }
 
 // errSame says that the guest runs already, as asked for.
@@ -224,6 +233,8 @@ func (t *Toolstack) claim(s *spec.Guest, name string) (g *guest, fresh bool, err
 			return g, false, errSame
 		}
 		return nil, false, rpc.Errorf(rpc.Exists, "guest %q is %s with another spec: stop it first, or use another name", name, g.state)
+	case g.launching: // it has ended already
+		return nil, false, errLaunching(name)
 	}
 	next := g.saved
 	if s != nil {
@@ -237,8 +248,8 @@ func (t *Toolstack) claim(s *spec.Guest, name string) (g *guest, fresh bool, err
 		t.add(g)
 	}
 	g.timeline, g.starts, g.told = nil, 0, 0
+	g.launching = true
 	g.set(Starting, "")
-	g.launches(true)
 	return g, fresh, nil
 }
 
@@ -251,27 +262,13 @@ func errRemoved(name string) error {
 	return rpc.Errorf(rpc.Unavailable, "guest %q is being removed: try again", name)
 }
 
-// launches says that this toolstack starts the guest, or no more. mu is held.
-func (g *guest) launches(is bool) {
-	switch {
-	case is:
-		g.launched = make(chan struct{})
-	case g.launched != nil:
-		close(g.launched)
-		g.launched = nil
-	}
+func errLaunching(name string) error {
+	return rpc.Errorf(rpc.Unavailable, "guest %q is being started: try again", name)
 }
 
-// end is that of a start that came to nothing.
-func (g *guest) end(s State, reason string) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.set(s, reason)
-	g.launches(false)
-}
-
-// forget removes a guest's record: it does not run, and nobody takes it up. t.mu is held.
+// forget removes a guest's record: it does not run, and nobody takes it up. t.mu and g.mu are held.
 func (t *Toolstack) forget(g *guest) {
+	g.gone = true
 	delete(t.byUUID, g.saved.UUID)
 	if t.guests[g.saved.Spec.Name] != g {
 		return // the name is another one's by now
@@ -399,84 +396,4 @@ func (t *Toolstack) makeVars(ctx context.Context, path string) error {
 		return fmt.Errorf("boot.firmware: %w", err)
 	}
 	return renameio.WriteFile(path, fresh, 0o600)
-}
-
-func (t *Toolstack) stop(ctx context.Context, name string, grace time.Duration) (*guest, error) {
-	g, err := t.find(name)
-	if err != nil {
-		return nil, err
-	}
-	if err := g.awaitLaunch(ctx); err != nil {
-		return nil, err
-	}
-	g.mu.Lock()
-	if !g.up() {
-		g.mu.Unlock()
-		return g, nil
-	}
-	if g.state != Stopping {
-		g.before = g.state
-		g.set(Stopping, "")
-	}
-	g.mu.Unlock()
-	if _, err := t.builder.Call(ctx, protocol.MethodStop, protocol.Stop{UUID: g.saved.UUID, Name: name, Grace: grace, Caller: caller(ctx)}, nil); err != nil {
-		g.mu.Lock()
-		defer g.mu.Unlock()
-		if g.state == Stopping && ctx.Err() == nil { // else it may be, unheard
-			g.set(g.before, "")
-		}
-		return nil, err
-	}
-	return g, g.await(ctx, func() bool { return !g.up() })
-}
-
-// awaitLaunch waits until a start that is under way here is over: the Builder stops no guest that it does not know yet.
-func (g *guest) awaitLaunch(ctx context.Context) error {
-	g.mu.Lock()
-	launched := g.launched
-	g.mu.Unlock()
-	if launched == nil {
-		return nil
-	}
-	select {
-	case <-launched:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}
-
-func (t *Toolstack) remove(ctx context.Context, name string) error {
-	g, err := t.find(name)
-	if err != nil {
-		return err
-	}
-	if err := g.remove(name); err != nil {
-		return err
-	}
-	// The vTPM first: a record without a vTPM can be removed again, a vTPM without a record not.
-	_, err = t.builder.Call(ctx, protocol.MethodDestroy, protocol.Destroy{UUID: g.saved.UUID, Name: name, Caller: caller(ctx)}, nil)
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if err == nil {
-		t.forget(g)
-	}
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.removing = false
-	return err
-}
-
-// remove has nobody take the guest up while it is removed.
-func (g *guest) remove(name string) error {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	switch {
-	case g.up():
-		return rpc.Errorf(rpc.Exists, "guest %q is running: stop it first (`redoubt stop %s`)", name, name)
-	case g.removing:
-		return errRemoved(name)
-	}
-	g.removing = true
-	return nil
 }

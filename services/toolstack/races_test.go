@@ -2,10 +2,15 @@ package toolstack
 
 import (
 	"context"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
+	"connectrpc.com/connect"
+
+	v1 "redoubt.dev/redoubt/api/redoubt/v1"
 	"redoubt.dev/redoubt/ipc/rpc"
 	"redoubt.dev/redoubt/services/protocol"
 	"redoubt.dev/redoubt/spec"
@@ -82,6 +87,29 @@ func TestRemovedMeanwhile(t *testing.T) {
 	}
 }
 
+// TestEndedAtOnce: a guest that ended before the Builder has answered that it runs is taken up again, or removed, after that.
+func TestEndedAtOnce(t *testing.T) {
+	ts, calls := slow(t)
+	web(ts, Stopped)
+	ran := make(chan error, 1)
+	go func() { _, err := ts.run(t.Context(), nil, "web", protocol.Options{}); ran <- err }()
+	build := is(t, calls, protocol.MethodBuild)
+	ts.ended(protocol.Ended{UUID: "id of web", Outcome: protocol.Crashed, Reason: "at once"})
+	_, run := ts.run(t.Context(), nil, "web", protocol.Options{})
+	for _, err := range []error{run, ts.remove(t.Context(), "web")} {
+		if rpc.KindOf(err) != rpc.Unavailable || !strings.Contains(err.Error(), "is being started") {
+			t.Error(err)
+		}
+	}
+	build.answer <- rpc.Errorf(rpc.Unavailable, "it has crashed")
+	if err := <-ran; rpc.KindOf(err) != rpc.Unavailable {
+		t.Error(err)
+	}
+	if g, err := ts.find("web"); err != nil || g.launching || g.state != Failed {
+		t.Errorf("%v", err)
+	}
+}
+
 // TestForgotten: what is forgotten is the guest that it was said of, not a later one of its name.
 func TestForgotten(t *testing.T) {
 	ts, _ := slow(t)
@@ -91,11 +119,64 @@ func TestForgotten(t *testing.T) {
 	if err := ts.save(later.saved); err != nil {
 		t.Fatal(err)
 	}
-	ts.mu.Lock()
-	ts.forget(first)
-	ts.mu.Unlock()
+	forget(ts, first)
 	if g, err := ts.find("web"); err != nil || g != later {
 		t.Errorf("the later one: %v", err)
+	}
+	// Nor is it written of what is forgotten.
+	ts.byUUID[first.saved.UUID] = first // as who looked it up before has it
+	ts.event(protocol.Event{UUID: first.saved.UUID, Kind: protocol.EventManufactured, Instance: 7, EKSHA256: "its"})
+	if b, err := os.ReadFile(filepath.Join(ts.dir, "web.json")); err != nil || !strings.Contains(string(b), "another") {
+		t.Errorf("the later one's record: %s, %v", b, err)
+	}
+}
+
+func forget(ts *Toolstack, g *guest) {
+	ts.mu.Lock()
+	defer ts.mu.Unlock()
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	ts.forget(g)
+}
+
+// TestRemovedUnheard: what is removed is forgotten though the caller has hung up; until then nobody has it do anything.
+func TestRemovedUnheard(t *testing.T) {
+	ts, calls := slow(t)
+	g := web(ts, Stopped)
+	if err := ts.save(g.saved); err != nil {
+		t.Fatal(err)
+	}
+	ctx, hangUp := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- ts.remove(ctx, "web") }()
+	destroy := is(t, calls, protocol.MethodDestroy)
+	hangUp()
+	a := &api{ts}
+	for name, call := range map[string]func() error{
+		"run": func() error { _, err := a.Run(t.Context(), &v1.RunRequest{Name: "web"}); return err },
+		"rm":  func() error { _, err := a.Remove(t.Context(), &v1.RemoveRequest{Name: "web"}); return err },
+		"quarantine": func() error {
+			_, err := a.Quarantine(t.Context(), &v1.QuarantineRequest{Name: "web"})
+			return err
+		},
+		"validation": func() error {
+			_, err := a.Validation(t.Context(), &v1.ValidationRequest{Name: "web"})
+			return err
+		},
+	} {
+		if err := call(); connect.CodeOf(err) != connect.CodeUnavailable || !strings.Contains(err.Error(), "is being removed") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	destroy.answer <- nil
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	if _, err := ts.find("web"); rpc.KindOf(err) != rpc.NotFound {
+		t.Errorf("found: %v", err)
+	}
+	if err := g.remove("web"); rpc.KindOf(err) != rpc.NotFound { // by who had looked it up before
+		t.Errorf("rm: %v", err)
 	}
 }
 
@@ -119,6 +200,48 @@ func TestStopRefused(t *testing.T) {
 		if g.state != want {
 			t.Errorf("the guest is %s, want %s", g.state, want)
 		}
+	}
+}
+
+// TestStopsRefused: of several calls that stop a guest each may be refused; it is being stopped while one is under way.
+func TestStopsRefused(t *testing.T) {
+	ts, calls := slow(t)
+	g := web(ts, Running)
+	refused := rpc.Errorf(rpc.Unavailable, "not now")
+	done := make(chan error, 2)
+	ctx, hangUp := context.WithCancel(t.Context())
+	stop := func() said {
+		go func() { _, err := ts.stop(ctx, "web", 0); done <- err }()
+		return is(t, calls, protocol.MethodStop)
+	}
+	state := func() State {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		return g.state
+	}
+	first, second := stop(), stop()
+	first.answer <- refused
+	if err := <-done; rpc.KindOf(err) != rpc.Unavailable || state() != Stopping {
+		t.Errorf("%v: the guest is %s, while it is being stopped", err, state())
+	}
+	hangUp() // the answer counts nevertheless
+	second.answer <- refused
+	if err := <-done; rpc.KindOf(err) != rpc.Unavailable || state() != Running {
+		t.Errorf("%v: the guest is %s, and nobody stops it", err, state())
+	}
+}
+
+// TestStopOfEarlier: a guest that an earlier toolstack was told to stop is being stopped, whatever this one's calls come to.
+func TestStopOfEarlier(t *testing.T) {
+	ts, calls := slow(t)
+	g := web(ts, Stopping) // as adopt leaves it
+	done := make(chan error, 1)
+	go func() { _, err := ts.stop(t.Context(), "web", 0); done <- err }()
+	stop := is(t, calls, protocol.MethodStop)
+	ts.event(protocol.Event{UUID: "id of web", Kind: protocol.EventVTPMReady})
+	stop.answer <- rpc.Errorf(rpc.Unavailable, "not now")
+	if err := <-done; rpc.KindOf(err) != rpc.Unavailable || g.state != Stopping {
+		t.Errorf("%v: the guest is %s", err, g.state)
 	}
 }
 
@@ -146,31 +269,5 @@ func TestStopStarting(t *testing.T) {
 	case c := <-calls:
 		t.Errorf("the Builder is asked: %s", c.method)
 	default:
-	}
-}
-
-// TestMoments: an event that an adoption has told is not told again, whatever time it says it is of.
-func TestMoments(t *testing.T) {
-	ts, _ := slow(t)
-	g := web(ts, Running)
-	sub := ts.events.subscribe()
-	defer sub.close()
-	at := time.Unix(1, 0)
-	for n, kind := range []string{"a", "b"} {
-		ts.event(protocol.Event{UUID: "id of web", Kind: kind, Number: n + 1, Time: at.AddDate(200, 0, 0)})
-	}
-	ts.event(protocol.Event{UUID: "id of web", Kind: "b", Number: 2, Time: at})
-	ts.event(protocol.Event{UUID: "id of web", Kind: "c", Number: 3, Time: at})
-	ts.event(protocol.Event{UUID: "id of web", Kind: "d", Time: at})
-	var kinds []string
-	last := uint64(0)
-	for _, m := range g.timeline {
-		if m.seq <= last {
-			t.Errorf("%s: number %d after %d", m.Kind, m.seq, last)
-		}
-		kinds, last = append(kinds, m.Kind), m.seq
-	}
-	if got := strings.Join(kinds, ""); got != "abcd" {
-		t.Errorf("timeline %s", got)
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"runtime/debug"
 	"sync"
 	"time"
 
@@ -20,6 +21,7 @@ import (
 
 // Serve runs the service until its control connection or ctx ends.
 func Serve(ctx context.Context, log *slog.Logger, control *ipc.Conn) error {
+	debug.SetMemoryLimit(softMemory)
 	t := &Toolstack{
 		log: log, guests: map[string]*guest{}, byUUID: map[string]*guest{},
 		events: newBroadcast[moment](),
@@ -102,7 +104,8 @@ func (t *Toolstack) listener(r *rpc.Request) (net.Listener, error) {
 // come. HTTP/2 without TLS is for the console's two-way stream.
 func (t *Toolstack) serve(ctx context.Context, l net.Listener) error {
 	mux := http.NewServeMux()
-	mux.Handle(redoubtv1connect.NewGuestServiceHandler(&api{t}, connect.WithRequestGate(t.roles.gate), connect.WithReadMaxBytes(maxRequest)))
+	path, h := redoubtv1connect.NewGuestServiceHandler(&api{t}, connect.WithConditionalHandlerOptions(bounds))
+	mux.Handle(path, admit(t.roles, maxSending, h))
 	var p http.Protocols
 	p.SetHTTP1(true)
 	p.SetUnencryptedHTTP2(true)
@@ -111,7 +114,7 @@ func (t *Toolstack) serve(ctx context.Context, l net.Listener) error {
 	s := &http.Server{
 		Handler: mux, Protocols: &p, ReadHeaderTimeout: 10 * time.Second, MaxHeaderBytes: 64 << 10, IdleTimeout: time.Minute,
 		BaseContext: func(net.Listener) context.Context { return base },
-		ConnContext: withCaller, ConnState: newCrowd().state,
+		ConnContext: withCaller, ConnState: newCrowd(t.roles.knows).state,
 	}
 	var closing sync.WaitGroup
 	stop := context.AfterFunc(ctx, func() {

@@ -18,8 +18,6 @@ const (
 	maxAcceptLength = 4096
 	maxSignature    = 1024
 	maxVolumeName   = 32
-	// maxRequest is what any call may have, in bytes: the largest has a listing.
-	maxRequest = protocol.MaxSeen + 64<<10
 )
 
 // of finds a guest of a call; running says that it must run.
@@ -29,8 +27,11 @@ func (t *Toolstack) of(name string, running bool, todo string) (*guest, error) {
 		return nil, err
 	}
 	g.mu.Lock()
-	up := g.up()
+	up, removing := g.up(), g.removing
 	g.mu.Unlock()
+	if removing {
+		return nil, errRemoved(name)
+	}
 	if running && !up {
 		return nil, rpc.Errorf(rpc.Unavailable, "guest %q is down: %s (`redoubt run %s`)", name, todo, name)
 	}
@@ -74,6 +75,9 @@ const validatedRunning = "its disks are validated while it runs"
 
 // Validate implements the API.
 func (a *api) Validate(ctx context.Context, r *v1.ValidateRequest) (*v1.ValidateResponse, error) {
+	if len(r.Seen) <= maxRequest {
+		small(ctx)
+	}
 	g, err := a.t.of(r.Name, true, validatedRunning)
 	if err != nil {
 		return nil, status(err)
@@ -108,7 +112,9 @@ func seen(r *v1.ValidateRequest, in *protocol.Validate) ([]*os.File, error) {
 		f.Close()
 		return nil, err
 	}
-	in.Seen = &protocol.Seen{Size: len(r.Seen), Begun: time.Unix(0, r.SeenAtNs).UTC(), Volume: r.SeenOf}
+	size := len(r.Seen)
+	r.Seen = nil // it is there twice
+	in.Seen = &protocol.Seen{Size: size, Begun: time.Unix(0, r.SeenAtNs).UTC(), Volume: r.SeenOf}
 	in.Files = protocol.Files{protocol.FileSeen}
 	return []*os.File{f}, nil
 }

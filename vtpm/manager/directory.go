@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"redoubt.dev/redoubt/vtpm/keys"
 )
@@ -14,6 +15,16 @@ const (
 	makingSuffix  = ".new"
 	removedSuffix = ".removed"
 )
+
+// leftover says whose directory a killed manager was making or removing when it had this name.
+func leftover(name string) (guest string, ok bool) {
+	for _, suffix := range []string{makingSuffix, removedSuffix} {
+		if of, ok := strings.CutSuffix(name, suffix); ok && checkGuest(of) == nil {
+			return of, true
+		}
+	}
+	return "", false
+}
 
 // discard removes a guest's directory, and what is left of one that was being removed.
 func (m *Manager) discard(guest string) error {

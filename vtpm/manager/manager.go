@@ -7,6 +7,8 @@
 //	guests/UUID/guest.json   record: instance, state key, EK certificate, AK
 //	guests/UUID/tpm/         the engine's state, encrypted with the state key
 //	guests/UUID/new          the guest's first start has not written its record yet
+//	guests/UUID.new          one that is being made; removed by the next manager
+//	guests/UUID.removed      one that is being removed; the next manager goes on with that
 //
 // The manager loads what is there or, only where there is nothing at all, creates itself.
 // Anything else, be it damaged, incomplete, altered or brought from another host, is refused with
@@ -26,7 +28,6 @@ import (
 	"os"
 	"path/filepath"
 	"sort"
-	"strings"
 	"sync"
 	"syscall"
 
@@ -200,19 +201,18 @@ func (m *Manager) loadRecords() error {
 	}
 	for _, e := range entries {
 		guest := e.Name()
-		for _, suffix := range []string{makingSuffix, removedSuffix} {
-			if of, ok := strings.CutSuffix(guest, suffix); ok && checkGuest(of) == nil {
-				if err := os.RemoveAll(m.guestDir(guest)); err != nil {
-					return err
-				}
+		if of, ok := leftover(guest); ok { // its guest's own directory came before it
+			if err := os.RemoveAll(m.guestDir(guest)); err != nil && m.records[of] == nil {
+				m.broken[of] = fmt.Errorf("%w: left of one that was not finished: %w", ErrState, err)
 			}
+			continue
 		}
 		if checkGuest(guest) != nil {
 			continue // never looked up by a guest's name
 		}
 		if m.unfinished(guest) {
 			if err := m.discard(guest); err != nil {
-				return err
+				m.broken[guest] = fmt.Errorf("%w: left of one that was not finished: %w", ErrState, err)
 			}
 			continue
 		}

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -353,15 +354,18 @@ func TestKilledOverDirectories(t *testing.T) {
 		must(t, os.MkdirAll(filepath.Join(dir, tpmDir), 0o700))
 		must(t, os.WriteFile(filepath.Join(dir, tpmDir, engine.StateFile), []byte("state"), 0o600))
 	}
+	record := func(dir string) { must(t, os.WriteFile(filepath.Join(dir, recordFile), []byte("record"), 0o600)) }
 	for name, leave := range map[string]func(dir string){
-		"made":                 func(d string) { must(t, os.Mkdir(d+makingSuffix, 0o700)) },
-		"made and marked":      func(d string) { must(t, os.Mkdir(d+makingSuffix, 0o700)); mark(t, d+makingSuffix) },
-		"made whole":           func(d string) { state(d + makingSuffix); mark(t, d+makingSuffix) },
-		"named":                func(d string) { state(d); mark(t, d) },
-		"to be removed":        func(d string) { state(d + removedSuffix); mark(t, d+removedSuffix) },
-		"removed in part":      func(d string) { state(d + removedSuffix) },
-		"removed and another":  func(d string) { state(d + removedSuffix); state(d); mark(t, d) },
-		"removed and one made": func(d string) { state(d + removedSuffix); state(d + makingSuffix) },
+		"made":                          func(d string) { must(t, os.Mkdir(d+makingSuffix, 0o700)) },
+		"made and marked":               func(d string) { must(t, os.Mkdir(d+makingSuffix, 0o700)); mark(t, d+makingSuffix) },
+		"made whole":                    func(d string) { state(d + makingSuffix); mark(t, d+makingSuffix) },
+		"named":                         func(d string) { state(d); mark(t, d) },
+		"to be removed":                 func(d string) { state(d + removedSuffix); mark(t, d+removedSuffix) },
+		"removed in part":               func(d string) { state(d + removedSuffix) },
+		"removed and another":           func(d string) { state(d + removedSuffix); state(d); mark(t, d) },
+		"a whole one removed":           func(d string) { state(d + removedSuffix); record(d + removedSuffix) },
+		"removed but for its directory": func(d string) { must(t, os.Mkdir(d+removedSuffix, 0o700)) },
+		"removed and one made":          func(d string) { state(d + removedSuffix); state(d + makingSuffix) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := stateDir(t)
@@ -380,6 +384,37 @@ func TestKilledOverDirectories(t *testing.T) {
 			}
 		})
 	}
+	t.Run("removed by the same manager", func(t *testing.T) {
+		m := newManager(t, stateDir(t))
+		gone := m.guestDir(guestA) + removedSuffix
+		state(gone)
+		if err := m.Remove(guestA); !errors.Is(err, ErrUnknown) {
+			t.Errorf("removed: %v", err)
+		}
+		if _, err := os.Lstat(gone); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("left: %v", err)
+		}
+	})
+	t.Run("cannot be removed", func(t *testing.T) {
+		dir := stateDir(t)
+		m := newManager(t, dir)
+		gone := m.guestDir(guestA) + removedSuffix
+		state(gone)
+		must(t, syscall.Mount("tmpfs", filepath.Join(gone, tpmDir), "tmpfs", 0, "size=16k"))
+		unmount := sync.OnceValue(func() error { return syscall.Unmount(filepath.Join(gone, tpmDir), syscall.MNT_DETACH) })
+		defer func() { must(t, unmount()) }()
+		must(t, m.Close(t.Context()))
+		m = newManager(t, dir)
+		stop(t, start(t, m, guestB, "")) // others run
+		if _, err := m.Start(t.Context(), guestA, Fixed(boot(t, ""))); !errors.Is(err, ErrState) {
+			t.Errorf("started: %v", err)
+		}
+		must(t, unmount())
+		if err := m.Remove(guestA); !errors.Is(err, ErrUnknown) {
+			t.Errorf("removed: %v", err)
+		}
+		stop(t, start(t, m, guestA, ""))
+	})
 	t.Run("given out", func(t *testing.T) {
 		dir := stateDir(t)
 		m := newManager(t, dir)
