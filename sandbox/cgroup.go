@@ -155,11 +155,41 @@ type group struct {
 
 var groups atomic.Uint64
 
+// groupPrefix begins groups' names. The rest is the process's name, and the number of who made it and its own there.
+const groupPrefix = "redoubt-"
+
+// Sweep removes groups that processes made which were killed: who makes one removes it in the end. It returns how many. Those in which
+// something runs stay.
+func (c *Cgroup) Sweep() (n int) {
+	entries, _ := os.ReadDir(c.dir) // what is not seen stays
+	for _, e := range entries {
+		f := strings.Split(e.Name(), "-")
+		if !strings.HasPrefix(e.Name(), groupPrefix) || len(f) < 4 {
+			continue
+		}
+		maker, err := strconv.Atoi(f[len(f)-2])
+		if err != nil || maker <= 0 || !errors.Is(unix.Kill(maker, 0), unix.ESRCH) {
+			continue
+		}
+		if unix.Rmdir(filepath.Join(c.dir, e.Name())) == nil {
+			n++
+		}
+	}
+	return n
+}
+
 // child makes a group with a limit.
 func (c *Cgroup) child(name string, limit uint64) (*group, error) {
-	g := &group{filepath.Join(c.dir, fmt.Sprintf("redoubt-%s-%d-%d", name, os.Getpid(), groups.Add(1))), c.v2}
-	if err := os.Mkdir(g.dir, 0o755); err != nil {
-		return nil, fmt.Errorf("memory cgroup: %w", err)
+	g := &group{v2: c.v2}
+	for {
+		g.dir = filepath.Join(c.dir, fmt.Sprintf("%s%s-%d-%d", groupPrefix, name, os.Getpid(), groups.Add(1)))
+		err := os.Mkdir(g.dir, 0o755)
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, os.ErrExist) { // else it is left of a process that had this one's number
+			return nil, fmt.Errorf("memory cgroup: %w", err)
+		}
 	}
 	// Swap would make the limit one of speed, and puts guests' secrets on disk.
 	files := []string{"memory.limit_in_bytes", "memory.memsw.limit_in_bytes"}

@@ -102,7 +102,7 @@ func (p *Launcher) inherit(left *fdstore.Left, pid, files int) (of *instance, r 
 }
 
 // EndLeft ends all processes that a Builder which died has left and that nobody inherited, and returns when
-// they are gone.
+// they are gone, and with them the cgroups of all that have ended.
 func (p *Launcher) EndLeft(left *fdstore.Left) error {
 	var wg sync.WaitGroup
 	var mu sync.Mutex
@@ -118,6 +118,9 @@ func (p *Launcher) EndLeft(left *fdstore.Left) error {
 		})
 	}
 	wg.Wait()
+	if p.host.Cgroup != nil {
+		p.host.Cgroup.Sweep()
+	}
 	return errors.Join(all...)
 }
 
