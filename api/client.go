@@ -4,12 +4,14 @@ package api
 import (
 	"context"
 	"errors"
+	"io"
 	"net"
 	"net/http"
 	"slices"
 	"time"
 
 	"connectrpc.com/connect"
+	"golang.org/x/sys/unix"
 
 	v1 "redoubt.dev/redoubt/api/redoubt/v1"
 	"redoubt.dev/redoubt/api/redoubt/v1/redoubtv1connect"
@@ -82,5 +84,8 @@ func Replaced(err error) bool {
 	if errors.As(err, &dial) && dial.Op == "dial" {
 		return false // there is nobody
 	}
-	return connect.CodeOf(err) == connect.CodeUnavailable
+	// A stream that is cut off in the middle ends as its connection did.
+	var ce *connect.Error
+	cut := errors.As(err, &ce) && (errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, unix.ECONNRESET))
+	return cut || connect.CodeOf(err) == connect.CodeUnavailable
 }

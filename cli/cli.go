@@ -104,7 +104,7 @@ func (a *app) explain(err error) string {
 	if errors.Is(err, unix.EPIPE) { // nobody took the request
 		return fmt.Sprintf("tenant %s's toolstack does not serve: see the log in %s", a.tenant, filepath.Join(a.runDir, services.LogDir))
 	}
-	if replaced(err) {
+	if api.Replaced(err) {
 		return "Redoubt's services were replaced over this: see `redoubt ps --all`, and ask again"
 	}
 	return ce.Message()

@@ -11,9 +11,7 @@ import (
 	"os"
 	"time"
 
-	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
 	"redoubt.dev/redoubt/api"
@@ -187,14 +185,7 @@ func overlap(printed, next []byte) int {
 // ended says that a stream ended with the toolstack that served it: in order, when it is replaced, or with its death. The next
 // one has the same socket, in whose queue a caller waits; where there is none any more, the next call says so.
 func ended(ctx context.Context, err error) bool {
-	return ctx.Err() == nil && (err == nil || replaced(err))
-}
-
-// replaced is api.Replaced, of streams, too: one that is cut off in the middle ends as its connection did.
-func replaced(err error) bool {
-	var ce *connect.Error
-	cut := errors.As(err, &ce) && !connect.IsWireError(err) && (errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, unix.ECONNRESET))
-	return cut || api.Replaced(err)
+	return ctx.Err() == nil && (err == nil || api.Replaced(err))
 }
 
 // streamEnd: leaving a stream with Ctrl-C is no failure.

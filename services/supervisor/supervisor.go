@@ -21,6 +21,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"redoubt.dev/redoubt/eintr"
 	"redoubt.dev/redoubt/ipc"
 	"redoubt.dev/redoubt/ipc/fdstore"
 	"redoubt.dev/redoubt/services/storm"
@@ -138,9 +139,8 @@ func once(ctx context.Context, cfg Config, held *fdstore.Held, generation uint64
 // reap waits for the Builder's end, and meanwhile for those of all who lost their parent.
 func reap(builder int) (end unix.WaitStatus, err error) {
 	for {
-		pid, err := unix.Wait4(-1, &end, 0, nil)
+		pid, err := eintr.Value(func() (int, error) { return unix.Wait4(-1, &end, 0, nil) })
 		switch {
-		case errors.Is(err, unix.EINTR):
 		case err != nil:
 			return end, fmt.Errorf("wait for the Builder: %w", err)
 		case pid == builder:

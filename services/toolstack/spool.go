@@ -8,6 +8,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"redoubt.dev/redoubt/eintr"
 )
 
 // maxLog bounds a console's log file, in bytes: a guest that prints for ever fills no disk. Of one that is full the newer
@@ -144,10 +146,6 @@ func (s *spool) halve() error {
 
 // splice moves n bytes at most without waiting for any.
 func splice(from, to, n int) (int, error) {
-	for {
-		moved, err := unix.Splice(from, nil, to, nil, n, unix.SPLICE_F_NONBLOCK)
-		if !errors.Is(err, unix.EINTR) {
-			return int(max(moved, 0)), err
-		}
-	}
+	moved, err := eintr.Value(func() (int64, error) { return unix.Splice(from, nil, to, nil, n, unix.SPLICE_F_NONBLOCK) })
+	return int(max(moved, 0)), err
 }

@@ -5,6 +5,8 @@ import (
 	"fmt"
 
 	"golang.org/x/sys/unix"
+
+	"redoubt.dev/redoubt/eintr"
 )
 
 // Serve is a worker: it answers requests from the SOCK_SEQPACKET socket fd until the other end
@@ -13,10 +15,8 @@ import (
 func Serve(fd int) error {
 	in, out := make([]byte, MaxMessage), make([]byte, 0, MaxMessage)
 	for {
-		n, err := unix.Read(fd, in)
+		n, err := eintr.Value(func() (int, error) { return unix.Read(fd, in) })
 		switch {
-		case errors.Is(err, unix.EINTR):
-			continue
 		case err != nil:
 			return fmt.Errorf("receive: %w", err)
 		case n == 0:
@@ -27,12 +27,7 @@ func Serve(fd int) error {
 			return err
 		}
 		out = AppendAnswer(out[:0], seq, Decide(r))
-		for {
-			if _, err = unix.Write(fd, out); !errors.Is(err, unix.EINTR) {
-				break
-			}
-		}
-		if err != nil {
+		if _, err := eintr.Value(func() (int, error) { return unix.Write(fd, out) }); err != nil {
 			if errors.Is(err, unix.EPIPE) {
 				return nil
 			}

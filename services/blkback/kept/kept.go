@@ -244,7 +244,7 @@ func (s *Storage) ready(ctx context.Context, i *keeper.Instance) error {
 				protocol.Disk{Index: d, Files: protocol.Files{protocol.FileBlock}}, nil, front)
 			cancel()
 			front.Close()
-			if told.Err() != nil && ctx.Err() == nil && errors.Is(err, context.DeadlineExceeded) {
+			if ctx.Err() == nil && errors.Is(err, context.DeadlineExceeded) {
 				s.run.Fail(fmt.Sprintf("disks[%d]: its emulator was told of a new BlkBack and has not answered in %v", d, tellLimit))
 				return nil
 			}
